@@ -1,0 +1,61 @@
+"""What a data set is to the rest of the library."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Dataset", "Images", "Split"]
+
+Images = Sequence[npt.NDArray[np.uint8]]
+
+
+class Split(ABC):
+    """One labelled list of images.
+
+    Attributes
+    ----------
+    labels : ndarray, shape (n,), int64
+        Row c of every logit matrix is class c of `Dataset.classnames`.
+    domains : ndarray, shape (n,), int64
+        Index into `Dataset.domains`.
+    fingerprint : str
+        Changes whenever an image could change; keys the feature store.
+    """
+
+    labels: npt.NDArray[np.int64]
+    domains: npt.NDArray[np.int64]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def images(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> Images:
+        """Return RGB images, each uint8 of shape (height, width, 3); one stacked array is welcome."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A named image classification task.
+
+    Attributes
+    ----------
+    name : str
+    classnames : tuple of str
+        C names as a person would write them, unique.
+    domains : tuple of str
+        Names of the visual domains; a single one where the set has none.
+    train, test : Split
+        Disjoint lists of images.
+    """
+
+    name: str
+    classnames: tuple[str, ...]
+    domains: tuple[str, ...]
+    train: Split
+    test: Split

@@ -1,0 +1,115 @@
+"""Faces: the implementations of one op, in order of preference, with reasons when one refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from fastfpl.errors import InputError, NotSupported, near
+
+__all__ = ["NAMES", "Face", "choose", "face", "recorded_faces"]
+
+#: Every name a face may have, best first.
+NAMES = ("cuda", "triton", "cpu", "torch", "reference")
+
+
+def _never(*_: Any) -> list[str]:
+    return []
+
+
+@dataclass(frozen=True)
+class Face:
+    """One implementation of an op.
+
+    Attributes
+    ----------
+    name : str
+        One of `NAMES`: ``cuda`` and ``triton`` are kernels, ``cpu`` is C++, ``torch`` fast algebra in
+        plain PyTorch, ``reference`` the literal truth.
+    run : callable
+        Takes the op's arguments.
+    missing : callable
+        ``missing()`` returns sentences why this machine cannot run the face at all.
+    against : callable
+        ``against(*arguments)`` returns sentences why the face does not take these arguments.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    missing: Callable[[], list[str]] = _never
+    against: Callable[..., list[str]] = _never
+
+
+_forced: ContextVar[dict[str | None, str] | None] = ContextVar("fastfpl_face", default=None)
+_recorder: ContextVar[dict[str, set[str]] | None] = ContextVar("fastfpl_faces_used", default=None)
+
+
+@contextmanager
+def face(name: str, *ops: str) -> Iterator[None]:
+    """Force one face inside a ``with`` block, for every op or only for the named ones.
+
+    Parameters
+    ----------
+    name : str
+        ``"cuda"``, ``"triton"``, ``"cpu"``, ``"torch"`` or ``"reference"``.
+    *ops : str
+        Names of ops, e.g. ``"transport_plan"``; none means every op.
+
+    Notes
+    -----
+    The choice is a context variable: threads and nested blocks do not disturb each other. An op that
+    lacks the face raises `NotSupported`; nothing falls back.
+    """
+    if name not in NAMES:
+        raise InputError(f"fastfpl.face: name must be a face; got {name!r}" + near(name, NAMES))
+    choice: dict[str | None, str] = dict(_forced.get() or {})
+    for op in ops or (None,):
+        choice[op] = name
+    if not ops:
+        choice = {None: name}
+    token = _forced.set(choice)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+@contextmanager
+def recorded_faces() -> Iterator[dict[str, set[str]]]:
+    """Collect which face answered for each op inside the block."""
+    seen: dict[str, set[str]] = {}
+    token = _recorder.set(seen)
+    try:
+        yield seen
+    finally:
+        _recorder.reset(token)
+
+
+def choose(op: str, faces: tuple[Face, ...], *arguments: Any) -> Face:
+    """Return the first face that takes the arguments, or raise `NotSupported` with all reasons."""
+    forced = _forced.get() or {}
+    wanted = forced.get(op, forced.get(None))
+    reasons: list[str] = []
+    for candidate in faces:
+        if wanted is not None and candidate.name != wanted:
+            reasons.append(f"  {candidate.name}: face {wanted!r} was asked for")
+            continue
+        against = candidate.missing() or candidate.against(*arguments)
+        if not against:
+            seen = _recorder.get()
+            if seen is not None:
+                seen.setdefault(op, set()).add(candidate.name)
+            return candidate
+        reasons += [f"  {candidate.name}: {reason}" for reason in against]
+    what = ", ".join(_describe(a) for a in arguments)
+    raise NotSupported(f"fastfpl.ops.{op}: no face takes {what}\n" + "\n".join(reasons))
+
+
+def _describe(value: Any) -> str:
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        device = getattr(value, "device", "")
+        return f"{tuple(value.shape)} {value.dtype} on {device}"
+    return repr(value) if isinstance(value, int | float | str | bool | None) else type(value).__name__

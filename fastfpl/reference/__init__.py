@@ -1,0 +1,1 @@
+"""The truth: every op in plain PyTorch, literal, any dtype, readable by eye."""
