@@ -58,7 +58,7 @@ class NotSupported(FastfplError, NotImplementedError):
 
 
 def near(name: str, known: Iterable[str]) -> str:
-    """Say which known names resemble ``name``: ``"; did you mean 'a' or 'b'?"``, or list them all."""
+    """Say which known names resemble ``name``, or list them all."""
     options = sorted(known)
     close = difflib.get_close_matches(name, options, n=4, cutoff=0.5)
     if close:

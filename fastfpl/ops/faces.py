@@ -27,8 +27,8 @@ class Face:
     Attributes
     ----------
     name : str
-        One of `NAMES`: ``cuda`` and ``triton`` are kernels, ``cpu`` is C++, ``torch`` fast algebra in
-        plain PyTorch, ``reference`` the literal truth.
+        One of `NAMES`: ``cuda`` and ``triton`` are kernels, ``cpu`` is C++, ``torch`` fast algebra
+        in plain PyTorch, ``reference`` the literal truth.
     run : callable
         Takes the op's arguments.
     missing : callable
@@ -60,8 +60,8 @@ def face(name: str, *ops: str) -> Iterator[None]:
 
     Notes
     -----
-    The choice is a context variable: threads and nested blocks do not disturb each other. An op that
-    lacks the face raises `NotSupported`; nothing falls back.
+    The choice is a context variable: threads and nested blocks do not disturb each other. An op
+    that lacks the face raises `NotSupported`; nothing falls back.
     """
     if name not in NAMES:
         raise InputError(f"fastfpl.face: name must be a face; got {name!r}" + near(name, NAMES))
@@ -112,4 +112,5 @@ def _describe(value: Any) -> str:
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         device = getattr(value, "device", "")
         return f"{tuple(value.shape)} {value.dtype} on {device}"
-    return repr(value) if isinstance(value, int | float | str | bool | None) else type(value).__name__
+    plain = value is None or isinstance(value, int | float | str)
+    return repr(value) if plain else type(value).__name__

@@ -1,0 +1,88 @@
+"""pytest runs the tests; pytest --benchmark runs the benches, and nothing else."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.getgroup("fastfpl").addoption(
+        "--benchmark",
+        action="store_true",
+        default=False,
+        help="run the benches in bench/ only, and print their table",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("--benchmark"):
+        return
+    if not config.pluginmanager.hasplugin("benchmark"):
+        raise pytest.UsageError("--benchmark needs the package pytest-benchmark")
+    if config.getoption("numprocesses", None):
+        raise pytest.UsageError("--benchmark must run alone; got -n")
+    if config.args_source is not pytest.Config.ArgsSource.ARGS:
+        config.args[:] = [str(ROOT / "bench")]
+    timer = config.option.benchmark_timer
+    if str(timer) == "time.perf_counter":  # the plugin's default would time only a launch
+        from bench.clock import synced
+
+        config.option.benchmark_timer = type(timer)(synced)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--benchmark"):
+        inside = [item for item in items if ROOT / "bench" in item.path.parents]
+        config.hook.pytest_deselected(items=[item for item in items if item not in inside])
+        items[:] = inside
+
+
+def _machine() -> dict[str, Any]:
+    """What a number means nothing without."""
+    import torch
+
+    from fastfpl.ops import native
+
+    gpu = torch.cuda.is_available()
+    return {
+        "processor": _processor(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if gpu else None,
+        "native": native.missing() or "built",
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "unknown")
+
+
+# pytest-benchmark is optional: without it these two are never called
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    machine_info["fastfpl"] = _machine()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_json(
+    config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]
+) -> None:
+    commit = output_json["commit_info"]
+    for row in output_json["benchmarks"]:
+        row["extra_info"] |= {
+            "machine": output_json["machine_info"]["fastfpl"],
+            "commit": commit.get("id"),
+            "dirty": commit.get("dirty"),
+        }

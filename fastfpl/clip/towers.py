@@ -1,0 +1,280 @@
+"""Text towers of every family, converted to one set of frozen weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastfpl.errors import InputError, KindError
+from fastfpl.reference.text import Block, TextTower
+
+__all__ = ["Pooling", "family_of", "pooling_of", "text_of"]
+
+Family = Literal["resblocks", "transformers"]
+
+
+class Pooling(NamedTuple):
+    """How a family finds the EOT token: ``rule`` "argmax" or "eos", and the id it looks for."""
+
+    rule: str
+    eos: int | None
+
+
+def family_of(model: Any) -> Family:
+    """Recognise a model by its structure.
+
+    ``"resblocks"`` is OpenAI's package and open_clip, whose text tower may lie in ``model.text``;
+    ``"transformers"`` is Hugging Face's ``CLIPModel``.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        _refuse("be a plain module", "a TorchScript one; load it with jit=False")
+    if not isinstance(model, nn.Module):
+        _refuse("be a model name or a live CLIP model", type(model).__name__)
+    if hasattr(model, "text_decoder"):
+        _refuse("be a plain CLIP", f"{type(model).__name__}, a captioning model (CoCa)")
+    both = ("text_model", "vision_model", "text_projection", "visual_projection", "logit_scale")
+    if all(hasattr(model, name) for name in both):
+        return "transformers"
+    if hasattr(model, "visual") and hasattr(model, "logit_scale"):
+        text = _inner(model)
+        if hasattr(text, "transformer") and hasattr(text.transformer, "resblocks"):
+            return "resblocks"
+        _refuse("have CLIP's causal text transformer", f"text tower {type(text).__name__}")
+    _refuse(
+        "have the layout of open_clip, OpenAI's clip or transformers' CLIPModel",
+        f"{type(model).__name__}",
+    )
+
+
+def vocabulary_of(model: Any, family: Family) -> int:
+    """Give the number of token embeddings."""
+    return int(_embedding(model, family).weight.shape[0])
+
+
+def pooling_of(model: Any, family: Family) -> Pooling:
+    """Tell which token's state becomes the text feature."""
+    if family == "transformers":
+        # transformers keeps the old argmax rule for configs that still say 2, see its pull 24773
+        own = int(model.text_model.eos_token_id)
+        return Pooling("argmax", None) if own == 2 else Pooling("eos", own)
+    text = _inner(model)
+    rule: str
+    eos: int | None
+    if text is model:  # OpenAI's clip has neither attribute: argmax
+        rule, eos = getattr(model, "text_pool_type", "argmax"), getattr(model, "text_eos_id", None)
+    else:
+        rule, eos = text.pool_type, text.eos_id
+    if rule not in ("argmax", "eos"):
+        _refuse("pool the text at its EOT token", f"pool_type {rule!r}")
+    return Pooling(rule, eos if rule == "eos" else None)
+
+
+def text_of(model: Any, family: Family, sos: int, eot: int) -> TextTower:
+    """Convert a model's text tower; weights are shared, not copied, wherever the layout agrees.
+
+    Parameters
+    ----------
+    model : Module
+    family : str
+        As `family_of` has it.
+    sos, eot : int
+        Token ids that begin and end a prompt.
+
+    Returns
+    -------
+    TextTower
+        Its tensors need no gradient. Only the fused query, key and value weights of transformers
+        are copies.
+
+    Raises
+    ------
+    KindError
+        If the tower is not the plain causal one: bidirectional, extra norms, LayerScale, a class
+        token, adapters in place of linear layers, an unknown activation.
+    """
+    with torch.no_grad():
+        return (
+            _transformers(model, sos, eot)
+            if family == "transformers"
+            else _resblocks(model, sos, eot)
+        )
+
+
+def _resblocks(model: Any, sos: int, eot: int) -> TextTower:
+    text = _inner(model)
+    if getattr(text, "cls_emb", None) is not None:
+        _refuse("have no class token in its text tower", "one (CoCa)")
+    blocks = list(text.transformer.resblocks)
+    _check_causal(text, blocks)
+    for i, block in enumerate(blocks):
+        _check_plain(i, block)
+    norms = [n for b in blocks for n in (b.ln_1, b.ln_2)] + [text.ln_final]
+    projection, projection_b = _projection(text.text_projection)
+    return TextTower(
+        token_embedding=text.token_embedding.weight.detach(),
+        positional=text.positional_embedding.detach(),
+        blocks=tuple(
+            Block(
+                *_norm(b.ln_1),
+                b.attn.in_proj_weight.detach(),
+                _bias(b.attn.in_proj_bias, b.attn.in_proj_weight),
+                *_linear(b.attn.out_proj),
+                *_norm(b.ln_2),
+                *_linear(b.mlp.c_fc),
+                *_linear(b.mlp.c_proj),
+            )
+            for b in blocks
+        ),
+        ln_w=_norm(text.ln_final)[0],
+        ln_b=_norm(text.ln_final)[1],
+        projection=projection,
+        projection_b=projection_b,
+        heads=_one("number of heads", (b.attn.num_heads for b in blocks)),
+        activation=_one("activation", (_activation(b.mlp.gelu) for b in blocks)),
+        eps=_one("LayerNorm eps", (n.eps for n in norms)),
+        sos=sos,
+        eot=eot,
+    )
+
+
+def _transformers(model: Any, sos: int, eot: int) -> TextTower:
+    text = model.text_model
+    if not hasattr(text, "final_layer_norm") or not hasattr(text.embeddings, "token_embedding"):
+        _refuse("have CLIP's causal text transformer", f"text tower {type(text).__name__}")
+    layers = list(text.encoder.layers)
+    norms = [n for b in layers for n in (b.layer_norm1, b.layer_norm2)] + [text.final_layer_norm]
+    projection, projection_b = _projection(model.text_projection)
+    blocks = []
+    for layer in layers:
+        attn = layer.self_attn
+        qkv = [_linear(p) for p in (attn.q_proj, attn.k_proj, attn.v_proj)]
+        blocks.append(
+            Block(
+                *_norm(layer.layer_norm1),
+                torch.cat([w for w, _ in qkv]),
+                torch.cat([b for _, b in qkv]),
+                *_linear(attn.out_proj),
+                *_norm(layer.layer_norm2),
+                *_linear(layer.mlp.fc1),
+                *_linear(layer.mlp.fc2),
+            )
+        )
+    return TextTower(
+        token_embedding=text.embeddings.token_embedding.weight.detach(),
+        positional=text.embeddings.position_embedding.weight.detach(),
+        blocks=tuple(blocks),
+        ln_w=_norm(text.final_layer_norm)[0],
+        ln_b=_norm(text.final_layer_norm)[1],
+        projection=projection,
+        projection_b=projection_b,
+        heads=_one("number of heads", (b.self_attn.num_heads for b in layers)),
+        activation=_one("activation", (_activation(b.mlp.activation_fn) for b in layers)),
+        eps=_one("LayerNorm eps", (n.eps for n in norms)),
+        sos=sos,
+        eot=eot,
+    )
+
+
+def _refuse(rule: str, got: str) -> NoReturn:
+    raise KindError(f"fastfpl.load_clip: model must {rule}; got {got}")
+
+
+def _inner(model: Any) -> Any:
+    """Give the module that holds the text tower's parts."""
+    return model.text if isinstance(getattr(model, "text", None), nn.Module) else model
+
+
+def _embedding(model: Any, family: Family) -> Any:
+    if family == "resblocks":
+        return _inner(model).token_embedding
+    embeddings = model.text_model.embeddings
+    if not hasattr(embeddings, "token_embedding"):
+        _refuse("have CLIP's causal text transformer", f"{type(model.text_model).__name__}")
+    return embeddings.token_embedding
+
+
+def _check_causal(text: Any, blocks: list[Any]) -> None:
+    # open_clip hands one mask to the transformer, the original keeps one in each block
+    if hasattr(text, "attn_mask"):
+        masks = [text.attn_mask]
+    else:
+        masks = [block.attn_mask for block in blocks]
+    for mask in masks:
+        if mask is None:
+            _refuse("have a causal text tower", "a bidirectional one (no attention mask)")
+        hidden = mask if mask.dtype == torch.bool else mask == float("-inf")
+        if not torch.equal(hidden, torch.ones_like(hidden).triu(1)):
+            _refuse("have a causal text tower", "an attention mask that is not causal")
+
+
+def _check_plain(i: int, block: Any) -> None:
+    """Refuse whatever `TextTower` has no place for."""
+    attn = block.attn
+    extras = {
+        "ls_1": block,
+        "ls_2": block,
+        "ln_attn": block,
+        "ln_q": attn,
+        "ln_k": attn,
+        "ln_inner": attn,
+        "head_scale": attn,
+        "logit_scale": attn,
+        "bias_k": attn,
+        "ln": block.mlp,
+    }
+    for name, owner in extras.items():
+        extra = getattr(owner, name, None)
+        if extra is not None and not isinstance(extra, nn.Identity):
+            _refuse("have plain text blocks", f"{name} in block {i}")
+    if getattr(attn, "in_proj_weight", None) is None or getattr(attn, "add_zero_attn", False):
+        _refuse("have plain text blocks", f"{type(attn).__name__} in block {i}")
+
+
+def _linear(layer: Any) -> tuple[Tensor, Tensor]:
+    # an adapter (peft) passes for its base layer by attribute; its own part would be lost
+    if not isinstance(layer, nn.Linear):
+        _refuse("have plain linear layers in its text tower", type(layer).__name__)
+    return layer.weight.detach(), _bias(layer.bias, layer.weight)
+
+
+def _norm(layer: Any) -> tuple[Tensor, Tensor]:
+    if not isinstance(layer, nn.LayerNorm) or layer.weight is None:
+        _refuse("have LayerNorms with weights in its text tower", type(layer).__name__)
+    return layer.weight.detach(), _bias(layer.bias, layer.weight)
+
+
+def _bias(bias: Tensor | None, weight: Tensor) -> Tensor:
+    return weight.new_zeros(weight.shape[0]) if bias is None else bias.detach()
+
+
+def _projection(projection: Any) -> tuple[Tensor, Tensor | None]:
+    if projection is None:
+        _refuse("project its text features", "no text projection")
+    if isinstance(projection, Tensor):
+        return projection.detach(), None
+    weight, bias = _linear(projection)
+    return weight.t(), None if projection.bias is None else bias
+
+
+def _activation(module: Any) -> Literal["quick_gelu", "gelu"]:
+    """Tell the activation by what it does, since every family has its own class for it."""
+    x = torch.linspace(-4, 4, 33, dtype=torch.float32)
+    y = module.forward(x)  # past the owner's hooks
+    if torch.allclose(y, x * torch.sigmoid(1.702 * x), rtol=0, atol=1e-6):
+        return "quick_gelu"
+    if torch.allclose(y, F.gelu(x), rtol=0, atol=1e-6):
+        return "gelu"
+    _refuse("use QuickGELU or GELU in its text tower", type(module).__name__)
+
+
+def _one(what: str, values: Iterable[Any]) -> Any:
+    found = set(values)
+    if len(found) != 1:
+        raise InputError(
+            f"fastfpl.load_clip: model must have one {what} in its text tower; got {sorted(found)}"
+        )
+    return found.pop()

@@ -1,0 +1,172 @@
+"""Typed settings of a run, from flags, a YAML file or a preset; nothing is rewritten silently."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fastfpl.errors import InputError, Missing, near
+
+__all__ = ["Settings", "load_preset", "load_yaml", "make_settings", "preset_names"]
+
+
+class Settings(BaseModel):
+    """Everything that decides the figures of a run.
+
+    Unknown keys, wrong types and combinations without a meaning are refused.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    method: str = Field(description="the algorithm")
+    dataset: str = Field("glyphs", description="the data set")
+    root: str | None = Field(None, description="folder of a data set that lives in files")
+    clip: str = Field("tiny", description="the frozen CLIP: tiny or a name of open_clip")
+    pretrained: str | None = Field(
+        None, description="weights of the CLIP: a tag, a local file, or random"
+    )
+    position: Literal["end", "middle", "front"] = Field(
+        "end", description="where the class name stands in the prompt"
+    )
+    n_ctx: int | None = Field(None, ge=1, description="context vectors (16)")
+    ctx_init: str | None = Field(
+        None, min_length=1, description="words that initialise the context; they decide its length"
+    )
+    partition: Literal["iid", "pathological", "dirichlet", "domain", "domain-dirichlet"] = Field(
+        "pathological", description="how the data set is dealt to clients"
+    )
+    beta: float | None = Field(
+        None, gt=0, description="concentration of the Dirichlet partitions (0.3)"
+    )
+    shots: int | None = Field(
+        16, ge=1, description="training images per client and class; 'all' keeps every one"
+    )
+    clients: int = Field(10, ge=1, description="clients")
+    participation: float = Field(
+        1.0, gt=0, le=1, description="share of the clients that train in a round"
+    )
+    rounds: int = Field(10, ge=1, description="rounds")
+    local_epochs: int = Field(5, ge=1, description="epochs of a client in a round")
+    batch_size: int = Field(16, ge=1, description="images of a training step")
+    lr: float = Field(0.002, gt=0, description="learning rate of prompts")
+    momentum: float = Field(0.9, ge=0, lt=1, description="momentum of SGD, fresh every round")
+    weight_decay: float = Field(5e-4, ge=0, description="weight decay of SGD")
+    schedule: Literal["constant", "cosine", "cosine-rounds"] = Field(
+        "constant", description="learning rate over local epochs, or over rounds"
+    )
+    augment: str = Field(
+        "none", description="none, views:V (V fixed random crops an image) or fresh (new crops)"
+    )
+    crop: float = Field(
+        0.08, gt=0, le=1, description="smallest area of a random crop, as a part of the image"
+    )
+    flip: float = Field(0.5, ge=0, le=1, description="probability of mirroring a random crop")
+    evaluate_every: int = Field(1, ge=1, description="rounds between evaluations; the last always")
+    cohort: int | None = Field(
+        None, ge=1, description="clients that share a pass at most; decides memory, not figures"
+    )
+    device: str = Field("auto", description="cpu, cuda or auto")
+    dtype: Literal["float32", "float16", "bfloat16", "float64"] = Field(
+        "float32", description="of the frozen CLIP; prompts train in float32"
+    )
+    threads: int | None = Field(None, ge=1, description="CPU threads; all cores if left out")
+    seed: int = Field(0, ge=0, description="of everything that is drawn")
+    options: dict[str, Any] = Field(default_factory=dict, description="options of the method")
+
+    @model_validator(mode="after")
+    def _combine(self) -> Settings:
+        if self.n_ctx is not None and self.ctx_init is not None:
+            raise ValueError("n_ctx must be left out with ctx_init, whose words decide the length")
+        if self.beta is not None and "dirichlet" not in self.partition:
+            raise ValueError(
+                f"beta must be left out with partition={self.partition!r}, which draws no shares"
+            )
+        if not re.fullmatch(r"none|fresh|views:[1-9][0-9]*", self.augment):
+            raise ValueError(
+                f"augment must be none, fresh or views:V with V ≥ 1; got {self.augment!r}"
+            )
+        for name, default in (("crop", 0.08), ("flip", 0.5)):
+            if self.augment == "none" and getattr(self, name) != default:
+                raise ValueError(f"{name} must be left out with augment=none, which crops nothing")
+        return self
+
+    @property
+    def views(self) -> int:
+        """Number of fixed augmented views, 0 if the images are not augmented or freshly so."""
+        return int(self.augment[6:]) if self.augment.startswith("views:") else 0
+
+
+def make_settings(values: Mapping[str, Any]) -> Settings:
+    """Check values and fill in defaults, or refuse with a sentence that names the key.
+
+    ``shots`` also takes ``"all"``, and numbers may come as integers where a float is meant.
+    """
+    known = Settings.model_fields
+    for key in values:
+        if key not in known:
+            raise InputError(
+                f"fastfpl.Settings: key must be a known one; got {key!r}" + near(key, known)
+            )
+    clean = dict(values)
+    if clean.get("shots") in ("all", 0):
+        clean["shots"] = None
+    for key, value in clean.items():
+        if isinstance(value, Path):
+            clean[key] = str(value)
+    try:
+        return Settings(**clean)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        rule = first["msg"].removeprefix("Value error, ")
+        if not key:
+            raise InputError(f"fastfpl.Settings: {rule}") from None
+        raise InputError(
+            f"fastfpl.Settings: {key} is refused: {rule[0].lower() + rule[1:]}; "
+            f"got {first['input']!r}"
+        ) from None
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Read settings from a YAML file: one mapping of known keys."""
+    if not path.is_file():
+        raise Missing(f"fastfpl.Settings: the file must exist; got {path}")
+    return _parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def _parse(text: str, name: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        line = " ".join(str(error).split())
+        raise InputError(f"fastfpl.Settings: {name} must be YAML; got {line}") from None
+    if not isinstance(values, dict) or not all(isinstance(k, str) for k in values):
+        raise InputError(
+            f"fastfpl.Settings: {name} must hold one mapping of settings; "
+            f"got {type(values).__name__}"
+        )
+    return values
+
+
+def preset_names() -> list[str]:
+    """Names of the papers' settings that ship with the library."""
+    folder = resources.files("fastfpl.presets")
+    return sorted(f.name[:-5] for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def load_preset(name: str) -> tuple[str, dict[str, Any]]:
+    """Return a preset's one-line description (with its source) and its settings."""
+    if name not in preset_names():
+        raise InputError(
+            f"fastfpl.Settings: preset must be a known one; got {name!r}"
+            + near(name, preset_names())
+        )
+    text = (resources.files("fastfpl.presets") / f"{name}.yaml").read_text(encoding="utf-8")
+    values = _parse(text, f"preset {name}")
+    return str(values.pop("about")), values

@@ -1,0 +1,548 @@
+"""Features that are computed once: image features on disk, text features in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fastfpl import __version__
+from fastfpl.errors import Damaged, InputError, KindError, near
+
+__all__ = ["FeatureKey", "FeatureStore", "Features", "TextFeatures", "default_directory"]
+
+_LOG = logging.getLogger("fastfpl")
+_FORMAT = "fastfpl-features-1"
+_NAME = "features"
+_KINDS = ("patches", "pooled")
+# torch's dtype, safetensors' name of it, and numpy's type of the same width
+_DTYPES: dict[str, tuple[torch.dtype, str, type[np.generic]]] = {
+    "bfloat16": (torch.bfloat16, "BF16", np.int16),
+    "float16": (torch.float16, "F16", np.float16),
+    "float32": (torch.float32, "F32", np.float32),
+    "float64": (torch.float64, "F64", np.float64),
+}
+_MOST_HEADER = 1 << 20
+_PIECE = 1 << 26
+_ABANDONED_AFTER = 24 * 3600.0
+
+# files whose checksum this process has seen to be right: path -> identity of the file
+_verified: dict[Path, tuple[int, int, int, int]] = {}
+_verified_lock = threading.Lock()
+
+
+def default_directory() -> Path:
+    """Return ``$XDG_CACHE_HOME/fastfpl/features``, by default below ``~/.cache``."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return base / "fastfpl" / "features"
+
+
+@dataclass(frozen=True)
+class FeatureKey:
+    """Everything that image features depend on.
+
+    Parameters
+    ----------
+    weights : str
+        Digest of the image tower's weights and of what else its output depends on.
+    data : str
+        `Split.fingerprint`.
+    split : str
+        Name of the split, e.g. ``"train"``.
+    view : str
+        Names the pixels that the tower saw: the preprocessing and, if any, the augmented view.
+    kind : str
+        ``"pooled"`` or ``"patches"``.
+    dtype : str
+        Of the stored numbers: ``"float32"``, ``"float64"``, ``"float16"`` or ``"bfloat16"``.
+    """
+
+    weights: str
+    data: str
+    split: str
+    view: str
+    kind: str
+    dtype: str
+
+    def __post_init__(self) -> None:
+        for name, known in (("kind", _KINDS), ("dtype", tuple(_DTYPES))):
+            value = getattr(self, name)
+            if value not in known:
+                raise InputError(
+                    f"fastfpl.features.FeatureKey: {name} must be one of {', '.join(known)}; got "
+                    f"{value!r}" + near(str(value), known)
+                )
+
+    @property
+    def filename(self) -> str:
+        """Name of the file that holds the features of this key."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return (
+            f"{self.kind}-{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}.safetensors"
+        )
+
+
+class Features:
+    """Rows of features that stay on disk until they are asked for.
+
+    ``features[indices]`` gathers rows and returns a new tensor on the CPU; ``indices`` is an
+    integer, a slice, or integers as a sequence, an array or a tensor.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        (n, ...), n rows.
+    dtype : torch.dtype
+    """
+
+    def __init__(self, rows: npt.NDArray[Any], dtype: torch.dtype) -> None:
+        self._rows = rows
+        self.shape: tuple[int, ...] = tuple(rows.shape)
+        self.dtype = dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(
+        self, indices: int | slice | Sequence[int] | npt.NDArray[Any] | Tensor
+    ) -> Tensor:
+        if isinstance(indices, int | np.integer | slice):
+            rows = np.array(self._rows[indices])
+        else:
+            where = np.asarray(indices.cpu() if isinstance(indices, Tensor) else indices)
+            if where.size == 0:
+                where = where.astype(np.int64)
+            if not np.issubdtype(where.dtype, np.integer):
+                raise KindError(
+                    f"fastfpl.features.Features: indices must be integers; got {where.dtype}"
+                )
+            rows = self._rows[where]
+        return torch.from_numpy(rows).view(self.dtype)
+
+
+class FeatureStore:
+    """Image features on disk, one safetensors file per key, computed when first needed.
+
+    Parameters
+    ----------
+    directory : Path, optional
+        Created when needed; `default_directory` if left out.
+    chunk : int
+        Rows that are encoded in one call.
+
+    Notes
+    -----
+    A file appears under its name only when it is whole, so a process that dies leaves nothing that
+    is taken for features. Any number of processes may share a directory; two that miss the same key
+    at the same time both compute it, and the later file replaces the equal earlier one. What a dead
+    process left behind is removed a day later.
+
+    The checksum of a file is verified when a process opens it for the first time. A file that is
+    damaged, or of another version of this library, is computed again, with a warning of the logger
+    ``"fastfpl"``.
+    """
+
+    def __init__(self, directory: Path | None = None, *, chunk: int = 256) -> None:
+        if chunk < 1:
+            raise InputError(f"fastfpl.features.FeatureStore: chunk must be positive; got {chunk}")
+        self.directory = default_directory() if directory is None else Path(directory)
+        self.chunk = chunk
+
+    def get(
+        self,
+        key: FeatureKey,
+        n: int,
+        build: Callable[[npt.NDArray[np.int64]], Tensor],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Features:
+        """Open the features of a key, computing them first if they are not there.
+
+        Parameters
+        ----------
+        key : FeatureKey
+        n : int
+            Number of rows, i.e. of images.
+        build : callable
+            ``build(indices)`` with indices (m,), int64, returns finite features, floating Tensor of
+            shape (m, ...), which are converted to the key's dtype.
+        progress : callable, optional
+            Called as ``progress(done, n)`` after each chunk that is computed.
+
+        Returns
+        -------
+        features : Features
+            Mapped from disk, not loaded.
+
+        Raises
+        ------
+        InputError
+            If ``n`` or what ``build`` returned is refused, or the directory cannot be written.
+        KindError
+            If ``build`` returned anything but floating point numbers.
+        """
+        if n < 1:
+            raise InputError(f"fastfpl.features.FeatureStore: n must be positive; got {n}")
+        path = self.directory / key.filename
+        try:
+            found = _open(path, key, n)
+        except Damaged as error:
+            _LOG.warning("%s; it is computed again", error)
+            found = None
+        if found is None:
+            self._write(path, key, n, build, progress)
+            found = _open(path, key, n)
+        if found is None:
+            raise Damaged(
+                f"fastfpl.features.FeatureStore: {path} must stay while it is in use; "
+                "got no file after it was written"
+            )
+        return found
+
+    def _write(
+        self,
+        path: Path,
+        key: FeatureKey,
+        n: int,
+        build: Callable[[npt.NDArray[np.int64]], Tensor],
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        part = path.with_name(f".{path.stem}-{os.getpid()}-{secrets.token_hex(4)}.part")
+        with _disk(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._sweep()
+            file = part.open("xb")
+        try:
+            with file:
+                self._fill(file, key, n, build, progress)
+            with _disk(self.directory):
+                os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _fill(
+        self,
+        file: BinaryIO,
+        key: FeatureKey,
+        n: int,
+        build: Callable[[npt.NDArray[np.int64]], Tensor],
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        shape: tuple[int, ...] = ()
+        digest = hashlib.blake2b(digest_size=16)
+        for start in range(0, n, self.chunk):
+            stop = min(n, start + self.chunk)
+            rows = build(np.arange(start, stop, dtype=np.int64))
+            if start == 0:
+                shape = (n, *rows.shape[1:])
+                digest = _digest(key, shape)
+                with _disk(self.directory):
+                    file.write(_header(key, shape, digest.hexdigest()))
+            data = _raw(rows, (stop - start, *shape[1:]), key)
+            digest.update(data)
+            with _disk(self.directory):
+                file.write(data)
+            if progress is not None:
+                progress(stop, n)
+        # the checksum is known only now; the header keeps its length
+        with _disk(self.directory):
+            file.seek(0)
+            file.write(_header(key, shape, digest.hexdigest()))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _sweep(self) -> None:
+        """Remove what processes that died while they wrote have left behind."""
+        limit = time.time() - _ABANDONED_AFTER
+        for part in self.directory.glob(".*.part"):
+            try:
+                if part.stat().st_mtime < limit:
+                    part.unlink()
+            except OSError:  # another process was faster, or it is another user's
+                continue
+
+
+@contextmanager
+def _disk(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            "fastfpl.features.FeatureStore: directory must be writable and have room; got "
+            f"{type(error).__name__}: {error} at {directory}"
+        ) from error
+
+
+def _raw(rows: Tensor, shape: tuple[int, ...], key: FeatureKey) -> memoryview:
+    """Check what was built and return its bytes."""
+    if not rows.is_floating_point():
+        raise KindError(
+            f"fastfpl.features.FeatureStore: build must return floating point; got {rows.dtype}"
+        )
+    if tuple(rows.shape) != shape or rows.numel() == 0:
+        raise InputError(
+            f"fastfpl.features.FeatureStore: build must return shape {shape}, none of it 0; got "
+            f"{tuple(rows.shape)}"
+        )
+    kept = rows.detach().to("cpu", _DTYPES[key.dtype][0]).contiguous()
+    if not bool(torch.isfinite(kept).all()):
+        raise InputError(
+            f"fastfpl.features.FeatureStore: build must return features that are finite in "
+            f"{key.dtype}; got a value that is not"
+        )
+    return kept.view(-1).view(torch.uint8).numpy().data
+
+
+def _facts(key: FeatureKey, shape: tuple[int, ...]) -> dict[str, str]:
+    return {
+        "dtype": key.dtype,
+        "format": _FORMAT,
+        "key": json.dumps(asdict(key), sort_keys=True),
+        "shape": json.dumps(shape),
+        "version": __version__,
+    }
+
+
+def _digest(key: FeatureKey, shape: tuple[int, ...]) -> hashlib.blake2b:
+    facts = json.dumps(_facts(key, shape), sort_keys=True)
+    return hashlib.blake2b(facts.encode(), digest_size=16)
+
+
+def _header(key: FeatureKey, shape: tuple[int, ...], checksum: str) -> bytes:
+    _, name, width = _DTYPES[key.dtype]
+    size = math.prod(shape) * np.dtype(width).itemsize
+    text = json.dumps(
+        {
+            "__metadata__": {**_facts(key, shape), "checksum": checksum},
+            _NAME: {"dtype": name, "shape": list(shape), "data_offsets": [0, size]},
+        }
+    ).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _open(path: Path, key: FeatureKey, n: int) -> Features | None:
+    """Map a file, or return None if there is none; `Damaged` says what is wrong with it."""
+
+    def damaged(rest: str) -> Damaged:
+        return Damaged(f"fastfpl.features: {path} must be a whole feature file of its key; {rest}")
+
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise damaged(f"got {type(error).__name__}: {error}") from error
+    with file:
+        status = os.fstat(file.fileno())
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length <= min(_MOST_HEADER, status.st_size - 8):
+            raise damaged(f"got a header of {length} bytes in a file of {status.st_size}")
+        text = file.read(length)
+        try:
+            content = json.loads(text)
+            entry, facts = content[_NAME], content["__metadata__"]
+            shape = tuple(int(size) for size in entry["shape"])
+            checksum, key_text = str(facts["checksum"]), str(facts["key"])
+            version = str(facts["version"])
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise damaged(
+                f"got a header that does not read ({type(error).__name__}: {error})"
+            ) from error
+        if key_text != json.dumps(asdict(key), sort_keys=True):
+            raise damaged(f"got the key {key_text}")
+        if version != __version__:
+            raise damaged(f"got one of fastfpl {version}, this is {__version__}")
+        if shape[:1] != (n,):
+            raise damaged(f"got shape {shape} for {n} images")
+        # whatever else the header says must be what this library would write
+        if _header(key, shape, checksum) != length.to_bytes(8, "little") + text:
+            raise damaged("got a changed header")
+        dtype, _, width = _DTYPES[key.dtype]
+        size = math.prod(shape) * np.dtype(width).itemsize
+        if size <= 0 or status.st_size != 8 + length + size:
+            raise damaged(f"got {status.st_size} bytes instead of {8 + length + size}")
+        raw = np.asarray(np.memmap(file, np.uint8, "r", offset=8 + length))
+    identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    with _verified_lock:
+        known = _verified.get(path) == identity
+    if not known:
+        digest = _digest(key, shape)
+        for start in range(0, size, _PIECE):
+            digest.update(raw[start : start + _PIECE].data)
+        if digest.hexdigest() != checksum:
+            raise damaged(f"got the checksum {digest.hexdigest()} instead of {checksum}")
+        with _verified_lock:
+            _verified[path] = identity
+    return Features(raw.view(width).reshape(shape), dtype)
+
+
+TextKey = tuple[Hashable, Hashable]
+
+
+class TextFeatures:
+    """Text features in memory under explicit keys ``(owner, version)``.
+
+    The cache never looks whether a context has changed: whoever changes one must count its version
+    up. Nothing on a tensor tells of a change reliably, since fused optimisers and writes through
+    ``.data`` leave its version counter alone.
+
+    Parameters
+    ----------
+    max_bytes : int
+        Features kept at most; the least recently used go first. A single result above it is
+        returned but not kept.
+    verify : bool
+        Compare a hash of the context at every look-up and raise `Damaged` if a key was used for a
+        changed tensor. For debugging: it needs every context every time.
+
+    Notes
+    -----
+    The features are constants: they are encoded without a graph and returned as new tensors, so
+    what a caller does to them does not reach the cache. Not for several threads at once.
+    """
+
+    def __init__(self, max_bytes: int = 1 << 28, *, verify: bool = False) -> None:
+        if max_bytes < 0:
+            raise InputError(
+                f"fastfpl.features.TextFeatures: max_bytes must not be negative; got {max_bytes}"
+            )
+        self._max_bytes = max_bytes
+        self._verify = verify
+        self._kept: OrderedDict[TextKey, tuple[Tensor, str]] = OrderedDict()
+        self._bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._kept
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all kept features."""
+        return self._bytes
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._kept.clear()
+        self._bytes = 0
+
+    def get_or_encode(
+        self,
+        keys: Sequence[TextKey],
+        ctx_of: Callable[[TextKey], Tensor],
+        encode: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """Return the features of all keys, encoding the missing ones in one call.
+
+        Parameters
+        ----------
+        keys : sequence of (owner, version)
+            One or more; a key may repeat.
+        ctx_of : callable
+            ``ctx_of(key)`` returns the context, e.g. of shape (T, W); all of one shape.
+        encode : callable
+            ``encode(ctx)`` maps (m, T, W) to features (m, C, D), row by row; called at most once.
+
+        Returns
+        -------
+        features : Tensor, shape (len(keys), C, D)
+            A new tensor without a graph.
+
+        Raises
+        ------
+        InputError, KindError
+            If keys, contexts or what ``encode`` returned are refused.
+        Damaged
+            With ``verify``, if a key was used before for another context.
+        """
+        if not keys:
+            raise InputError(
+                "fastfpl.features.TextFeatures: keys must name at least one context; got none"
+            )
+        for key in keys:
+            if not isinstance(key, tuple) or len(key) != 2:
+                raise KindError(
+                    f"fastfpl.features.TextFeatures: key must be (owner, version); got {key!r}"
+                )
+        here: dict[TextKey, Tensor] = {}
+        contexts: dict[TextKey, Tensor] = {}
+        marks: dict[TextKey, str] = {}
+        for key in dict.fromkeys(keys):
+            entry = self._kept.get(key)
+            if entry is None or self._verify:
+                contexts[key] = ctx_of(key)
+            if self._verify:
+                marks[key] = _mark(contexts[key])
+                if entry is not None and entry[1] != marks[key]:
+                    raise Damaged(
+                        "fastfpl.features.TextFeatures: key must get a new version when its "
+                        f"context changes; got {key!r} for a changed context"
+                    )
+            if entry is not None:
+                self._kept.move_to_end(key)
+                here[key] = entry[0]
+        missing = [key for key in contexts if key not in here]
+        if missing:
+            encoded = self._encode(missing, contexts, encode)
+            for key, row in zip(missing, encoded, strict=True):
+                here[key] = row
+            for key in missing:
+                self._keep(key, here[key], marks.get(key, ""))
+        with torch.no_grad():
+            return torch.stack([here[key] for key in keys])
+
+    def _encode(
+        self,
+        missing: list[TextKey],
+        contexts: dict[TextKey, Tensor],
+        encode: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        shapes = {tuple(contexts[key].shape) for key in missing}
+        if len(shapes) > 1:
+            raise InputError(
+                "fastfpl.features.TextFeatures: contexts must have one shape; got "
+                + " and ".join(str(shape) for shape in sorted(shapes))
+            )
+        with torch.no_grad():
+            encoded = encode(torch.stack([contexts[key] for key in missing]))
+        if encoded.ndim == 0 or encoded.shape[0] != len(missing):
+            raise InputError(
+                f"fastfpl.features.TextFeatures: encode must return {len(missing)} rows; got shape "
+                f"{tuple(encoded.shape)}"
+            )
+        return encoded
+
+    def _keep(self, key: TextKey, row: Tensor, mark: str) -> None:
+        size = row.numel() * row.element_size()
+        if size > self._max_bytes:
+            return
+        # a copy: a row of the batch would keep the whole batch alive and follow its changes
+        self._kept[key] = (row.detach().clone(), mark)
+        self._bytes += size
+        while self._bytes > self._max_bytes:
+            _, (old, _) = self._kept.popitem(last=False)
+            self._bytes -= old.numel() * old.element_size()
+
+
+def _mark(ctx: Tensor) -> str:
+    kept = ctx.detach().cpu().contiguous()
+    digest = hashlib.blake2b(f"{kept.dtype} {tuple(kept.shape)}".encode(), digest_size=16)
+    digest.update(kept.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

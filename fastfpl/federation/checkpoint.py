@@ -1,0 +1,149 @@
+"""A run's state after a round: one JSON file that names one safetensors file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from fastfpl.errors import Damaged, InputError
+from fastfpl.files import write_json, write_whole
+from fastfpl.methods import State
+
+__all__ = ["CHECKPOINT", "Checkpoint", "load_checkpoint", "save_checkpoint"]
+
+CHECKPOINT = "checkpoint.json"
+_FORMAT = "fastfpl-checkpoint-1"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything that the next round depends on.
+
+    Attributes
+    ----------
+    facts : mapping
+        Settings, weights and data that the run belongs to.
+    rounds : list of dict
+        Rows of ``result.json`` so far.
+    faces : mapping from op to names
+        Faces that answered so far.
+    server : State
+    clients : mapping from client to State
+        What clients keep; clients that never took part are absent.
+    """
+
+    facts: Mapping[str, Any]
+    rounds: list[dict[str, Any]]
+    faces: Mapping[str, list[str]]
+    server: State
+    clients: Mapping[int, State]
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint: first the tensors under a new name, then the JSON that names them.
+
+    The JSON's rename is the moment at which the checkpoint counts; a process that dies before it
+    leaves the previous one valid.
+    """
+    tensors = {f"server.{name}": tensor for name, tensor in checkpoint.server.items()}
+    for client, state in checkpoint.clients.items():
+        tensors |= {f"client.{client}.{name}": tensor for name, tensor in state.items()}
+    flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    done = len(checkpoint.rounds)
+    path = folder / f"checkpoint-{done:05d}.safetensors"
+    write_whole(path, lambda part: save_file(flat, part))
+    write_json(
+        folder / CHECKPOINT,
+        {
+            "format": _FORMAT,
+            "rounds_done": done,
+            "tensors": path.name,
+            "blake2b": _digest(path),
+            "facts": dict(checkpoint.facts),
+            "faces": dict(checkpoint.faces),
+            "rounds": checkpoint.rounds,
+        },
+    )
+    for old in folder.glob("checkpoint-*.safetensors"):
+        if old != path:
+            old.unlink()
+
+
+def load_checkpoint(folder: Path, facts: Mapping[str, Any]) -> Checkpoint | None:
+    """Read the checkpoint of a folder, or None if there is none.
+
+    Raises
+    ------
+    Damaged
+        If a file is truncated, changed or not a checkpoint of this library.
+    InputError
+        If it belongs to a run with other settings, weights or data.
+    """
+    path = folder / CHECKPOINT
+    if not path.exists():
+        return None
+    try:
+        head = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise _damaged(path, f"not JSON: {error}") from None
+    if not isinstance(head, dict) or head.get("format") != _FORMAT:
+        got = head.get("format") if isinstance(head, dict) else type(head).__name__
+        raise _damaged(path, f"format {got!r} where {_FORMAT!r} is read")
+    different = {
+        key: (head["facts"].get(key), value)
+        for key, value in facts.items()
+        if head["facts"].get(key) != value
+    }
+    if different:
+        shown = ", ".join(f"{k}: {was!r} then, {now!r} now" for k, (was, now) in different.items())
+        raise InputError(
+            f"fastfpl.run: a resumed run must have the settings of {folder}; got {shown}; "
+            "use the same settings or another out"
+        )
+    name = str(head["tensors"])
+    tensors_path = folder / Path(name).name
+    if not tensors_path.exists():
+        raise _damaged(path, f"names {name}, which is not there")
+    if _digest(tensors_path) != head["blake2b"]:
+        raise _damaged(tensors_path, "its checksum is not the one that was written")
+    try:
+        tensors = load_file(tensors_path)
+    except SafetensorError as error:
+        raise _damaged(tensors_path, str(error)) from None
+    server: State = {}
+    clients: dict[int, State] = {}
+    for key, tensor in tensors.items():
+        side, _, rest = key.partition(".")
+        if side == "server":
+            server[rest] = tensor
+        else:
+            client, _, field = rest.partition(".")
+            clients.setdefault(int(client), {})[field] = tensor
+    return Checkpoint(head["facts"], head["rounds"], head["faces"], server, clients)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return (
+            hashlib.file_digest(file, "blake2b").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _digest_310(file.read())
+        )
+
+
+def _digest_310(data: bytes) -> str:
+    return hashlib.blake2b(data).hexdigest()
+
+
+def _damaged(path: Path, reason: str) -> Damaged:
+    return Damaged(
+        f"fastfpl.run: {path} must be a whole checkpoint; got {reason}; "
+        "nothing was changed, start again with another out"
+    )

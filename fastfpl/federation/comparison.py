@@ -1,0 +1,126 @@
+"""Several methods and seeds on the same task, resumable as a whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastfpl.clip import FrozenCLIP
+from fastfpl.config import load_preset, make_settings
+from fastfpl.errors import InputError
+from fastfpl.federation.feeds import Observer
+from fastfpl.federation.result import Result
+from fastfpl.federation.rounds import _silent, run
+from fastfpl.methods import check_options, find_method
+
+__all__ = ["Comparison", "compare"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Results by method, one a seed."""
+
+    results: Mapping[str, Sequence[Result]]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a method: mean and standard deviation over seeds, cost per round.
+
+        ``accuracy``, ``last5`` and ``best`` are means over seeds of the mean over clients;
+        ``std_over_seeds`` (n - 1 in the denominator, None for one seed) and ``std_over_clients``
+        (mean over seeds) spread the last round's accuracy.
+        """
+        table = []
+        for method, results in self.results.items():
+            finals = [r.final for r in results]
+            rows = [row for r in results for row in r.rounds]
+
+            def mean(values: Sequence[float]) -> float:
+                return math.fsum(values) / len(values)
+
+            accuracies = [f["accuracy"] for f in finals]
+            middle = mean(accuracies)
+            spread = (
+                math.sqrt(math.fsum((a - middle) ** 2 for a in accuracies) / (len(finals) - 1))
+                if len(finals) > 1
+                else None
+            )
+            table.append(
+                {
+                    "method": method,
+                    "seeds": len(results),
+                    "accuracy": middle,
+                    "std_over_seeds": spread,
+                    "std_over_clients": mean([f["std_over_clients"] for f in finals]),
+                    "last5": mean([f["last5"] for f in finals]),
+                    "best": mean([f["best"] for f in finals]),
+                    "images_per_second": mean([row["images_per_second"] for row in rows]),
+                    "seconds": mean([sum(row["seconds"] for row in r.rounds) for r in results]),
+                    "peak_memory_bytes": max(r.peak_memory_bytes for r in results),
+                    "bytes_up": mean([row["bytes_up"] for row in rows]),
+                    "bytes_down": mean([row["bytes_down"] for row in rows]),
+                }
+            )
+        return table
+
+
+def compare(
+    methods: Sequence[str],
+    *,
+    seeds: Sequence[int] = (0,),
+    preset: str | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    model: FrozenCLIP | None = None,
+    cache: str | Path | None = None,
+    observer: Observer = _silent,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    **settings: Any,
+) -> Comparison:
+    """Run several methods under the same settings and seeds.
+
+    Parameters
+    ----------
+    methods : sequence of str
+        Names, each once.
+    seeds : sequence of int
+    preset, out, resume, model, cache, observer
+        As in `run`; ``out`` gets one folder a method and seed.
+    options : mapping from method to its options
+    **settings
+        Fields of `fastfpl.Settings` but ``method``, ``seed`` and ``options``.
+    """
+    op = "fastfpl.compare"
+    if not methods or len(set(methods)) != len(methods):
+        raise InputError(f"{op}: methods must be one or more, each once; got {list(methods)}")
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise InputError(f"{op}: seeds must be one or more, each once; got {list(seeds)}")
+    chosen = {name: dict((options or {}).get(name, {})) for name in methods}
+    for name in options or {}:
+        if name not in chosen:
+            raise InputError(
+                f"{op}: options must belong to one of {', '.join(methods)}; got {name!r}"
+            )
+    base = load_preset(preset)[1] if preset else {}
+    # a mistake in the last method's settings must not show after the first one's hour
+    jobs = []
+    for name in methods:
+        find_method(name)
+        check_options(name, chosen[name])
+        for seed in seeds:
+            mine = {**base, **settings, "method": name, "seed": seed, "options": chosen[name]}
+            folder = None if out is None else Path(out) / f"{name}-seed{seed}"
+            jobs.append((name, make_settings(mine), folder))
+    results: dict[str, list[Result]] = {name: [] for name in methods}
+    for name, one, folder in jobs:
+
+        def tell(what: str, done: int, total: int, one: Any = one) -> None:
+            label = one.method if len(seeds) == 1 else f"{one.method}, seed {one.seed}"
+            observer(f"{label}: {what}", done, total)
+
+        results[name].append(
+            run(one, out=folder, resume=resume, model=model, cache=cache, observer=tell)
+        )
+    return Comparison(results)

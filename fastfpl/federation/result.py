@@ -1,0 +1,140 @@
+"""What a run says: the content of ``result.json``."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import resource
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastfpl
+from fastfpl.errors import Damaged, Missing
+from fastfpl.files import write_json
+
+__all__ = ["RESULT", "Result", "environment", "peak_memory", "summarise"]
+
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Result:
+    """The outcome of a run.
+
+    Attributes
+    ----------
+    method : str
+    settings : dict
+        Every setting with its value.
+    environment : dict
+        Versions and device.
+    faces : dict
+        For each op, the names of the faces that answered.
+    rounds : list of dict
+        ``round`` (from 0), ``accuracy`` (unweighted mean over clients, in [0, 1]; None in a round
+        without evaluation), ``clients`` (accuracy of each), ``selected``, ``loss`` (mean over
+        selected clients, last local epoch), ``seconds``, ``images_per_second`` (trained images per
+        second of training), ``bytes_up``, ``bytes_down``.
+    final : dict
+        ``accuracy`` of the last round, ``last5`` mean of the last five evaluations, ``best``
+        (largest on test: for comparison with papers only), ``std_over_clients`` in the last round.
+    peak_memory_bytes : int
+        Of the process; on a GPU, of its allocations.
+    data : dict
+        Data set, class names, test and training images of each client, weights digest.
+    """
+
+    method: str
+    settings: dict[str, Any]
+    environment: dict[str, Any]
+    faces: dict[str, list[str]]
+    rounds: list[dict[str, Any]]
+    final: dict[str, float]
+    peak_memory_bytes: int
+    data: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of ``result.json``."""
+        return {
+            "method": self.method,
+            "settings": self.settings,
+            "environment": self.environment,
+            "faces": self.faces,
+            "data": self.data,
+            "rounds": self.rounds,
+            "final": self.final,
+            "peak_memory_bytes": self.peak_memory_bytes,
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write ``result.json`` into a folder."""
+        write_json(folder / RESULT, self.to_json())
+
+    @classmethod
+    def load(cls, folder: Path) -> Result:
+        """Read ``result.json`` of a folder."""
+        path = folder / RESULT
+        if not path.is_file():
+            raise Missing(
+                f"fastfpl.Result: {path} must exist; got nothing, the run is not finished"
+            )
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
+            raise Damaged(f"fastfpl.Result: {path} must be a result; got {error}") from None
+
+
+def summarise(rounds: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Compute the ``final`` figures from the rounds; the last one is the headline."""
+    evaluated = [row for row in rounds if row["accuracy"] is not None]
+    accuracies = [float(row["accuracy"]) for row in evaluated]
+    last = evaluated[-1]
+    mean = accuracies[-1]
+    spread = math.fsum((a - mean) ** 2 for a in last["clients"]) / len(last["clients"])
+    tail = accuracies[-5:]
+    return {
+        "accuracy": mean,
+        "last5": math.fsum(tail) / len(tail),
+        "best": max(accuracies),
+        "std_over_clients": math.sqrt(spread),
+    }
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, processor and device, without names of machines, people or folders."""
+    versions = {"fastfpl": fastfpl.__version__} | {
+        name: metadata.version(name) for name in ("torch", "open_clip_torch", "numpy")
+    }
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        **versions,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": str(device),
+        "device_name": name,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Largest memory so far in bytes: allocations on a GPU, the process' resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # macOS counts bytes, Linux kibibytes
+    return peak if platform.system() == "Darwin" else peak * 1024

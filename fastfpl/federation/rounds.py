@@ -1,0 +1,426 @@
+"""The in-process federation: rounds of download, local training, merge and evaluation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fastfpl.clip import FrozenCLIP, load_clip
+from fastfpl.config import Settings, load_preset, make_settings
+from fastfpl.data import Dataset, Shard, load_dataset, partition
+from fastfpl.errors import InputError, near
+from fastfpl.features import FeatureStore, TextFeatures
+from fastfpl.federation.checkpoint import (
+    CHECKPOINT,
+    Checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from fastfpl.federation.cohort import group, score, stack, train, unstack
+from fastfpl.federation.feeds import Feed, Observer, evaluation_feed, training_feed
+from fastfpl.federation.result import RESULT, Result, environment, peak_memory, summarise
+from fastfpl.methods import Method, State, Task, check_options, find_method
+from fastfpl.ops.faces import recorded_faces
+from fastfpl.prompts import ClassPrompts
+from fastfpl.seeds import generator
+
+__all__ = ["Federation", "run"]
+
+Indices = npt.NDArray[np.int64]
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    """Report to nobody."""
+
+
+@dataclass
+class Federation:
+    """A prepared run: frozen parts, shards, and the state that rounds move.
+
+    Attributes
+    ----------
+    settings : Settings
+    clip : FrozenCLIP
+    dataset : Dataset
+    shards : list of Shard
+        Each client's images.
+    method : Method
+    train_feed, test_feed : Feed
+    server : State
+    clients : dict from client to State
+        What clients keep; no two share storage with each other or with the server.
+    rounds : list of dict
+        Rows of ``result.json``.
+    """
+
+    settings: Settings
+    clip: FrozenCLIP
+    dataset: Dataset
+    shards: list[Shard]
+    method: Method
+    train_feed: Feed | None
+    test_feed: Feed
+    observer: Observer
+    server: State
+    clients: dict[int, State] = field(default_factory=dict)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def prepare(
+        cls,
+        settings: Settings,
+        *,
+        model: FrozenCLIP | None = None,
+        cache: Path | None = None,
+        observer: Observer = _silent,
+    ) -> Federation:
+        """Load, partition and encode what the settings name.
+
+        Parameters
+        ----------
+        settings : Settings
+        model : FrozenCLIP, optional
+            A CLIP that is already loaded, in place of ``settings.clip``.
+        cache : Path, optional
+            Folder of the feature store.
+        observer : callable
+            Told of long steps.
+        """
+        kind = find_method(settings.method)
+        options = check_options(settings.method, settings.options)
+        clip = model or load_clip(
+            settings.clip,
+            settings.pretrained,
+            device=_device(settings.device),
+            dtype=getattr(torch, settings.dtype),
+        )
+        root = None if settings.root is None else Path(settings.root)
+        dataset = load_dataset(settings.dataset, root)
+        shards = partition(
+            settings.partition,
+            dataset.train.labels,
+            dataset.test.labels,
+            dataset.train.domains,
+            dataset.test.domains,
+            classes=len(dataset.classnames),
+            clients=settings.clients,
+            seed=settings.seed,
+            beta=0.3 if settings.beta is None else settings.beta,
+            shots=settings.shots,
+        )
+        classes = ClassPrompts(clip, dataset.classnames, settings.position)
+        n_ctx = settings.n_ctx or 16
+        if settings.ctx_init is not None:
+            n_ctx = len(classes.words(settings.ctx_init))
+        task = Task(
+            classes=classes,
+            logit_scale=clip.logit_scale,
+            clients=len(shards),
+            n_ctx=n_ctx,
+            ctx_init=settings.ctx_init,
+            lr=settings.lr,
+            seed=settings.seed,
+            text_features=TextFeatures(),
+        )
+        method = kind(task, options)
+        # refuse a context that does not fit before anything is encoded
+        classes.layout(method.server_init()["ctx"].shape[-2])
+        store = FeatureStore(cache)
+        test_rows = np.unique(np.concatenate([s.test for s in shards]))
+        train_rows = np.unique(np.concatenate([s.train for s in shards]))
+        train_feed = (
+            training_feed(clip, dataset.train, train_rows, settings, store, observer)
+            if kind.trains
+            else None
+        )
+        return cls(
+            settings=settings,
+            clip=clip,
+            dataset=dataset,
+            shards=shards,
+            method=method,
+            train_feed=train_feed,
+            test_feed=evaluation_feed(clip, dataset.test, test_rows, store, observer),
+            observer=observer,
+            server=method.server_init(),
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """Say what a checkpoint must agree with: settings that decide figures, weights, data."""
+        loose = {"rounds", "cohort", "threads", "device", "root"}
+        if self.settings.schedule == "cosine-rounds":
+            loose.remove("rounds")
+        kept = {k: v for k, v in self.settings.model_dump().items() if k not in loose}
+        kept["options"] = self.method.options.model_dump()
+        return {
+            **kept,
+            "weights": self.clip.weights_digest,
+            "train_images": self.dataset.train.fingerprint,
+            "test_images": self.dataset.test.fingerprint,
+        }
+
+    def sample(self, round_: int) -> list[int]:
+        """Draw the clients that train in a round, ascending: max(int(share · N), 1) of them."""
+        total = len(self.shards)
+        # the small addend keeps 0.29 · 100 = 28.999999999999996 from losing a client
+        count = max(int(self.settings.participation * total + 1e-9), 1)
+        draw = generator(self.settings.seed, "sample", round_)
+        return sorted(torch.randperm(total, generator=draw)[:count].tolist())
+
+    def round(self) -> dict[str, Any]:
+        """Play the next round and return its row."""
+        round_, settings, method = len(self.rounds), self.settings, self.method
+        begin = time.perf_counter()
+        row: dict[str, Any] = {
+            "round": round_,
+            "accuracy": None,
+            "clients": [],
+            "selected": [],
+            "loss": None,
+            "seconds": 0.0,
+            "images_per_second": 0.0,
+            "bytes_up": 0,
+            "bytes_down": 0,
+        }
+        trained_with: dict[int, State] = {}
+        if self.train_feed is not None:
+            trained_with = self._train(round_, self.train_feed, row)
+        last = round_ == settings.rounds - 1 or not method.trains
+        if last or (round_ + 1) % settings.evaluate_every == 0:
+            accuracies = self._evaluate(round_, trained_with)
+            row["clients"] = accuracies
+            row["accuracy"] = sum(accuracies) / len(accuracies)
+        row["seconds"] = time.perf_counter() - begin
+        self.rounds.append(row)
+        return row
+
+    def _train(self, round_: int, feed: Feed, row: dict[str, Any]) -> dict[int, State]:
+        begin = time.perf_counter()
+        method, selected = self.method, self.sample(round_)
+        downs = {c: method.download(self.server, c, round_) for c in selected}
+        owns = {c: self.clients.get(c, {}) for c in selected}
+        images = {c: self.shards[c].train for c in selected}
+        uploads: dict[int, State] = {}
+        losses: dict[int, float] = {}
+        kept: dict[int, State] = {}
+        seen = 0
+        cohorts = group(selected, downs, owns, self.settings.cohort)
+        for number, members in enumerate(cohorts):
+
+            def tell(what: str, done: int, total: int, number: int = number) -> None:
+                self.observer(
+                    f"round {round_ + 1} of {self.settings.rounds}, {what}",
+                    number * total + done,
+                    len(cohorts) * total,
+                )
+
+            upload, own, loss, count = train(
+                method,
+                members,
+                stack([downs[c] for c in members]),
+                stack([owns[c] for c in members]),
+                feed,
+                images,
+                self.settings,
+                round_,
+                tell,
+            )
+            seen += count
+            for u, client in enumerate(members):
+                losses[client] = loss[u].item()
+            for client, state in zip(members, unstack(own, len(members)), strict=True):
+                kept[client] = state
+            if upload:
+                for client, state in zip(members, unstack(upload, len(members)), strict=True):
+                    uploads[client] = state
+        self.clients.update({c: s for c, s in kept.items() if s})
+        self.server = method.merge(
+            self.server, uploads, {c: len(images[c]) for c in uploads}, round_
+        )
+        row["selected"] = selected
+        row["loss"] = sum(losses.values()) / len(losses)
+        row["images_per_second"] = seen / (time.perf_counter() - begin)
+        row["bytes_down"] = sum(_size(state) for state in downs.values())
+        row["bytes_up"] = sum(_size(state) for state in uploads.values())
+        return downs
+
+    def _evaluate(self, round_: int, trained_with: Mapping[int, State]) -> list[float]:
+        method = self.method
+        everyone = list(range(len(self.shards)))
+        tests = {c: self.shards[c].test for c in everyone}
+        if not method.personal:
+            # one global model serves every client
+            down = stack([method.download(self.server, 0, round_ + 1)])
+            scores = score(method, everyone, down, {}, self.test_feed, tests)
+            return [scores[c].accuracy for c in everyone]
+        downs = {
+            c: trained_with[c]
+            if method.evaluates_download == "trained" and c in trained_with
+            else method.download(self.server, c, round_ + 1)
+            for c in everyone
+        }
+        owns = {c: self.clients.get(c, {}) for c in everyone}
+        accuracies: dict[int, float] = {}
+        for members in group(everyone, downs, owns, self.settings.cohort):
+            down = stack([downs[c] for c in members])
+            own = stack([owns[c] for c in members])
+            scores = score(method, members, down, own, self.test_feed, tests)
+            accuracies |= {c: s.accuracy for c, s in scores.items()}
+            self.observer(
+                f"round {round_ + 1} of {self.settings.rounds}, evaluating",
+                len(accuracies),
+                len(everyone),
+            )
+        return [accuracies[c] for c in everyone]
+
+    @property
+    def finished(self) -> bool:
+        """True when no round is left; a method that trains nothing has one."""
+        return len(self.rounds) >= (self.settings.rounds if self.method.trains else 1)
+
+
+def _size(state: State) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(
+            f"fastfpl.run: device must be auto, cpu or cuda; got {name!r}"
+            + near(name, ("auto", "cpu", "cuda"))
+        ) from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            f"fastfpl.run: device must be there; got {name!r} without a CUDA device; use cpu"
+        )
+    return device
+
+
+def run(
+    method: str | Settings,
+    *,
+    preset: str | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    model: FrozenCLIP | None = None,
+    cache: str | Path | None = None,
+    observer: Observer = _silent,
+    **settings: Any,
+) -> Result:
+    """Run one federated experiment.
+
+    Parameters
+    ----------
+    method : str or Settings
+        Name of the algorithm, or complete settings.
+    preset : str, optional
+        A paper's settings by name; ``settings`` come on top.
+    out : path, optional
+        Folder that gets ``result.json`` and, after every round, a checkpoint.
+    resume : bool
+        Go on from the checkpoint in ``out`` (or start, if there is none). Without it a folder that
+        holds a run is refused.
+    model : FrozenCLIP, optional
+        A CLIP that is already loaded, in place of ``clip=``.
+    cache : path, optional
+        Folder of the feature store.
+    observer : callable
+        ``observer(what, done, total)`` is told of every long step.
+    **settings
+        Fields of `fastfpl.Settings`.
+
+    Returns
+    -------
+    Result
+        The content of ``result.json``.
+
+    Raises
+    ------
+    FastfplError
+        With a sentence that names the argument, what came and the cure.
+    """
+    if isinstance(method, Settings):
+        if settings or preset:
+            raise InputError("fastfpl.run: settings must come alone or as keywords; got both")
+        chosen = method
+    else:
+        base = load_preset(preset)[1] if preset else {}
+        chosen = make_settings({**base, **settings, "method": method})
+    if chosen.threads is not None:
+        torch.set_num_threads(chosen.threads)
+    folder = None if out is None else Path(out)
+    if folder is None and resume:
+        raise InputError("fastfpl.run: out must name the folder to resume; got none")
+    if folder is not None:
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"fastfpl.run: out must be a folder; got the file {folder}")
+        if not resume and any((folder / name).exists() for name in (RESULT, CHECKPOINT)):
+            raise InputError(
+                f"fastfpl.run: out must not hold a run already; got {folder}; "
+                "go on with it by resume (--resume), or name another folder"
+            )
+    with recorded_faces() as faces:
+        federation = Federation.prepare(
+            chosen,
+            model=model,
+            cache=None if cache is None else Path(cache),
+            observer=observer,
+        )
+        facts = federation.facts()
+        if folder is not None and resume:
+            found = load_checkpoint(folder, facts)
+            if found is not None:
+                device = federation.clip.device
+                federation.server = {k: v.to(device) for k, v in found.server.items()}
+                federation.clients = {
+                    c: {k: v.to(device) for k, v in s.items()} for c, s in found.clients.items()
+                }
+                federation.rounds = found.rounds
+                for op, names in found.faces.items():
+                    faces.setdefault(op, set()).update(names)
+        while not federation.finished:
+            federation.round()
+            if folder is not None:
+                used = {op: sorted(names) for op, names in faces.items()}
+                save_checkpoint(
+                    folder,
+                    Checkpoint(
+                        facts, federation.rounds, used, federation.server, federation.clients
+                    ),
+                )
+    result = _result(federation, {op: sorted(names) for op, names in faces.items()})
+    if folder is not None:
+        result.save(folder)
+    return result
+
+
+def _result(federation: Federation, faces: dict[str, list[str]]) -> Result:
+    settings = federation.settings.model_dump()
+    settings["options"] = federation.method.options.model_dump()
+    return Result(
+        method=federation.settings.method,
+        settings=settings,
+        environment=environment(federation.clip.device),
+        faces=faces,
+        rounds=federation.rounds,
+        final=summarise(federation.rounds),
+        peak_memory_bytes=peak_memory(federation.clip.device),
+        data={
+            "name": federation.dataset.name,
+            "classes": list(federation.dataset.classnames),
+            "train_images": [len(s.train) for s in federation.shards],
+            "test_images": [len(s.test) for s in federation.shards],
+            "weights": federation.clip.weights_digest,
+        },
+    )

@@ -1,0 +1,65 @@
+"""The algorithms, one file each; `METHODS` finds them by the name on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from fastfpl.errors import InputError, near
+from fastfpl.methods.base import Method, Options, State, Task
+from fastfpl.methods.fedprox import FedProx
+from fastfpl.methods.local import LocalCoOp
+from fastfpl.methods.pfedmoap import PFedMoAP
+from fastfpl.methods.promptfl import PromptFL
+from fastfpl.methods.zeroshot import ZeroShot
+
+__all__ = [
+    "METHODS",
+    "FedProx",
+    "LocalCoOp",
+    "Method",
+    "Options",
+    "PFedMoAP",
+    "PromptFL",
+    "State",
+    "Task",
+    "ZeroShot",
+    "check_options",
+    "find_method",
+]
+
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (ZeroShot, LocalCoOp, PromptFL, FedProx, PFedMoAP)
+}
+
+
+def find_method(name: str) -> type[Method]:
+    """Return the method of that name, or say which names are near."""
+    if name not in METHODS:
+        raise InputError(
+            f"fastfpl.run: method must be a known one; got {name!r}" + near(name, METHODS)
+        )
+    return METHODS[name]
+
+
+def check_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a method's options with defaults filled in; refuse unknown keys and wrong values."""
+    kind = find_method(method).Options
+    known = set(kind.model_fields)
+    for key in options:
+        if key not in known:
+            raise InputError(
+                f"fastfpl.run: option must be one of {method}'s; got {key!r}"
+                + (near(key, known) if known else "; it has none")
+            )
+    try:
+        return kind(**dict(options)).model_dump()
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise InputError(
+            f"fastfpl.run: {method}'s option {key} is refused: {first['msg']}; "
+            f"got {first['input']!r}"
+        ) from None

@@ -1,0 +1,197 @@
+"""What an algorithm is to the rest of the library: values that travel, a loss, a merge."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastfpl.errors import InputError
+from fastfpl.features import TextFeatures
+from fastfpl.ops.text import encode_text
+from fastfpl.prompts import ClassPrompts
+from fastfpl.seeds import generator
+
+__all__ = ["Method", "Options", "State", "Task", "weighted_mean"]
+
+#: Named tensors: what a server or client holds or sends. In a cohort all carry a leading U.
+State = dict[str, Tensor]
+
+
+class Options(BaseModel):
+    """Options of one method; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What every method is given.
+
+    Attributes
+    ----------
+    classes : ClassPrompts
+        The C classes over the frozen text tower.
+    logit_scale : float
+        CLIP's multiplier of cosine similarities.
+    clients : int
+        N.
+    n_ctx : int
+        Context vectors T.
+    ctx_init : str or None
+        Words that initialise the context; None draws N(0, 0.02²).
+    lr : float
+        Learning rate of prompts.
+    seed : int
+    text_features : TextFeatures
+        Cache of text features that are constants of a round, keyed by (owner, version).
+    """
+
+    classes: ClassPrompts
+    logit_scale: float
+    clients: int
+    n_ctx: int
+    ctx_init: str | None
+    lr: float
+    seed: int
+    text_features: TextFeatures
+
+    def initial_ctx(self) -> Tensor:
+        """Draw the context every client starts from: shape (T, W), float32."""
+        tower = self.classes.tower
+        if self.ctx_init is not None:
+            return self.classes.words(self.ctx_init).float()
+        draw = torch.randn(self.n_ctx, tower.width, generator=generator(self.seed, "ctx"))
+        return (0.02 * draw).to(tower.device)
+
+    def encode(self, ctx: Tensor) -> Tensor:
+        """Encode contexts (..., T, W) -> (..., C, D)."""
+        return encode_text(self.classes.tower, self.classes.layout(ctx.shape[-2]), ctx)
+
+
+class Method(ABC):
+    """One algorithm. The in-process federation and a networked one call the same six verbs.
+
+    A round is: `download` to each selected client; the client `start`s from that and from what it
+    keeps; SGD moves the trained tensors along `loss`; `finish` says what is sent and what is kept;
+    the server `merge`s. `start`, `text`, `logits`, `loss` and `finish` work on a cohort: every
+    tensor has a leading dimension U, one entry a client, and no entry may look at another.
+
+    Attributes
+    ----------
+    name : str
+        On the command line.
+    summary : str
+        One line for people.
+    trains : bool
+        False if there is nothing to train (zero-shot).
+    personal : bool
+        True if clients are evaluated with different parameters.
+    evaluates_download : "merged" or "trained"
+        Whether a client that trained in this round is evaluated with what it would download after
+        the merge, or with what it had downloaded for training.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    trains: ClassVar[bool] = True
+    personal: ClassVar[bool] = False
+    evaluates_download: ClassVar[str] = "merged"
+    Options: ClassVar[type[Options]] = Options
+
+    def __init__(self, task: Task, options: Mapping[str, Any] | None = None) -> None:
+        self.task = task
+        self.options = self.Options(**dict(options or {}))
+
+    # -- values ------------------------------------------------------------------------------
+
+    def server_init(self) -> State:
+        """Return what the server holds before the first round."""
+        return {"ctx": self.task.initial_ctx()}
+
+    def download(self, server: State, client: int, round_: int) -> State:
+        """Return what the server sends to one client; it may differ from client to client."""
+        return {"ctx": server["ctx"]}
+
+    def merge(
+        self, server: State, uploads: Mapping[int, State], images: Mapping[int, int], round_: int
+    ) -> State:
+        """Merge uploads into a new server state; clients that sent nothing are not in the mappings.
+
+        Parameters
+        ----------
+        server : State
+            Not changed.
+        uploads : mapping from client to State
+        images : mapping from client to int
+            Training images of the client, its weight.
+        round_ : int
+        """
+        return {**server, "ctx": weighted_mean(uploads, images, "ctx", server["ctx"])}
+
+    # -- a cohort, leading dimension U -------------------------------------------------------
+
+    @abstractmethod
+    def start(self, down: State, own: State, *, training: bool) -> tuple[State, State]:
+        """Return (trained, fixed): what SGD moves and what stays constant for the round.
+
+        ``own`` is what the clients kept, empty before their first participation.
+        """
+
+    def rate(self, name: str) -> float:
+        """Return the learning rate of one trained tensor."""
+        return self.task.lr
+
+    def text(self, trained: State, fixed: State) -> Tensor:
+        """Encode the text features of the cohort: (U, C, D) unless the method says otherwise."""
+        return self.task.encode(trained["ctx"])
+
+    def logits(self, text: Tensor, trained: State, fixed: State, image: Tensor) -> Tensor:
+        """Score unit-length image features (U, B, D) -> logits (U, B, C)."""
+        return self.task.logit_scale * image @ text.mT
+
+    def loss(
+        self,
+        text: Tensor,
+        trained: State,
+        fixed: State,
+        image: Tensor,
+        labels: Tensor,
+        mask: Tensor,
+    ) -> Tensor:
+        """Return each client's mean loss over its unmasked images: (U,).
+
+        labels (U, B) int64 and mask (U, B) bool.
+        """
+        logits = self.logits(text, trained, fixed, image).float()
+        each = F.cross_entropy(logits.mT, labels, reduction="none")
+        kept = mask.to(each.dtype)
+        return (each * kept).sum(-1) / kept.sum(-1)
+
+    def finish(self, trained: State, fixed: State, own: State) -> tuple[State, State]:
+        """Return (upload, own): what the clients send and what they keep."""
+        return {"ctx": trained["ctx"]}, own
+
+
+def weighted_mean(
+    uploads: Mapping[int, State], images: Mapping[int, int], name: str, otherwise: Tensor
+) -> Tensor:
+    """Average one tensor over clients, weighted by training images, independent of their order.
+
+    Accumulates in float64 in the order of client numbers; returns ``otherwise`` without uploads.
+    """
+    total = sum(images[c] for c in uploads)
+    if not uploads:
+        return otherwise
+    if total <= 0:
+        raise InputError(f"fastfpl.merge: images must be positive; got {dict(images)}")
+    mean = torch.zeros_like(otherwise, dtype=torch.float64)
+    for client in sorted(uploads):
+        mean += uploads[client][name].double() * (images[client] / total)
+    return mean.to(otherwise.dtype)

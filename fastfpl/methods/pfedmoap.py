@@ -1,0 +1,179 @@
+"""pFedMoAP: personalised mixture of prompt experts behind each client's own attention gate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fastfpl.errors import InputError
+from fastfpl.methods.base import Method, State, Task, weighted_mean
+from fastfpl.methods.base import Options as _Options
+from fastfpl.ops.gate import Gate, gate_experts
+from fastfpl.seeds import generator
+
+__all__ = ["PFedMoAP"]
+
+
+class PFedMoAP(Method):
+    """Clients download other clients' prompts as fixed experts and gate them by an own attention.
+
+    The server holds the global prompt and the pool of last uploaded prompts. A client that takes
+    part starts its prompt from the global one and receives the K prompts of the previous round's
+    pool that are nearest to its own last upload. Its first participation is plain CoOp; from the
+    second on it trains prompt and gate together. Logits are
+
+        lambda * tau * <x, t_local> + tau * gate(pool(x), {pool(t_e)})
+
+    where pool takes every r-th feature without normalising again. It is evaluated with its own
+    prompt, gate and experts as trained; a client whose gate has not trained yet with its own
+    prompt alone; one that never took part with the global prompt.
+
+    Source: Luo et al. 2025 (pFedMoAP, ICLR), Algorithm 1 and equations 6 to 10.
+    """
+
+    name = "pfedmoap"
+    summary = "mixture of other clients' prompts behind a personal gate"
+    personal = True
+    evaluates_download = "trained"
+
+    class Options(_Options):
+        """Options of pFedMoAP."""
+
+        experts: int = Field(10, ge=1, description="experts of a client, its own prompt included")
+        selection: Literal["nearest", "random"] = Field(
+            "nearest", description="which prompts of the pool a client receives"
+        )
+        local_weight: float = Field(0.5, ge=0, description="lambda, weight of the local logits")
+        heads: int = Field(8, ge=1, description="attention heads of the gate")
+        gate_width: int = Field(128, ge=1, description="width of the gate; divides D")
+        scaling: float = Field(10.0, gt=0, description="multiplies the gate's scores")
+        gate_lr: float = Field(0.01, gt=0, description="learning rate of the gate")
+
+    options: Options
+
+    def __init__(self, task: Task, options: Mapping[str, Any] | None = None) -> None:
+        super().__init__(task, options)
+        width, dim = self.options.gate_width, task.classes.tower.dim
+        if dim % width or width % self.options.heads:
+            raise InputError(
+                f"fastfpl.run: gate_width must divide D={dim} and be a multiple of "
+                f"heads={self.options.heads}; got {width}"
+            )
+        self._stride = dim // width
+
+    def server_init(self) -> State:
+        """Hold the global prompt and an empty pool."""
+        ctx = self.task.initial_ctx()
+        return {
+            "ctx": ctx,
+            "pool": torch.zeros(self.task.clients, *ctx.shape, device=ctx.device),
+            # round of the upload, -1 where the client has not uploaded yet
+            "pool_round": torch.full((self.task.clients,), -1, dtype=torch.int64),
+        }
+
+    def download(self, server: State, client: int, round_: int) -> State:
+        """Send the global prompt and, from the second participation on, the chosen experts."""
+        down = {"ctx": server["ctx"]}
+        present = server["pool_round"] >= 0
+        others = present.clone()
+        others[client] = False
+        candidates = others.nonzero()[:, 0]
+        count = min(self.options.experts - 1, len(candidates))
+        if not present[client] or count == 0:
+            return down
+        if self.options.selection == "nearest":
+            pool = server["pool"].flatten(1).double()
+            away = torch.linalg.vector_norm(pool[candidates] - pool[client], dim=-1)
+            order = away.argsort(stable=True).cpu()
+        else:
+            draw = generator(self.task.seed, "experts", round_, client)
+            order = torch.randperm(len(candidates), generator=draw)
+        chosen = candidates[order[:count]].sort().values
+        return {
+            **down,
+            "experts": server["pool"][chosen],
+            "expert_owner": chosen,
+            "expert_round": server["pool_round"][chosen],
+        }
+
+    def start(self, down: State, own: State, *, training: bool) -> tuple[State, State]:
+        """Start the prompt from the global one and the gate from the client's own."""
+        if not training:
+            trained = {"ctx": own.get("ctx", down["ctx"])}
+            gated = "experts" in down and "gate.w_q" in own
+        else:
+            trained = {"ctx": down["ctx"]}
+            gated = "experts" in down
+        if not gated:
+            return trained, {}
+        clients = down["experts"].shape[0]
+        for name, tensor in self._common_gate().tensors().items():
+            trained[f"gate.{name}"] = own.get(f"gate.{name}", tensor.expand(clients, *tensor.shape))
+        return trained, {"experts": self._encode_experts(down)}
+
+    def _common_gate(self) -> Gate:
+        draw = generator(self.task.seed, "gate")
+        return Gate.init(
+            self.options.gate_width,
+            self.options.heads,
+            self.options.scaling,
+            draw,
+            device=self.task.classes.tower.device,
+        )
+
+    def _encode_experts(self, down: State) -> Tensor:
+        """Encode every prompt that any client of the cohort received, once: (U, C, K, d)."""
+        owner, version = down["expert_owner"].tolist(), down["expert_round"].tolist()
+        keys = [
+            [(f"client-{o}", v) for o, v in zip(*pair, strict=True)]
+            for pair in zip(owner, version, strict=True)
+        ]
+        where = {key: (u, k) for u, row in enumerate(keys) for k, key in enumerate(row)}
+        features = self.task.text_features.get_or_encode(
+            list(where), lambda key: down["experts"][where[key]], self.task.encode
+        )
+        row = {key: i for i, key in enumerate(where)}
+        index = torch.tensor([[row[key] for key in line] for line in keys])
+        pooled = features[..., :: self._stride]
+        return pooled[index.to(pooled.device)].transpose(1, 2)
+
+    def rate(self, name: str) -> float:
+        """Return the gate's own learning rate for its tensors."""
+        return self.options.gate_lr if name.startswith("gate.") else self.task.lr
+
+    def logits(self, text: Tensor, trained: State, fixed: State, image: Tensor) -> Tensor:
+        """Mix the local logits with the gated ones; plain CoOp where there are no experts."""
+        local = super().logits(text, trained, fixed, image)
+        if "experts" not in fixed:
+            return local
+        gate = Gate(
+            **{name: trained[f"gate.{name}"] for name in Gate.tensor_names()},
+            heads=self.options.heads,
+            scale=self.options.scaling,
+        )
+        mine = text[..., None, :: self._stride]
+        experts = torch.cat((mine, fixed["experts"].to(text.dtype)), dim=-2).float()
+        mixed = gate_experts(image[..., :: self._stride].float(), experts, gate)
+        return self.options.local_weight * local + self.task.logit_scale * mixed
+
+    def finish(self, trained: State, fixed: State, own: State) -> tuple[State, State]:
+        """Send the prompt; keep prompt and gate."""
+        return {"ctx": trained["ctx"]}, {**own, **trained}
+
+    def merge(
+        self, server: State, uploads: Mapping[int, State], images: Mapping[int, int], round_: int
+    ) -> State:
+        """Average the prompts and refresh the pool with them."""
+        pool, pool_round = server["pool"].clone(), server["pool_round"].clone()
+        for client, upload in uploads.items():
+            pool[client] = upload["ctx"]
+            pool_round[client] = round_
+        return {
+            "ctx": weighted_mean(uploads, images, "ctx", server["ctx"]),
+            "pool": pool,
+            "pool_round": pool_round,
+        }

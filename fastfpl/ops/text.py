@@ -1,0 +1,267 @@
+"""The text pass over many contexts and classes: shared prefix once, ragged suffixes packed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastfpl.errors import KindError
+from fastfpl.ops.faces import Face, choose
+from fastfpl.reference import text as reference
+from fastfpl.reference.text import PromptLayout, TextTower, activate, block_norm, unit_length
+from fastfpl.shapes import check_shapes
+
+__all__ = ["FACES", "PromptLayout", "TextTower", "encode_text", "packed_tokens"]
+
+# rows of one pass when no gradient is wanted: bounds memory, large enough for full-speed GEMMs
+_ROWS_PER_PASS = 1 << 14
+
+
+def encode_text(
+    tower: TextTower, layout: PromptLayout, ctx: Tensor, *, class_specific: bool = False
+) -> Tensor:
+    r"""Encode the prompts of C classes under many contexts into unit-length text features.
+
+    A prompt is SOS, context, class name, ending and EOT (the layout says in which order). The
+    tower is causal, so the leading tokens that all classes share have the same states for every
+    class in every layer: they are computed once per context, and what follows an EOT is never
+    computed.
+
+    Parameters
+    ----------
+    tower : TextTower
+        Frozen weights.
+    layout : PromptLayout
+        Positions of the T context vectors and of the fixed tokens, C classes.
+    ctx : Tensor, shape (..., T, W), or (..., C, T, W) if class_specific, floating point
+        Any leading dimensions (clients, experts). Cast to the tower's dtype where it is used.
+    class_specific : bool
+        Every class has its own context; then only the SOS token is shared.
+
+    Returns
+    -------
+    Tensor, shape (..., C, D), dtype of the tower
+        Unit length over D.
+
+    Raises
+    ------
+    InputError
+        If ctx does not have the layout's T and the tower's W.
+    KindError
+        If ctx is not floating point or not on the tower's device.
+
+    Notes
+    -----
+    Differentiable in: ctx. Deterministic: yes on CPU. LayerNorm and normalisation in float32
+    (float64 for float64). Equal to the full-length pass up to rounding.
+    Memory: activations of (prefix + suffix) tokens per context when a gradient is wanted.
+    Source: shared-prefix identity of causal attention; prompts as in Zhou et al. 2022
+    (arXiv 2109.01134), section 3.2.
+    """
+    op = "fastfpl.ops.encode_text"
+    classes, slots = layout.slots.shape
+    known = {"C": classes, "T": slots, "W": tower.width}
+    check_shapes(op, known, ctx=(ctx, "... C T W" if class_specific else "... T W"))
+    if not ctx.is_floating_point():
+        raise KindError(f"{op}: ctx must be floating point; got {ctx.dtype}")
+    if ctx.device != tower.device:
+        raise KindError(f"{op}: ctx must be on the tower's device {tower.device}; got {ctx.device}")
+    face = choose("encode_text", FACES["encode_text"], tower, layout, ctx, class_specific)
+    features: Tensor = face.run(tower, layout, ctx, class_specific)
+    return features
+
+
+@dataclass(frozen=True)
+class _Packing:
+    """All suffix tokens of all classes laid into bins of equal length.
+
+    A bin holds whole classes; inside it a token attends to the shared prefix and, causally, to
+    its own class. Bins are the batch of the attention, so no gather is needed between layers.
+    """
+
+    shared: int
+    bins: int
+    span: int  # rows of one bin
+    tokens: Tensor  # (R,) ids, 0 in rows without a fixed token
+    positions: Tensor  # (R,)
+    ctx_rows: Tensor  # (K,) rows that hold a context vector
+    ctx_class: Tensor  # (K,)
+    ctx_slot: Tensor  # (K,)
+    eot_rows: Tensor  # (C,)
+    mask: Tensor  # (bins, 1, span, shared + span), True where attention is allowed
+
+
+_packings: WeakKeyDictionary[PromptLayout, dict[bool, _Packing]] = WeakKeyDictionary()
+
+
+def packed_tokens(layout: PromptLayout, *, class_specific: bool = False) -> int:
+    """Count the tokens that the packed pass computes for one context, filling included."""
+    packing = _packing(layout, class_specific)
+    return packing.shared + packing.bins * packing.span
+
+
+def _packing(layout: PromptLayout, class_specific: bool) -> _Packing:
+    cached = _packings.setdefault(layout, {})
+    if class_specific not in cached:
+        cached[class_specific] = _pack(layout, 1 if class_specific else layout.shared)
+    return cached[class_specific]
+
+
+def _pack(layout: PromptLayout, shared: int) -> _Packing:
+    ends = layout.eot.tolist()
+    lengths = [end + 1 - shared for end in ends]
+    longest = max(lengths)
+    # a bin of about 64 rows keeps the masked-out part of the attention near 2 % of the GEMMs
+    spans = {longest, *range(longest, max(longest, 97))}
+    packed = [(_fill(lengths, span), span) for span in spans]
+    bins, span = min(packed, key=lambda b: (len(b[0]) * b[1] * (6144 + 2 * (shared + b[1])), b[1]))
+
+    device = layout.tokens.device
+    tokens, slots = layout.tokens.cpu(), layout.slots.cpu()
+    rows = len(bins) * span
+    owner = torch.full((rows,), -1)
+    positions = torch.zeros(rows, dtype=torch.int64)
+    eot_rows = torch.zeros(len(ends), dtype=torch.int64)
+    for b, members in enumerate(bins):
+        row = b * span
+        for c in members:
+            owner[row : row + lengths[c]] = c
+            positions[row : row + lengths[c]] = torch.arange(shared, ends[c] + 1)
+            row += lengths[c]
+            eot_rows[c] = row - 1
+    filled = owner >= 0
+    ids = torch.where(filled, tokens[owner.clamp(min=0), positions], 0)
+    # which context vector stands in a row: compare the row's position with its class' slots
+    hit = (slots[owner.clamp(min=0)] == positions[:, None]) & filled[:, None]
+    ctx_rows, ctx_slot = hit.nonzero(as_tuple=True)
+
+    own = owner.view(-1, span)
+    at = positions.view(-1, span)
+    same = (own[:, :, None] == own[:, None, :]) & (at[:, :, None] >= at[:, None, :])
+    prefix = torch.ones(len(bins), span, shared, dtype=torch.bool)
+    mask = torch.cat((prefix, same), dim=-1)[:, None]
+    return _Packing(
+        shared=shared,
+        bins=len(bins),
+        span=span,
+        tokens=ids.to(device),
+        positions=positions.to(device),
+        ctx_rows=ctx_rows.to(device),
+        ctx_class=owner[ctx_rows].to(device),
+        ctx_slot=ctx_slot.to(device),
+        eot_rows=eot_rows.to(device),
+        mask=mask.to(device),
+    )
+
+
+def _fill(lengths: list[int], span: int) -> list[list[int]]:
+    """Lay classes into bins of ``span`` rows, always the longest that still fits."""
+    waiting: dict[int, list[int]] = {}
+    for c in reversed(range(len(lengths))):
+        waiting.setdefault(lengths[c], []).append(c)
+    sizes = sorted(waiting, reverse=True)
+    bins: list[list[int]] = []
+    left = len(lengths)
+    while left:
+        room, members = span, []
+        for size in sizes:
+            while waiting[size] and size <= room:
+                members.append(waiting[size].pop())
+                room -= size
+        left -= len(members)
+        bins.append(members)
+    return bins
+
+
+def _encode_packed(
+    tower: TextTower, layout: PromptLayout, ctx: Tensor, class_specific: bool
+) -> Tensor:
+    packing = _packing(layout, class_specific)
+    inner = 3 if class_specific else 2
+    lead = ctx.shape[: ctx.dim() - inner]
+    flat = ctx.reshape(-1, *ctx.shape[ctx.dim() - inner :]).to(tower.dtype)
+    if torch.is_grad_enabled() and flat.requires_grad:
+        chunks = [flat]
+    else:
+        rows = packing.shared + packing.bins * packing.span
+        chunks = list(flat.split(max(1, _ROWS_PER_PASS // rows)))
+    parts = [_encode_pass(tower, packing, part, class_specific) for part in chunks]
+    features = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return features.reshape(*lead, len(packing.eot_rows), tower.dim)
+
+
+def _embed(tower: TextTower, packing: _Packing, ctx: Tensor, class_specific: bool) -> Tensor:
+    """Lay out the first layer's input, prefix and then suffixes: (G, shared + R, W)."""
+    groups = ctx.shape[0]
+    positional = tower.positional.to(tower.dtype)
+    sos = (tower.token_embedding[tower.sos].to(tower.dtype) + positional[0]).expand(groups, 1, -1)
+    fixed = tower.token_embedding[packing.tokens].to(tower.dtype) + positional[packing.positions]
+    suffix = fixed.expand(groups, -1, -1)
+    if len(packing.ctx_rows):
+        moved = (
+            ctx[:, packing.ctx_class, packing.ctx_slot]
+            if class_specific
+            else ctx[:, packing.ctx_slot]
+        )
+        moved = moved + positional[packing.positions[packing.ctx_rows]]
+        suffix = suffix.index_copy(1, packing.ctx_rows, moved)
+    parts = [sos, suffix]
+    if packing.shared > 1:
+        lead = ctx[:, : packing.shared - 1] + positional[1 : packing.shared]
+        parts = [sos, lead, suffix]
+    return torch.cat(parts, dim=1)
+
+
+def _encode_pass(tower: TextTower, packing: _Packing, ctx: Tensor, class_specific: bool) -> Tensor:
+    groups, shared, bins, span = ctx.shape[0], packing.shared, packing.bins, packing.span
+    heads, width = tower.heads, tower.width
+    size = width // heads
+    x = _embed(tower, packing, ctx, class_specific)
+    mask = packing.mask.expand(groups, -1, -1, -1, -1).reshape(
+        groups * bins, 1, span, shared + span
+    )
+    bias = torch.zeros(mask.shape, dtype=tower.dtype, device=x.device)
+    bias.masked_fill_(~mask, float("-inf"))
+    for depth, block in enumerate(tower.blocks):
+        last = depth == len(tower.blocks) - 1
+        h = block_norm(x, block.ln_1_w, block.ln_1_b, tower.eps)
+        qkv = F.linear(h, block.qkv_w, block.qkv_b)
+        own = qkv[:, shared:].view(groups, bins, span, 3, heads, size)
+        lead = qkv[:, None, :shared, width:].expand(-1, bins, -1, -1)
+        kv = torch.cat((lead.view(groups, bins, shared, 2, heads, size), own[:, :, :, 1:]), dim=2)
+        q = own[:, :, :, 0].reshape(groups * bins, span, heads, size).transpose(1, 2)
+        k, v = kv.view(groups * bins, shared + span, 2, heads, size).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        mixed = mixed.transpose(1, 2).reshape(groups, bins * span, width)
+        if last:
+            # only the EOT rows reach the features
+            mixed, x = mixed[:, packing.eot_rows], x[:, shared + packing.eot_rows]
+        else:
+            q, k, v = (
+                part.view(groups, shared, heads, size).transpose(1, 2)
+                for part in qkv[:, :shared].chunk(3, dim=-1)
+            )
+            first = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            first = first.transpose(1, 2).reshape(groups, shared, width)
+            mixed = torch.cat((first, mixed), dim=1)
+        x = x + F.linear(mixed, block.out_w, block.out_b)
+        h = block_norm(x, block.ln_2_w, block.ln_2_b, tower.eps)
+        h = activate(F.linear(h, block.fc_w, block.fc_b), tower.activation)
+        x = x + F.linear(h, block.proj_w, block.proj_b)
+    x = block_norm(x, tower.ln_w, tower.ln_b, tower.eps)
+    features = x @ tower.projection
+    if tower.projection_b is not None:
+        features = features + tower.projection_b
+    return unit_length(features)
+
+
+FACES = {
+    "encode_text": (
+        Face("torch", _encode_packed),
+        Face("reference", reference.encode_text),
+    )
+}

@@ -1,0 +1,195 @@
+"""Class prompts: SOS, context, class name, ending, EOT; tokenised once, encoded many times."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fastfpl.errors import InputError, KindError, near
+from fastfpl.ops.text import PromptLayout, TextTower, encode_text
+from fastfpl.shapes import check_shapes
+
+if TYPE_CHECKING:
+    from fastfpl.clip import FrozenCLIP
+
+__all__ = ["ClassPrompts", "Position", "encode_prompts"]
+
+Position = Literal["end", "middle", "front"]
+
+
+class ClassPrompts:
+    """The prompts of a list of classes, tokenised once for one CLIP.
+
+    Parameters
+    ----------
+    clip : FrozenCLIP
+    names : sequence of str
+        Class names as a person writes them; underscores become spaces.
+    position : "end", "middle" or "front"
+        Where the class name stands: behind the context, after its first half, or before it.
+    ending : str
+        What follows the class name (or the context, if it stands last).
+
+    Attributes
+    ----------
+    names : tuple of str
+        C names.
+    tower : TextTower
+        The frozen text weights.
+    eot_spare : int
+        Largest number of context vectors that every class leaves room for.
+
+    Raises
+    ------
+    InputError
+        If the list is empty, a name is empty or occurs twice, or a name alone does not fit.
+
+    Notes
+    -----
+    Source: Zhou et al. 2022 (arXiv 2109.01134), equation 2 (end) and 3 (middle).
+    """
+
+    def __init__(
+        self,
+        clip: FrozenCLIP,
+        names: Sequence[str],
+        position: Position = "end",
+        ending: str = ".",
+    ) -> None:
+        op = "fastfpl.ClassPrompts"
+        if isinstance(names, str):
+            raise KindError(f"{op}: names must be a list of strings; got the string {names!r}")
+        clean: list[str] = []
+        for name in names:
+            if not isinstance(name, str):
+                raise KindError(f"{op}: names must be strings; got {name!r}")
+            clean.append(" ".join(name.replace("_", " ").split()))
+            if not clean[-1]:
+                raise InputError(f"{op}: names must not be empty; got {name!r} at {len(clean) - 1}")
+        if not clean:
+            raise InputError(f"{op}: names must hold at least one class; got none")
+        twice = sorted({name for name in clean if clean.count(name) > 1})
+        if twice:
+            raise InputError(f"{op}: names must be unique; got {twice[0]!r} more than once")
+        if position not in get_args(Position):
+            raise InputError(
+                f"{op}: position must be a place of the name; got {position!r}"
+                + near(str(position), get_args(Position))
+            )
+        self.names = tuple(clean)
+        self.position: Position = position
+        self.ending = ending
+        self.tower: TextTower = clip.text
+        self._clip = clip
+        # the tokenizer splits at white space and punctuation: a name has the same tokens alone and
+        # inside a prompt
+        self._name_ids = clip.tokenize(list(clean))
+        self._ending_ids = clip.tokenize([ending])[0] if ending else []
+        longest = max(range(len(clean)), key=lambda c: len(self._name_ids[c]))
+        fixed = 2 + len(self._ending_ids) + len(self._name_ids[longest])
+        self.eot_spare = self.tower.context_length - fixed
+        self._longest = longest
+        if self.eot_spare < 0:
+            self._refuse(0)
+        self._layouts: dict[int, PromptLayout] = {}
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __repr__(self) -> str:
+        return f"ClassPrompts({len(self)} classes, position={self.position!r})"
+
+    def _refuse(self, slots: int) -> None:
+        name, ids = self.names[self._longest], self._name_ids[self._longest]
+        raise InputError(
+            f"fastfpl.ClassPrompts: a prompt must fit into {self.tower.context_length} tokens; got "
+            f"{len(ids)} tokens of the name {name!r} + {slots} context vectors + "
+            f"{len(self._ending_ids)} of the ending + SOS and EOT; "
+            + (f"use at most {self.eot_spare} vectors" if self.eot_spare >= 0 else "shorten it")
+        )
+
+    def layout(self, slots: int) -> PromptLayout:
+        """Return where every token stands with ``slots`` context vectors (cached)."""
+        if slots > self.eot_spare:
+            self._refuse(slots)
+        if slots not in self._layouts:
+            self._layouts[slots] = self._lay_out(slots)
+        return self._layouts[slots]
+
+    def _lay_out(self, slots: int) -> PromptLayout:
+        lead = {"end": slots, "middle": slots // 2, "front": 0}[self.position]
+        count, length = len(self), self.tower.context_length
+        tokens = torch.zeros(count, length, dtype=torch.int64)
+        places = torch.zeros(count, slots, dtype=torch.int64)
+        eot = torch.zeros(count, dtype=torch.int64)
+        tokens[:, 0] = self.tower.sos
+        for c, ids in enumerate(self._name_ids):
+            start = 1 + lead
+            tokens[c, start : start + len(ids)] = torch.tensor(ids, dtype=torch.int64)
+            places[c, :lead] = torch.arange(1, 1 + lead)
+            places[c, lead:] = start + len(ids) + torch.arange(slots - lead)
+            at = start + len(ids) + slots - lead
+            last = [*self._ending_ids, self.tower.eot]
+            tokens[c, at : at + len(last)] = torch.tensor(last, dtype=torch.int64)
+            eot[c] = at + len(last) - 1
+        device = self.tower.device
+        return PromptLayout(tokens.to(device), places.to(device), eot.to(device), 1 + lead)
+
+    def words(self, text: str) -> Tensor:
+        """Return the token embeddings of ``text`` as a context: shape (tokens, W), a new tensor.
+
+        ``words("a photo of a")`` as context gives zero-shot CLIP with the prompt
+        "a photo of a {class}."; it also initialises learned contexts from words.
+        """
+        ids = self._clip.tokenize([text])[0]
+        return self.tower.token_embedding[ids].clone()
+
+
+def encode_prompts(classes: ClassPrompts, ctx: Tensor, *, class_specific: bool = False) -> Tensor:
+    """Encode class prompts under learned contexts into unit-length text features.
+
+    Parameters
+    ----------
+    classes : ClassPrompts
+        C classes.
+    ctx : Tensor, shape (..., T, W), or (..., C, T, W) if class_specific, floating point
+        Context vectors; any leading dimensions are encoded in one pass.
+    class_specific : bool
+        Every class has its own context vectors. Shapes alone cannot tell (three clients or three
+        classes), so it is said.
+
+    Returns
+    -------
+    Tensor, shape (..., C, D), dtype of the tower
+        Unit length over D.
+
+    Raises
+    ------
+    InputError
+        If the width or the number of classes disagrees, the prompt does not fit, or ctx is not
+        finite.
+    KindError
+        If ctx is not a floating point tensor on the tower's device.
+
+    Notes
+    -----
+    Differentiable in: ctx. The check for finite values waits for the device; loops that cannot
+    afford it call `fastfpl.ops.encode_text`.
+    """
+    op = "fastfpl.encode_prompts"
+    if not isinstance(ctx, Tensor) or not ctx.is_floating_point():
+        got = ctx.dtype if isinstance(ctx, Tensor) else type(ctx).__name__
+        raise KindError(f"{op}: ctx must be a floating point tensor; got {got}")
+    tower = classes.tower
+    if class_specific:
+        check_shapes(op, {"C": len(classes), "W": tower.width}, ctx=(ctx, "... C T W"))
+    else:
+        check_shapes(op, {"W": tower.width}, ctx=(ctx, "... T W"))
+    finite = torch.isfinite(ctx.detach())
+    if not finite.all():
+        first = tuple((~finite).nonzero()[0].tolist())
+        raise InputError(f"{op}: ctx must be finite; got {ctx[first].item()} at {first}")
+    return encode_text(tower, classes.layout(ctx.shape[-2]), ctx, class_specific=class_specific)

@@ -1,0 +1,221 @@
+"""CLIP's causal text tower, literally: every class at full length, one context after another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = [
+    "Block",
+    "PromptLayout",
+    "TextTower",
+    "activate",
+    "block_norm",
+    "encode_text",
+    "unit_length",
+]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Frozen weights of one pre-norm transformer block, laid out as ``torch.nn.Linear`` has them.
+
+    Attributes
+    ----------
+    ln_1_w, ln_1_b, ln_2_w, ln_2_b : Tensor, shape (W,), float32 (float64 in a float64 tower)
+    qkv_w : Tensor, shape (3 W, W)
+        Rows of the query, key and value projections, in this order.
+    qkv_b : Tensor, shape (3 W,)
+    out_w, out_b : Tensor, shapes (W, W) and (W,)
+    fc_w, fc_b : Tensor, shapes (M, W) and (M,)
+        First linear layer of the MLP.
+    proj_w, proj_b : Tensor, shapes (W, M) and (W,)
+        Second linear layer of the MLP.
+    """
+
+    ln_1_w: Tensor
+    ln_1_b: Tensor
+    qkv_w: Tensor
+    qkv_b: Tensor
+    out_w: Tensor
+    out_b: Tensor
+    ln_2_w: Tensor
+    ln_2_b: Tensor
+    fc_w: Tensor
+    fc_b: Tensor
+    proj_w: Tensor
+    proj_b: Tensor
+
+
+@dataclass(frozen=True)
+class TextTower:
+    """Frozen weights of a causal CLIP text transformer, whatever family they came from.
+
+    Attributes
+    ----------
+    token_embedding : Tensor, shape (V, W)
+    positional : Tensor, shape (L, W)
+    blocks : tuple of Block
+    ln_w, ln_b : Tensor, shape (W,), float32 (float64 in a float64 tower)
+        The final LayerNorm.
+    projection : Tensor, shape (W, D)
+    projection_b : Tensor, shape (D,), or None
+    heads : int
+    activation : "quick_gelu" or "gelu"
+    eps : float
+        Of every LayerNorm.
+    sos, eot : int
+        Token ids that begin and end a prompt.
+
+    Notes
+    -----
+    LayerNorm's parameters stay in float32 when the tower computes in 16 bits, as CLIP has it.
+    """
+
+    token_embedding: Tensor
+    positional: Tensor
+    blocks: tuple[Block, ...]
+    ln_w: Tensor
+    ln_b: Tensor
+    projection: Tensor
+    projection_b: Tensor | None
+    heads: int
+    activation: Literal["quick_gelu", "gelu"]
+    eps: float
+    sos: int
+    eot: int
+
+    @property
+    def width(self) -> int:
+        """Text width W."""
+        return self.positional.shape[1]
+
+    @property
+    def context_length(self) -> int:
+        """Tokens L of a full prompt."""
+        return self.positional.shape[0]
+
+    @property
+    def dim(self) -> int:
+        """Joint width D."""
+        return self.projection.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the matrix products."""
+        return self.projection.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.projection.device
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> TextTower:
+        """Return the tower on a device in a dtype; storage is shared where nothing changes."""
+        norm = torch.promote_types(dtype, torch.float32)
+
+        def move(name: str, tensor: Tensor) -> Tensor:
+            return tensor.to(device=device, dtype=norm if name.startswith("ln_") else dtype)
+
+        blocks = tuple(
+            Block(**{f.name: move(f.name, getattr(b, f.name)) for f in fields(b)})
+            for b in self.blocks
+        )
+        loose = {
+            f.name: move(f.name, value)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, blocks=blocks, **loose)  # type: ignore[arg-type]  # by field name
+
+
+@dataclass(frozen=True, eq=False)
+class PromptLayout:
+    """Where the tokens of every class prompt stand for one number of context tokens.
+
+    Attributes
+    ----------
+    tokens : Tensor, shape (C, L), int64
+        Ids of all tokens; 0 where a context vector stands and behind the EOT.
+    slots : Tensor, shape (C, T), int64
+        Position of each context vector.
+    eot : Tensor, shape (C,), int64
+        Position of the EOT token.
+    shared : int
+        How many leading positions (SOS and context vectors) are the same for every class as long
+        as the classes share a context.
+    """
+
+    tokens: Tensor
+    slots: Tensor
+    eot: Tensor
+    shared: int
+
+
+def block_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm in float32 or wider, returned in the dtype of ``x``."""
+    return F.layer_norm(x.to(weight.dtype), weight.shape, weight, bias, eps).to(x.dtype)
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """QuickGELU ``x * sigmoid(1.702 x)`` (the original CLIP) or GELU."""
+    return x * torch.sigmoid(1.702 * x) if activation == "quick_gelu" else F.gelu(x)
+
+
+def unit_length(x: Tensor) -> Tensor:
+    """Divide by the Euclidean norm over the last axis, computed in float32 or wider."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    unit: Tensor = wide / wide.norm(dim=-1, keepdim=True)
+    return unit.to(x.dtype)
+
+
+def embed_prompts(tower: TextTower, layout: PromptLayout, ctx: Tensor) -> Tensor:
+    """Embed full-length prompts: ctx (T, W) or class-specific (C, T, W) -> (C, L, W)."""
+    classes = layout.tokens.shape[0]
+    x = tower.token_embedding[layout.tokens].to(tower.dtype)
+    rows = torch.arange(classes, device=x.device)[:, None]
+    x = x.index_put((rows, layout.slots), ctx.to(tower.dtype).expand(classes, -1, -1))
+    return x + tower.positional.to(tower.dtype)
+
+
+def encode_text(
+    tower: TextTower, layout: PromptLayout, ctx: Tensor, class_specific: bool
+) -> Tensor:
+    """Encode contexts (..., T, W) or (..., C, T, W) one by one at full length -> (..., C, D)."""
+    inner = 3 if class_specific else 2
+    lead = ctx.shape[: ctx.dim() - inner]
+    flat = ctx.reshape(-1, *ctx.shape[ctx.dim() - inner :])
+    classes = layout.tokens.shape[0]
+    if flat.shape[0] == 0:
+        return ctx.new_zeros((*lead, classes, tower.dim), dtype=tower.dtype)
+    return torch.stack([_encode_one(tower, layout, one) for one in flat]).reshape(
+        *lead, classes, tower.dim
+    )
+
+
+def _encode_one(tower: TextTower, layout: PromptLayout, ctx: Tensor) -> Tensor:
+    x = embed_prompts(tower, layout, ctx)
+    count, length, width = x.shape
+    for block in tower.blocks:
+        h = block_norm(x, block.ln_1_w, block.ln_1_b, tower.eps)
+        qkv = F.linear(h, block.qkv_w, block.qkv_b)
+        q, k, v = (
+            part.view(count, length, tower.heads, -1).transpose(1, 2)
+            for part in qkv.chunk(3, dim=-1)
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + F.linear(
+            mixed.transpose(1, 2).reshape(count, length, width), block.out_w, block.out_b
+        )
+        h = block_norm(x, block.ln_2_w, block.ln_2_b, tower.eps)
+        h = activate(F.linear(h, block.fc_w, block.fc_b), tower.activation)
+        x = x + F.linear(h, block.proj_w, block.proj_b)
+    x = block_norm(x, tower.ln_w, tower.ln_b, tower.eps)
+    features = x[torch.arange(count, device=x.device), layout.eot] @ tower.projection
+    if tower.projection_b is not None:
+        features = features + tower.projection_b
+    return unit_length(features)

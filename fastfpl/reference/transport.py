@@ -1,0 +1,43 @@
+"""FedOTP's transport as published: the scaling iteration, in the log domain, one stop a problem."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["transport_plan"]
+
+
+def transport_plan(
+    sim: Tensor, eps: float, mass: float, balanced: bool, max_iter: int, tol: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Iterate u = min(1 / (P K v), 1), v = (mass / N) / (Kᵀ u) on K = exp((sim - 1) / eps).
+
+    The plan is diag(u) K diag(v). ``balanced`` is Sinkhorn: u = mass / (P K v). A problem stops when
+    no entry of v changes by more than a factor exp(±tol), on its own: it is then frozen while others
+    go on. Returns plan, iterations and the last change of log v. See `fastfpl.ops.transport_plan`.
+    """
+    n_patches, n_prompts = sim.shape[-2:]
+    # K / s has the fixed point (u, s v) and the same plan. With log s = (mean(sim) - 1) / eps the
+    # logarithms stay small, and log v starts at log s, so that every step is the published one.
+    mean = sim.mean((-2, -1), keepdim=True)
+    log_k = (sim - mean) / eps
+    log_v = ((mean - 1) / eps).expand(*sim.shape[:-2], 1, n_prompts)
+    log_u = sim.new_zeros(*sim.shape[:-1], 1)
+    iterations = torch.zeros(sim.shape[:-2], dtype=torch.int64, device=sim.device)
+    residual = sim.new_full(sim.shape[:-2], math.inf)
+    for _ in range(max_iter):
+        running = residual > tol
+        if not running.any():
+            break
+        new_u = -math.log(n_patches) - (log_k + log_v).logsumexp(-1, keepdim=True)
+        new_u = new_u + math.log(mass) if balanced else new_u.clamp(max=0)
+        new_v = math.log(mass / n_prompts) - (log_k + new_u).logsumexp(-2, keepdim=True)
+        change = (new_v - log_v).abs().amax((-2, -1))
+        log_u = torch.where(running[..., None, None], new_u, log_u)
+        log_v = torch.where(running[..., None, None], new_v, log_v)
+        residual = torch.where(running, change, residual)
+        iterations += running
+    return (log_u + log_k + log_v).exp(), iterations, residual

@@ -1,0 +1,41 @@
+"""What every test relies on: interpreted Triton without a GPU, poisoned memory, few threads."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import hypothesis
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+
+if not GPU:
+    # Triton decides when it is first imported; set later, its own library functions would be wrong.
+    assert "triton" not in sys.modules, "import torch has imported triton: set the variable earlier"
+    os.environ["TRITON_INTERPRET"] = "1"
+else:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mode asks for it
+
+# torch.empty and its kin give NaN, in C++ too: a result that nobody wrote shows.
+torch.use_deterministic_algorithms(True, warn_only=True)
+torch.utils.deterministic.fill_uninitialized_memory = True
+
+# xdist's workers share the cores.
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(max(1, (os.cpu_count() or 1) // _WORKERS))
+
+hypothesis.settings.register_profile(
+    "house",
+    deadline=None,  # the first example of an op may compile or load it
+    derandomize=True,
+    database=None,
+    max_examples=40,
+)
+hypothesis.settings.load_profile("house")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not GPU:
+        pytest.skip("needs a CUDA device, and torch sees none")

@@ -1,0 +1,723 @@
+"""The loaded CLIP is the family's own: text, pooled image and token features, frozen for good."""
+
+import copy
+import gzip
+import json
+import pickle
+import subprocess
+import sys
+from collections import OrderedDict
+
+import open_clip
+import pytest
+import torch
+from open_clip.model import CLIP, CustomTextCLIP
+from torch import nn
+from torch.nn import functional as F
+
+import fastfpl.clip.tiny
+from fastfpl.clip import FrozenCLIP, load_clip
+from fastfpl.errors import Damaged, InputError, KindError, Missing, NotSupported
+from fastfpl.reference.text import PromptLayout, encode_text
+
+TEXTS = ["a photo of a cat.", "sea horse", "X X X X centered satellite photo of annual crop land."]
+SIDE = 64
+VISION = {"image_size": SIDE, "patch_size": 16, "width": 48, "layers": 2, "head_width": 16}
+RESNET = {"image_size": SIDE, "layers": [1, 1, 1, 1], "width": 8, "head_width": 64}
+TEXT = {"context_length": 24, "width": 32, "heads": 4, "layers": 2}
+
+
+# the layout of OpenAI's clip package: names, shapes, masks in blocks, LND order, LayerNorm in fp32
+
+
+class QuickGELU(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x.float()).type(x.dtype)
+
+
+class OpenAIBlock(nn.Module):
+    def __init__(self, width, heads, mask=None):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(width, heads)
+        self.ln_1, self.ln_2 = LayerNorm(width), LayerNorm(width)
+        layers = [("c_fc", nn.Linear(width, 4 * width)), ("gelu", QuickGELU())]
+        layers.append(("c_proj", nn.Linear(4 * width, width)))
+        self.mlp = nn.Sequential(OrderedDict(layers))
+        self.attn_mask = mask
+
+    def forward(self, x):
+        mask = None if self.attn_mask is None else self.attn_mask.to(x.dtype)
+        h = self.ln_1(x)
+        x = x + self.attn(h, h, h, need_weights=False, attn_mask=mask)[0]
+        return x + self.mlp(self.ln_2(x))
+
+
+class OpenAITransformer(nn.Module):
+    def __init__(self, width, layers, heads, mask=None):
+        super().__init__()
+        self.resblocks = nn.Sequential(*[OpenAIBlock(width, heads, mask) for _ in range(layers)])
+
+    def forward(self, x):
+        return self.resblocks(x)
+
+
+class OpenAIVision(nn.Module):
+    def __init__(self, size, patch, width, layers, heads, dim):
+        super().__init__()
+        self.input_resolution = size
+        self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False)
+        self.class_embedding = nn.Parameter(torch.randn(width))
+        self.positional_embedding = nn.Parameter(torch.randn((size // patch) ** 2 + 1, width))
+        self.ln_pre, self.ln_post = LayerNorm(width), LayerNorm(width)
+        self.transformer = OpenAITransformer(width, layers, heads)
+        self.proj = nn.Parameter(torch.randn(width, dim) / width**0.5)
+
+    def forward(self, x):
+        x = self.conv1(x).flatten(2).permute(0, 2, 1)
+        cls = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
+        x = torch.cat([cls, x], dim=1) + self.positional_embedding.to(x.dtype)
+        x = self.transformer(self.ln_pre(x).permute(1, 0, 2)).permute(1, 0, 2)
+        return self.ln_post(x[:, 0]) @ self.proj
+
+
+class OpenAIClip(nn.Module):
+    def __init__(self, dim=40, length=24, width=32, layers=2, heads=4, vocabulary=49408):
+        super().__init__()
+        mask = torch.full((length, length), float("-inf")).triu(1)
+        self.visual = OpenAIVision(SIDE, 16, 48, 2, 3, dim)
+        self.transformer = OpenAITransformer(width, layers, heads, mask)
+        self.token_embedding = nn.Embedding(vocabulary, width)
+        self.positional_embedding = nn.Parameter(torch.randn(length, width))
+        self.ln_final = LayerNorm(width)
+        self.text_projection = nn.Parameter(torch.randn(width, dim) / width**0.5)
+        self.logit_scale = nn.Parameter(torch.tensor(2.0))
+
+    @property
+    def dtype(self):
+        return self.visual.conv1.weight.dtype
+
+    def encode_image(self, image):
+        return self.visual(image.type(self.dtype))
+
+    def encode_text(self, text):
+        x = self.token_embedding(text).type(self.dtype) + self.positional_embedding.type(self.dtype)
+        x = self.transformer(x.permute(1, 0, 2)).permute(1, 0, 2)
+        x = self.ln_final(x).type(self.dtype)
+        return x[torch.arange(x.shape[0]), text.argmax(dim=-1)] @ self.text_projection
+
+
+def halve(model):
+    """What OpenAI's convert_weights does: 16 bits but for LayerNorm and embeddings."""
+    for part in model.modules():
+        if isinstance(part, (nn.Conv2d, nn.Linear)):
+            part.half()
+        if isinstance(part, nn.MultiheadAttention):
+            part.in_proj_weight.data = part.in_proj_weight.data.half()
+            part.in_proj_bias.data = part.in_proj_bias.data.half()
+    model.text_projection.data = model.text_projection.data.half()
+    model.visual.proj.data = model.visual.proj.data.half()
+    return model
+
+
+def scramble(model):
+    """Leave no weight at one or zero, where a lost bias or a swapped norm would not show."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if "running_var" in name:
+                tensor.uniform_(0.5, 1.5, generator=generator)
+            elif tensor.is_floating_point() and "mask" not in name and name != "logit_scale":
+                tensor.add_(0.05 * torch.randn(tensor.shape, generator=generator))
+    return model.eval()
+
+
+def make_open_clip(vision=VISION, text=None, quick_gelu=False, kind=CLIP):
+    torch.manual_seed(0)
+    return kind(40, dict(vision), {**TEXT, **(text or {})}, quick_gelu=quick_gelu)
+
+
+def make_transformers(act="quick_gelu", eos=49407):
+    from transformers import CLIPConfig, CLIPModel
+
+    shape = {"num_hidden_layers": 2, "hidden_act": act, "attention_dropout": 0.1}
+    text = {"hidden_size": 32, "intermediate_size": 72, "num_attention_heads": 4, **shape}
+    text |= {"max_position_embeddings": 24, "eos_token_id": eos, "layer_norm_eps": 1e-4}
+    vision = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 3, **shape}
+    vision |= {"image_size": SIDE, "patch_size": 16}
+    torch.manual_seed(0)
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=40)
+    return CLIPModel(config)
+
+
+def make_openai():
+    torch.manual_seed(0)
+    return OpenAIClip()
+
+
+FAMILIES = {
+    "open_clip": make_open_clip,
+    "open_clip-quickgelu": lambda: make_open_clip(quick_gelu=True),
+    "open_clip-resnet": lambda: make_open_clip(RESNET),
+    "open_clip-custom": lambda: make_open_clip(
+        text={"proj_bias": True, "pool_type": "eos", "eos_id": 49407, "norm_kwargs": {"eps": 1e-3}},
+        kind=CustomTextCLIP,
+    ),
+    "openai": make_openai,
+    "transformers": make_transformers,
+    "transformers-gelu-eos2": lambda: make_transformers("gelu", eos=2),
+}
+_made = {}
+
+
+def family(name):
+    if name not in _made:
+        _made[name] = scramble(FAMILIES[name]())
+    return _made[name]
+
+
+def layout_of(clip, texts):
+    """Full-length prompts; the one context vector stands where the first word's token does."""
+    rows = [[clip.sos, *ids, clip.eot] for ids in clip.tokenize(texts)]
+    tokens = torch.zeros(len(rows), clip.context_length, dtype=torch.int64)
+    for row, ids in zip(tokens, rows, strict=True):
+        row[: len(ids)] = torch.tensor(ids)
+    slots = torch.ones(len(rows), 1, dtype=torch.int64)
+    return PromptLayout(tokens, slots, torch.tensor([len(r) - 1 for r in rows]), 1)
+
+
+def encode(clip, texts=TEXTS):
+    layout = layout_of(clip, texts)
+    return encode_text(clip.text, layout, clip.text.token_embedding[layout.tokens[:, 1:2]], True)
+
+
+def own_text(model, tokens):
+    if hasattr(model, "text_model"):
+        features = model.get_text_features(tokens)
+        return features if isinstance(features, torch.Tensor) else features.pooler_output
+    return model.encode_text(tokens)
+
+
+def own_image(model, pixels):
+    if hasattr(model, "text_model"):
+        features = model.get_image_features(pixels)
+        return features if isinstance(features, torch.Tensor) else features.pooler_output
+    return model.encode_image(pixels)
+
+
+def pixels_of(count=2, side=SIDE):
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_text_is_the_familys_own(name):
+    model = family(name)
+    clip = load_clip(model)
+    with torch.no_grad():
+        want = F.normalize(own_text(model, layout_of(clip, TEXTS).tokens), dim=-1)
+    torch.testing.assert_close(encode(clip), want, rtol=0, atol=1e-5)
+    assert (want[0] - want[1]).abs().max() > 1e-2, "the texts must differ for the test to mean much"
+
+
+@pytest.mark.parametrize(("name", "dim", "patches"), [("ViT-B-32", 512, 49), ("RN50", 1024, 49)])
+def test_real_sizes_are_the_familys_own(name, dim, patches):
+    config = open_clip.get_model_config(name)
+    if isinstance(config["vision_cfg"]["layers"], int):
+        config["vision_cfg"]["layers"] = 1
+    torch.manual_seed(0)
+    model = CLIP(**config).eval()
+    clip = load_clip(model)
+    assert (clip.dim, clip.text_width, clip.context_length) == (dim, 512, 77)
+    assert (clip.patches, clip.image_size) == (patches, 224)
+    pixels = pixels_of(1, 224)
+    with torch.no_grad():
+        text = F.normalize(model.encode_text(layout_of(clip, TEXTS).tokens), dim=-1)
+        image = F.normalize(model.encode_image(pixels), dim=-1)
+    torch.testing.assert_close(encode(clip), text, rtol=0, atol=1e-5)
+    torch.testing.assert_close(clip.encode_image(pixels), image, rtol=0, atol=1e-5)
+    assert clip.encode_image_tokens(pixels).shape == (1, patches, dim)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_pooled_image_is_the_familys_own(name):
+    model = family(name)
+    clip = load_clip(model)
+    with torch.no_grad():
+        want = own_image(model, pixels_of())
+    got = clip.encode_image(pixels_of(), normalize=False)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    unit = clip.encode_image(pixels_of())
+    torch.testing.assert_close(unit, F.normalize(want, dim=-1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tokens_begin_with_the_pooled_feature(name):
+    clip = load_clip(family(name))
+    with torch.no_grad():
+        tokens = clip._image.tokens(pixels_of())
+    pooled = clip.encode_image(pixels_of(), normalize=False)
+    torch.testing.assert_close(tokens[:, 0], pooled, rtol=1e-5, atol=1e-5)
+    assert clip.patches == (4 if name == "open_clip-resnet" else 16) == tokens.shape[1] - 1
+    patches = clip.encode_image_tokens(pixels_of(), normalize=False)
+    torch.testing.assert_close(patches, tokens[:, 1:])
+    unit = clip.encode_image_tokens(pixels_of())
+    torch.testing.assert_close(unit.norm(dim=-1), torch.ones(2, clip.patches))
+
+
+@pytest.mark.parametrize("name", ["open_clip", "openai", "transformers"])
+def test_vit_tokens_are_projected_states(name):
+    model = family(name)
+    seen = []
+    if name == "transformers":
+        vision, project = model.vision_model, model.visual_projection
+        part, norm = vision.encoder, vision.post_layernorm
+    else:
+        part, norm = model.visual.transformer, model.visual.ln_post
+        project = lambda x: x @ model.visual.proj  # noqa: E731 - beside its sibling above
+    handle = part.register_forward_hook(lambda module, args, out: seen.append(out))
+    with torch.no_grad():
+        own_image(model, pixels_of())
+        handle.remove()
+        states = seen[0].last_hidden_state if name == "transformers" else seen[0]
+        states = states.permute(1, 0, 2) if name == "openai" else states
+        want = torch.stack([project(norm(states[:, i])) for i in range(1, states.shape[1])], dim=1)
+    got = load_clip(model).encode_image_tokens(pixels_of(), normalize=False)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_resnet_tokens_are_pooled_with_every_query():
+    model = family("open_clip-resnet")
+    pool, seen = model.visual.attnpool, []
+    handle = model.visual.layer4.register_forward_hook(lambda m, a, out: seen.append(out))
+    with torch.no_grad():
+        model.encode_image(pixels_of())
+        handle.remove()
+        x = seen[0].flatten(2).transpose(1, 2)
+        x = torch.cat([x.mean(1, keepdim=True), x], 1) + pool.positional_embedding
+        split = lambda t: t.unflatten(-1, (pool.num_heads, -1)).transpose(1, 2)  # noqa: E731
+        q, k, v = (split(p(x)) for p in (pool.q_proj, pool.k_proj, pool.v_proj))
+        weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
+        want = pool.c_proj((weights @ v).transpose(1, 2).flatten(2))[:, 1:]
+    got = load_clip(model).encode_image_tokens(pixels_of(), normalize=False)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["open_clip-resnet", "openai", "transformers"])
+def test_owner_is_left_alone(name):
+    model = copy.deepcopy(family(name)).train()
+    first = next(model.parameters())
+    first.requires_grad_(False)
+    calls = []
+    for part in model.modules():
+        part.register_forward_hook(lambda *a: calls.append(a))
+    modes = [part.training for part in model.modules()]
+    flags = [p.requires_grad for p in model.parameters()]
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    clip = load_clip(model)
+    a = clip.encode_image(pixels_of())
+    encode(clip)
+    assert [part.training for part in model.modules()] == modes
+    assert [p.requires_grad for p in model.parameters()] == flags
+    after = model.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert not calls, "the owner's hooks must not see our passes"
+    # the owner's running statistics move in its own forward passes; ours do not
+    own_image(model, pixels_of(4))
+    assert torch.equal(clip.encode_image(pixels_of()), a)
+
+
+def test_weights_are_shared_not_copied():
+    model = family("openai")
+    clip = load_clip(model)
+    assert (
+        clip.text.blocks[0].fc_w.data_ptr()
+        == model.transformer.resblocks[0].mlp.c_fc.weight.data_ptr()
+    )
+    assert clip._image.module.conv1.weight.data_ptr() == model.visual.conv1.weight.data_ptr()
+    assert clip.to("cpu") is clip
+    half = clip.to(dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    assert clip.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_nothing_can_be_trained(name):
+    clip = load_clip(family(name))
+    image = list(clip._image.module.parameters())
+    assert image
+    assert not any(p.requires_grad for p in image)
+    text = [clip.text.projection, *vars(clip.text.blocks[0]).values()]
+    assert not any(t.requires_grad for t in text)
+    assert not any(m.training for m in clip._image.module.modules())
+    before = clip.encode_image(pixels_of())
+    assert not before.requires_grad
+    clip._image.module.train()  # a determined enemy
+    if "resnet" in name:
+        torch.testing.assert_close(clip.encode_image(pixels_of()), before)
+    assert not isinstance(clip, nn.Module)
+
+
+def test_gradient_reaches_pixels_only_if_asked():
+    clip = load_clip(family("open_clip-resnet"))
+    pixels = pixels_of().requires_grad_()
+    clip.encode_image_tokens(pixels).square().mean(-1)[0, 0].backward()
+    assert pixels.grad is not None
+    with torch.no_grad():
+        assert not clip.encode_image(pixels).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["open_clip", "open_clip-resnet", "openai", "transformers"])
+def test_every_dtype_loads(name, dtype):
+    exact = load_clip(family(name))
+    clip = load_clip(family(name), dtype=dtype)
+    norm = torch.promote_types(dtype, torch.float32)
+    assert clip.dtype == clip.text.token_embedding.dtype == dtype
+    assert clip.text.ln_w.dtype == clip.text.blocks[0].ln_1_w.dtype == norm
+    # features have unit length: a few ulps of one, through four layers
+    atol = 1e-5 if dtype == torch.float64 else 12 * torch.finfo(dtype).eps
+    for got, want in [
+        (encode(clip), encode(exact)),
+        (clip.encode_image(pixels_of()), exact.encode_image(pixels_of())),
+        (clip.encode_image_tokens(pixels_of()), exact.encode_image_tokens(pixels_of())),
+    ]:
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.float(), want, rtol=0, atol=atol)
+
+
+def test_half_openai_weights_load_in_both_precisions():
+    model = halve(scramble(make_openai()))
+    wide = load_clip(model)
+    assert wide.dtype == torch.float32
+    with torch.no_grad():
+        want = F.normalize(copy.deepcopy(model).float().encode_image(pixels_of()), dim=-1)
+    torch.testing.assert_close(wide.encode_image(pixels_of()), want, rtol=0, atol=1e-5)
+    same = load_clip(model, dtype=torch.float16)
+    assert same.text.ln_w.data_ptr() == model.ln_final.weight.data_ptr()
+    with torch.no_grad():
+        own = model.encode_image(pixels_of())
+    got = same.encode_image(pixels_of(), normalize=False)
+    torch.testing.assert_close(got, own, rtol=1e-2, atol=1e-2)
+
+
+def test_activation_is_recognised():
+    assert load_clip(family("open_clip")).text.activation == "gelu"
+    assert load_clip(family("open_clip-quickgelu")).text.activation == "quick_gelu"
+    assert load_clip(family("openai")).text.activation == "quick_gelu"
+    assert load_clip(family("transformers")).text.activation == "quick_gelu"
+    assert load_clip(family("transformers-gelu-eos2")).text.activation == "gelu"
+    # same weights, another activation: another feature
+    gelu, quick = make_open_clip(), make_open_clip(quick_gelu=True)
+    quick.load_state_dict(gelu.state_dict())
+    a, b = load_clip(scramble(gelu)), load_clip(scramble(quick))
+    assert (encode(a) - encode(b)).abs().max() > 1e-4
+    assert (a.encode_image(pixels_of()) - b.encode_image(pixels_of())).abs().max() > 1e-4
+    assert a.weights_digest != b.weights_digest
+
+
+@pytest.mark.parametrize("name", ["open_clip-resnet", "transformers"])
+def test_digest_knows_every_weight(name):
+    model = copy.deepcopy(family(name))
+    digest = load_clip(model).weights_digest
+    assert digest == load_clip(copy.deepcopy(model)).weights_digest
+    assert digest == load_clip(model).to(dtype=torch.float32).weights_digest
+    assert digest != load_clip(model, dtype=torch.float64).weights_digest
+    touched = [k for k, v in model.state_dict().items() if v.is_floating_point()]
+    for key in [touched[0], touched[len(touched) // 2], touched[-1]]:
+        changed = copy.deepcopy(model)
+        changed.state_dict()[key].view(-1)[-1] += 0.125
+        assert load_clip(changed).weights_digest != digest, key
+
+
+def test_logit_scale_is_the_multiplier():
+    model = make_openai()
+    assert load_clip(model).logit_scale == pytest.approx(torch.tensor(2.0).exp().item())
+
+
+# names, files, tags
+
+
+@pytest.fixture
+def nano(monkeypatch):
+    """Register a model small enough to write to disk, with two tags."""
+    config = {"embed_dim": 40, "vision_cfg": VISION, "text_cfg": TEXT}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "nano", config)
+    tags = {
+        "openai": {"hf_hub": "nobody/nano/", "quick_gelu": True, "mean": (0.5,) * 3},
+        "laion": {"hf_hub": "nobody/nano/", "std": (0.25,) * 3},
+    }
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "nano", tags)
+    return config
+
+
+def same_weights(a, b):
+    texts = torch.equal(encode(a), encode(b))
+    return texts and torch.equal(a.encode_image(pixels_of()), b.encode_image(pixels_of()))
+
+
+def test_random_weights_are_seeded_and_leave_the_generator(nano):
+    torch.manual_seed(5)
+    want = torch.rand(3)
+    torch.manual_seed(5)
+    a, b = load_clip("nano", "random"), load_clip("nano", "random", seed=0)
+    assert torch.equal(torch.rand(3), want)
+    assert same_weights(a, b)
+    assert a.weights_digest == b.weights_digest
+    assert load_clip("nano", "random", seed=1).weights_digest != a.weights_digest
+    assert a.text.activation == "gelu"
+    quick = load_clip("nano", "random", quick_gelu=True)
+    assert quick.text.activation == "quick_gelu"
+    assert (a.name, a.pretrained) == ("nano", "random")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pt", "wrapped"])
+def test_checkpoints_load(nano, tmp_path, kind):
+    from safetensors.torch import save_file
+
+    model = scramble(make_open_clip())
+    path = tmp_path / ("w.safetensors" if kind == "safetensors" else "w.pt")
+    if kind == "safetensors":
+        save_file(model.state_dict(), path)
+    elif kind == "pt":
+        torch.save(model.state_dict(), path)
+    else:
+        torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, path)
+    clip = load_clip("nano", path)
+    assert same_weights(clip, load_clip(model))
+    assert clip.text.activation == "gelu"
+    assert load_clip("nano", str(path), quick_gelu=True).text.activation == "quick_gelu"
+
+
+def test_openai_archives_know_their_activation(nano, tmp_path):
+    state = scramble(make_open_clip()).state_dict()
+    torch.save({**state, "input_resolution": torch.tensor(SIDE)}, tmp_path / "w.pt")
+    assert load_clip("nano", tmp_path / "w.pt").text.activation == "quick_gelu"
+
+
+def test_openai_tag_implies_quick_gelu(nano, tmp_path, monkeypatch):
+    path = tmp_path / "w.pt"
+    torch.save(scramble(make_open_clip()).state_dict(), path)
+    monkeypatch.setattr(open_clip, "download_pretrained", lambda facts: str(path))
+    clip = load_clip("nano")
+    assert (clip.pretrained, clip.text.activation, clip.mean) == (
+        "openai",
+        "quick_gelu",
+        (0.5,) * 3,
+    )
+    other = load_clip("nano", "laion")
+    assert (other.text.activation, other.std) == ("gelu", (0.25,) * 3)
+    assert same_weights(clip, load_clip("nano", path, quick_gelu=True))
+    with pytest.raises(InputError, match=r"quick_gelu must be None or True for the tag 'openai'"):
+        load_clip("nano", quick_gelu=False)
+    for name in open_clip.list_openai_models():
+        assert open_clip.get_pretrained_cfg(name, "openai")["quick_gelu"]
+
+
+def test_weights_out_of_reach_name_the_cure(nano, monkeypatch):
+    def fail(facts):
+        raise OSError("no route to host\nand a long story")
+
+    monkeypatch.setattr(open_clip, "download_pretrained", fail)
+    with pytest.raises(
+        Missing,
+        match=r"^fastfpl\.load_clip: weights 'openai' of 'nano' must be .*; got OSError: no route "
+        r"to host; .*load_clip\('nano', pretrained=\"/path/to/weights.safetensors\", "
+        r"quick_gelu=True\)$",
+    ):
+        load_clip("nano")
+
+
+def test_files_that_are_refused(nano, tmp_path):
+    path = tmp_path / "w.pt"
+    with pytest.raises(Missing, match=r"no file '.*w\.pt'"):
+        load_clip("nano", path)
+    path.write_bytes(pickle.dumps(subprocess.Popen))
+    with pytest.raises(InputError, match=r"must hold tensors only; got .*w\.pt"):
+        load_clip("nano", path)
+    torch.save([torch.zeros(1)], path)
+    with pytest.raises(InputError, match="must hold tensors by name"):
+        load_clip("nano", path)
+    state = make_open_clip().state_dict()
+    torch.save(state, path)
+    path.write_bytes(path.read_bytes()[:-9000])
+    with pytest.raises((Damaged, InputError), match=r"fastfpl\.load_clip"):
+        load_clip("nano", path)
+    bad = path.with_suffix(".safetensors")
+    bad.write_bytes(b"\x08\0\0\0\0\0\0\0nonsense")
+    with pytest.raises(Damaged, match="must be a safetensors file"):
+        load_clip("nano", bad)
+    torch.save({k: v for k, v in state.items() if k != "ln_final.bias"}, path)
+    with pytest.raises(InputError, match=r"must fit the model; got no ln_final\.bias"):
+        load_clip("nano", path)
+    torch.save({**state, "extra": torch.zeros(1)}, path)
+    with pytest.raises(InputError, match="got unknown extra"):
+        load_clip("nano", path)
+    torch.save({**state, "ln_final.bias": torch.zeros(3)}, path)
+    with pytest.raises(InputError, match=r"got another shape of ln_final\.bias \(3,\)"):
+        load_clip("nano", path)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
+def test_programs_are_refused(nano, tmp_path):
+    script = torch.jit.script(nn.Linear(2, 2))
+    torch.jit.save(script, tmp_path / "w.pt")
+    with pytest.raises(InputError, match="a TorchScript archive, which is a program"):
+        load_clip("nano", tmp_path / "w.pt")
+    with pytest.raises(KindError, match="must be a plain module; got a TorchScript one"):
+        load_clip(script)
+
+
+def test_names_are_suggested():
+    with pytest.raises(
+        InputError,
+        match=r"^fastfpl\.load_clip: name must be 'tiny' or a model of open_clip; got 'ViT-B16'; "
+        r"did you mean 'ViT-B-16'",
+    ):
+        load_clip("ViT-B16")
+    with pytest.raises(
+        InputError, match=r"tag of 'ViT-B-16'.*; got 'opnai'; did you mean 'openai'"
+    ):
+        load_clip("ViT-B/16", "opnai")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("coca_ViT-B-32", "a captioning model"),
+        ("roberta-ViT-B-32", "text tower 'roberta-base'"),
+        ("ViT-B-16-SigLIP", "a bidirectional one"),
+    ],
+)
+def test_other_text_towers_are_refused_by_name(name, said):
+    with pytest.raises(KindError, match=f"causal text transformer; got '{name}' with .*{said}"):
+        load_clip(name, "random")
+
+
+def refused_models():
+    yield make_open_clip(text={"no_causal_mask": True}), "must have a causal text tower"
+    yield make_open_clip(text={"ls_init_value": 0.1}), "got ls_1 in block 0"
+    yield make_open_clip(text={"qk_norm": True}), "got ln_q in block 0"
+    yield make_open_clip(text={"scale_fc": True}), "got ln in block 0"
+    yield make_open_clip(text={"pool_type": "last"}), "got pool_type 'last'"
+    yield make_open_clip(text={"proj_type": "none"}), "got no text projection"
+    tanh = {"act_kwargs": {"approximate": "tanh"}}
+    yield make_open_clip(text=tanh), "must use QuickGELU or GELU in its text tower; got GELU"
+    yield make_open_clip(text={"embed_cls": True}, kind=CustomTextCLIP), "no class token"
+    adapted = make_open_clip()
+    adapted.transformer.resblocks[1].mlp.c_fc = nn.Identity()
+    yield adapted, "plain linear layers in its text tower; got Identity"
+    yield nn.Linear(2, 2), "layout of open_clip, OpenAI's clip or transformers' CLIPModel"
+    yield 3, "must be a model name or a live CLIP model; got int"
+
+
+def test_other_models_are_refused():
+    for model, said in refused_models():
+        with pytest.raises(KindError, match=said):
+            load_clip(model)
+
+
+def test_one_eps_and_one_tokenizer():
+    model = make_open_clip()
+    model.ln_final.eps = 1e-3
+    with pytest.raises(InputError, match="must have one LayerNorm eps"):
+        load_clip(model)
+    small = make_open_clip(text={"vocab_size": 600})
+    with pytest.raises(InputError, match="tokenizer must be given for a vocabulary"):
+        load_clip(small)
+    with pytest.raises(InputError, match="tokenizer must stay inside the model's vocabulary"):
+        load_clip(small, tokenizer=open_clip.SimpleTokenizer())
+    with pytest.raises(InputError, match="must end a text with the model's token 7; got 49407"):
+        load_clip(make_transformers(eos=7))
+    with pytest.raises(KindError, match="tokenizer must be open_clip's"):
+        load_clip(make_open_clip(), tokenizer=3)
+
+
+def test_arguments_are_checked():
+    model = family("open_clip")
+    with pytest.raises(KindError, match=r"dtype must be float16, .*; got torch\.int8"):
+        load_clip(model, dtype=torch.int8)
+    with pytest.raises(InputError, match="pretrained must be None for a live model; got 'openai'"):
+        load_clip(model, "openai")
+    clip = load_clip(model)
+    with pytest.raises(
+        InputError, match=r"pixels must have shape \(B, 3, 64, 64\); got \(1, 3, 8, 8\)"
+    ):
+        clip.encode_image(pixels_of(1, 8))
+    with pytest.raises(KindError, match=r"pixels must be floating point; got torch\.uint8"):
+        clip.encode_image(torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8))
+    assert clip.encode_image(pixels_of(0)).shape == (0, 40)
+    assert clip.encode_image_tokens(pixels_of(0)).shape == (0, 16, 40)
+
+
+TIMM = {"timm_model_name": "resnet18", "timm_pool": "avg", "timm_proj": "linear"}
+
+
+@pytest.mark.parametrize("vision", [{**VISION, "pool_type": "avg"}, {**TIMM, "image_size": SIDE}])
+def test_towers_without_tokens_say_so(vision):
+    model = scramble(make_open_clip(vision))
+    clip = load_clip(model)
+    assert clip.patches is None
+    with torch.no_grad():
+        want = F.normalize(model.encode_image(pixels_of()), dim=-1)
+    torch.testing.assert_close(clip.encode_image(pixels_of()), want)
+    with pytest.raises(NotSupported, match="plain vision transformer or a modified ResNet"):
+        clip.encode_image_tokens(pixels_of())
+
+
+def test_tokenizers_agree():
+    model = family("open_clip")
+    simple = open_clip.SimpleTokenizer()
+
+    class HuggingFace:
+        bos_token_id, eos_token_id = 49406, 49407
+
+        def encode(self, text, add_special_tokens):
+            assert not add_special_tokens
+            return simple.encode(text)
+
+    want = [simple.encode(t) for t in TEXTS]
+    for tokenizer in (None, simple, open_clip.tokenize, HuggingFace()):
+        clip = load_clip(model, tokenizer=tokenizer)
+        assert (clip.sos, clip.eot) == (49406, 49407)
+        assert clip.tokenize(TEXTS) == want
+        assert clip.tokenize(TEXTS[0]) == want[:1]
+
+
+def test_tiny_names_its_script_and_loads_its_files(tmp_path, monkeypatch):
+    from safetensors.torch import save_file
+
+    monkeypatch.setattr(fastfpl.clip.tiny, "TINY", tmp_path)
+    with pytest.raises(Missing, match=r"python -m fastfpl\.clip\.train_tiny makes it"):
+        load_clip("tiny")
+    merges = "#version: tiny\n" + "\n".join(["c a", "ca t</w>", "h o"])
+    (tmp_path / "bpe.txt.gz").write_bytes(gzip.compress(merges.encode()))
+    vocabulary = 512 + 3 + 2
+    config = {"embed_dim": 40, "vision_cfg": VISION, "text_cfg": {**TEXT, "vocab_size": vocabulary}}
+    model = scramble(fastfpl.clip.tiny.build_tiny(config))
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    for text in (config, {"model_cfg": config, "preprocess_cfg": {"mean": [0, 0, 0]}}):
+        (tmp_path / "config.json").write_text(json.dumps(text))
+        clip = load_clip("tiny")
+    assert isinstance(clip, FrozenCLIP)
+    assert (clip.name, clip.mean, clip.eot) == ("tiny", (0.0, 0.0, 0.0), vocabulary - 1)
+    assert len(clip.tokenize(["cat"])[0]) == 1
+    with torch.no_grad():
+        want = F.normalize(model.encode_text(layout_of(clip, ["cat", "hot"]).tokens), dim=-1)
+    torch.testing.assert_close(encode(clip, ["cat", "hot"]), want, rtol=0, atol=1e-5)
+    with pytest.raises(InputError, match="pretrained must be None or 'random' for 'tiny'"):
+        load_clip("tiny", "openai")
+
+
+def test_import_is_light():
+    code = (
+        "import sys, fastfpl.clip\n"
+        "heavy = {'open_clip', 'torchvision', 'transformers', 'timm'} & set(sys.modules)\n"
+        "sys.exit(' '.join(heavy) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
