@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the project's own flag, beside pytest-benchmark's options."""
     parser.getgroup("fastfpl").addoption(
         "--benchmark",
         action="store_true",
@@ -22,6 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
+    """Point a bare ``pytest --benchmark`` at bench/, with a clock that waits for the device."""
     if not config.getoption("--benchmark"):
         return
     if not config.pluginmanager.hasplugin("benchmark"):
@@ -30,14 +32,12 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("--benchmark must run alone; got -n")
     if config.args_source is not pytest.Config.ArgsSource.ARGS:
         config.args[:] = [str(ROOT / "bench")]
-    timer = config.option.benchmark_timer
-    if str(timer) == "time.perf_counter":  # the plugin's default would time only a launch
-        from bench.clock import synced
-
-        config.option.benchmark_timer = type(timer)(synced)
+    if config.option.benchmark_timer == "time.perf_counter":  # the default times only a launch
+        config.option.benchmark_timer = "bench.clock.synced"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep benches only, whatever paths were named with ``--benchmark``."""
     if config.getoption("--benchmark"):
         inside = [item for item in items if ROOT / "bench" in item.path.parents]
         config.hook.pytest_deselected(items=[item for item in items if item not in inside])
@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _machine() -> dict[str, Any]:
-    """What a number means nothing without."""
+    """Say what a number means nothing without."""
     import torch
 
     from fastfpl.ops import native
@@ -71,7 +71,10 @@ def _processor() -> str:
 
 # pytest-benchmark is optional: without it these two are never called
 @pytest.hookimpl(optionalhook=True)
-def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+def pytest_benchmark_update_machine_info(
+    config: pytest.Config, machine_info: dict[str, Any]
+) -> None:
+    """Describe the machine in the head of a JSON file."""
     machine_info["fastfpl"] = _machine()
 
 
@@ -79,6 +82,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 def pytest_benchmark_update_json(
     config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]
 ) -> None:
+    """Repeat machine and commit in every row, so that a row can be quoted alone."""
     commit = output_json["commit_info"]
     for row in output_json["benchmarks"]:
         row["extra_info"] |= {

@@ -49,7 +49,10 @@ class BuildNative(build_ext):
                 # An older module would answer for sources that did not compile.
                 target.unlink(missing_ok=True)
                 note.parent.mkdir(parents=True, exist_ok=True)
-                note.write_text(f"{type(error).__name__}: {error}\n", encoding="utf-8")
+                why = f"{type(error).__name__}: {error}"
+                if len(why) > 160:  # the whole command line: its ends say which compiler, and how
+                    why = f"{why[:60]} ... {why[-90:]}"
+                note.write_text(why + "\n", encoding="utf-8")
             raise
 
 

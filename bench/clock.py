@@ -20,7 +20,12 @@ def synced() -> float:
 
 
 def checked(
-    benchmark: Any, run: Callable[[], Tensor], exact: Tensor, limit: float, **row: Any
+    benchmark: Any,
+    run: Callable[[], Tensor],
+    exact: Tensor,
+    limit: float,
+    rounds: int | None = None,
+    **row: Any,
 ) -> Tensor:
     """Time ``run`` only if its result is right, and put the error beside the time.
 
@@ -34,6 +39,9 @@ def checked(
         The float64 truth.
     limit : float
         The largest relative error, by the largest value of ``exact``, with which a time is given.
+    rounds : int, optional
+        So many rounds of one call each instead of as many as the plugin wants: for what takes
+        seconds.
     **row
         What the row is about: sizes by letter, dtype, face, direction.
     """
@@ -43,7 +51,7 @@ def checked(
     assert error <= limit, f"not timed: relative error {error:.2e}, at most {limit:.0e}"
     benchmark.extra_info |= row | {"relative_error": error, "limit": limit}
     benchmark.group = " ".join(f"{k}={v}" for k, v in row.items() if k != "face")
-    result = benchmark(run)
+    result = benchmark.pedantic(run, rounds=rounds) if rounds else benchmark(run)
     again = float((result.double() - exact).abs().max() / exact.abs().max())
     assert again <= limit, f"wrong after timing: relative error {again:.2e}, at most {limit:.0e}"
     return result

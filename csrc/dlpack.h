@@ -84,8 +84,7 @@ class View {
 
   template <class T>
   bool is() const {
-    return tensor_.code == TypeName<T>::code && tensor_.bits == 8 * sizeof(T) &&
-           tensor_.lanes == 1;
+    return tensor_.code == TypeName<T>::code && tensor_.bits == 8 * sizeof(T) && tensor_.lanes == 1;
   }
 
   template <class T>
@@ -137,8 +136,7 @@ class View {
 
   std::string tuple(const int64_t* values) const {
     std::string text = "(";
-    for (int32_t d = 0; d < tensor_.ndim; ++d)
-      text += (d ? ", " : "") + std::to_string(values[d]);
+    for (int32_t d = 0; d < tensor_.ndim; ++d) text += (d ? ", " : "") + std::to_string(values[d]);
     return text + (tensor_.ndim == 1 ? ",)" : ")");
   }
 

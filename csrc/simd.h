@@ -7,8 +7,7 @@
 // One plain function is compiled three times and the processor's best is bound at load time. Clang
 // and MSVC lack the attribute for this use; elsewhere than x86-64 there is nothing to choose.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__)
-#define FASTFPL_CLONES \
-  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define FASTFPL_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define FASTFPL_CLONES
 #endif

@@ -124,6 +124,7 @@ FASTFPL_INLINE int64_t solve(const Real* sim, Real* plan, int64_t* iterations, R
     Sums<Real> sums{};
     Real miss = 0, best = std::numeric_limits<Real>::infinity(), best_level = 0, best_share = 0;
     int64_t n = 0;
+    bool polishing = false;
     while (true) {
       sums = pass(z1, z2, P, level, share, floor);
       ++n;
@@ -133,13 +134,14 @@ FASTFPL_INLINE int64_t solve(const Real* sim, Real* plan, int64_t* iterations, R
       miss = std::abs(std::log(column / sums.first));
       if (N == 2) miss = std::max(miss, std::abs(std::log(column / sums.second)));
       if (miss < best) best = miss, best_level = level, best_share = share;
-      if (miss <= tol || n >= t.max_iter) break;
+      if (polishing || n >= t.max_iter || miss <= tol / 32) break;
+      polishing = miss <= tol;  // one more step: Newton's last is worth all before it
 
       const Real free = sums.free1 + sums.free2;
       const Real newton = level_gap * total / free;  // infinite where every row is capped
       const Real enough = std::max(tol / 8, Real(.1) * std::min(std::abs(share_gap), Real(1)));
       Real next = level;
-      if (std::abs(level_gap) > enough) {
+      if (std::abs(level_gap) > enough && !(polishing && N == 2)) {
         (level_gap > 0 ? floor_level : ceil_level) = level;
         next = inside(level + newton, floor_level, ceil_level);
       }
@@ -154,7 +156,7 @@ FASTFPL_INLINE int64_t solve(const Real* sim, Real* plan, int64_t* iterations, R
       const Real slope = (free > 0 ? sums.free1 * sums.free2 / free : Real(0)) + sums.mixed;
       next = inside(share + share_gap * sums.first * sums.second / (total * slope), share_low,
                     share_high);
-      if (next == share) break;
+      if (next == share && !polishing) break;
       if (free > 0) level += newton - (sums.free1 - sums.free2) / (2 * free) * (next - share);
       share = next;
       if (!t.balanced) {
@@ -162,7 +164,7 @@ FASTFPL_INLINE int64_t solve(const Real* sim, Real* plan, int64_t* iterations, R
         level = inside(level, floor_level, ceil_level);
       }
     }
-    if (miss > best) {  // only where tol is below the rounding of Real, or max_iter was too small
+    if (miss > best) {  // the last step led into rounding, or max_iter cut the search short
       level = best_level, share = best_share, miss = best;
       sums = pass(z1, z2, P, level, share, floor);
     }
@@ -201,8 +203,8 @@ FASTFPL_CLONES int64_t solve_range(const float* sim, float* plan, int64_t* itera
 }
 
 FASTFPL_CLONES int64_t solve_range(const double* sim, double* plan, int64_t* iterations,
-                                   double* residual, const Transport& t, int64_t begin,
-                                   int64_t end, double* scratch, int64_t stride) {
+                                   double* residual, const Transport& t, int64_t begin, int64_t end,
+                                   double* scratch, int64_t stride) {
   return solve(sim, plan, iterations, residual, t, begin, end, scratch, scratch + stride);
 }
 
@@ -213,8 +215,8 @@ int64_t transport_plan(const Real* sim, Real* plan, int64_t* iterations, Real* r
                        const Transport& t) {
   // About 7 ns a patch (AVX-512) in five passes. A thread costs 20 us and pays from 1 ms on.
   const double milliseconds = 7e-6 * double(t.problems) * double(t.patches);
-  const int64_t threads = std::max<int64_t>(
-      1, std::min({t.threads, t.problems, static_cast<int64_t>(milliseconds)}));
+  const int64_t threads =
+      std::max<int64_t>(1, std::min({t.threads, t.problems, static_cast<int64_t>(milliseconds)}));
   // A whole number of cache lines for each array: sums then do not depend on who computes them.
   const int64_t line = 64 / sizeof(Real), stride = (t.patches + line - 1) / line * line;
   std::vector<Real> memory(threads * 2 * stride + line);

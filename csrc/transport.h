@@ -12,8 +12,8 @@ struct Transport {
   int64_t max_iter, threads;
 };
 
-// sim, plan (B, P, N); iterations, residual (B). Returns the index of the first value of sim that is
-// not finite after division by eps, or -1; the plan is then meaningless.
+// sim, plan (B, P, N); iterations, residual (B). Returns the index of the first value of sim that
+// is not finite after division by eps, or -1; the plan is then meaningless.
 template <class Real>
 int64_t transport_plan(const Real* sim, Real* plan, int64_t* iterations, Real* residual,
                        const Transport& t);

@@ -13,7 +13,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fastfpl.errors import InputError, Missing, near
 
-__all__ = ["Settings", "load_preset", "load_yaml", "make_settings", "preset_names"]
+__all__ = [
+    "Settings",
+    "for_methods",
+    "load_preset",
+    "load_yaml",
+    "make_settings",
+    "preset_names",
+]
 
 
 class Settings(BaseModel):
@@ -133,6 +140,17 @@ def make_settings(values: Mapping[str, Any]) -> Settings:
         ) from None
 
 
+def for_methods(options: Any) -> dict[str, dict[str, Any]]:
+    """Check options by method, as files and presets hold them: ``{method: {key: value}}``."""
+    good = isinstance(options, Mapping) and all(isinstance(v, Mapping) for v in options.values())
+    if not good:
+        raise InputError(
+            "fastfpl.Settings: options in a file must be a mapping from methods to their options; "
+            f"got {options!r}"
+        )
+    return {str(method): dict(mine) for method, mine in options.items()}
+
+
 def load_yaml(path: Path) -> dict[str, Any]:
     """Read settings from a YAML file: one mapping of known keys."""
     if not path.is_file():
@@ -161,7 +179,10 @@ def preset_names() -> list[str]:
 
 
 def load_preset(name: str) -> tuple[str, dict[str, Any]]:
-    """Return a preset's one-line description (with its source) and its settings."""
+    """Return a preset's one-line description (with its source) and its settings.
+
+    ``options``, if there, is a mapping from methods to their options.
+    """
     if name not in preset_names():
         raise InputError(
             f"fastfpl.Settings: preset must be a known one; got {name!r}"
@@ -169,4 +190,7 @@ def load_preset(name: str) -> tuple[str, dict[str, Any]]:
         )
     text = (resources.files("fastfpl.presets") / f"{name}.yaml").read_text(encoding="utf-8")
     values = _parse(text, f"preset {name}")
-    return str(values.pop("about")), values
+    about = str(values.pop("about"))
+    if "options" in values:
+        values["options"] = for_methods(values["options"])
+    return about, values

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import fastfpl.clip.tiny
 from fastfpl.clip import FrozenCLIP, load_clip
+from fastfpl.clip.tokenizer import Tokenizer
 from fastfpl.errors import Damaged, InputError, KindError, Missing, NotSupported
 from fastfpl.reference.text import PromptLayout, encode_text
 
@@ -226,8 +227,9 @@ def test_text_is_the_familys_own(name):
 @pytest.mark.parametrize(("name", "dim", "patches"), [("ViT-B-32", 512, 49), ("RN50", 1024, 49)])
 def test_real_sizes_are_the_familys_own(name, dim, patches):
     config = open_clip.get_model_config(name)
-    if isinstance(config["vision_cfg"]["layers"], int):
-        config["vision_cfg"]["layers"] = 1
+    # the text tower at full depth, an image tower of full width
+    layers = config["vision_cfg"]["layers"]
+    config["vision_cfg"]["layers"] = 1 if isinstance(layers, int) else [1, 1, 1, 1]
     torch.manual_seed(0)
     model = CLIP(**config).eval()
     clip = load_clip(model)
@@ -419,18 +421,44 @@ def test_activation_is_recognised():
     assert a.weights_digest != b.weights_digest
 
 
-@pytest.mark.parametrize("name", ["open_clip-resnet", "transformers"])
+@pytest.mark.parametrize("name", ["open_clip-resnet", "transformers-gelu-eos2"])
 def test_digest_knows_every_weight(name):
     model = copy.deepcopy(family(name))
-    digest = load_clip(model).weights_digest
-    assert digest == load_clip(copy.deepcopy(model)).weights_digest
-    assert digest == load_clip(model).to(dtype=torch.float32).weights_digest
-    assert digest != load_clip(model, dtype=torch.float64).weights_digest
-    touched = [k for k, v in model.state_dict().items() if v.is_floating_point()]
-    for key in [touched[0], touched[len(touched) // 2], touched[-1]]:
-        changed = copy.deepcopy(model)
-        changed.state_dict()[key].view(-1)[-1] += 0.125
-        assert load_clip(changed).weights_digest != digest, key
+    few = nn.Embedding(600, 32)  # a small vocabulary: the embedding is hashed once a weight
+    if name == "open_clip-resnet":
+        model.token_embedding = few
+    else:
+        model.text_model.embeddings.token_embedding = few
+    tokens = Tokenizer(598, 599, lambda text: [])
+    clip = load_clip(model, tokenizer=tokens)
+    digest = clip.weights_digest
+    assert digest == load_clip(copy.deepcopy(model), tokenizer=tokens).weights_digest
+    assert digest == clip.to("cpu", torch.float32).weights_digest
+    assert digest != clip.to(dtype=torch.float64).weights_digest
+    for key, weight in model.state_dict().items():
+        if weight.is_floating_point():
+            last = weight.view(-1)[-1:]
+            kept = last.clone()
+            last += 0.125
+            assert load_clip(model, tokenizer=tokens).weights_digest != digest, key
+            last.copy_(kept)
+    assert load_clip(model, tokenizer=tokens).weights_digest == digest
+
+
+def test_digest_knows_what_no_weight_shows():
+    model = make_open_clip()
+    seen = {load_clip(model).weights_digest}
+    for block in model.transformer.resblocks:
+        block.mlp.gelu = open_clip.transformer.QuickGELU()
+    seen.add(load_clip(model).weights_digest)
+    for block in model.visual.transformer.resblocks:
+        block.attn.num_heads, block.attn.head_dim = 2, 24
+    seen.add(load_clip(model).weights_digest)
+    model.visual.ln_post.eps = 1e-3
+    seen.add(load_clip(model).weights_digest)
+    model.visual.image_mean = (0.5, 0.5, 0.5)
+    seen.add(load_clip(model).weights_digest)
+    assert len(seen) == 5
 
 
 def test_logit_scale_is_the_multiplier():

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
@@ -34,6 +34,11 @@ def even(value, *shape):
     return torch.full(shape, value, dtype=torch.float64)
 
 
+def solved_with_info(face, sim, **options):
+    with fastfpl.face(face):
+        return transport_plan(sim, info=True, **options)
+
+
 def solved(face, sim, **options):
     with fastfpl.face(face), recorded_faces() as seen:
         plan = transport_plan(sim, **options)
@@ -43,7 +48,7 @@ def solved(face, sim, **options):
 
 @NATIVE
 @pytest.mark.parametrize("balanced", [False, True], ids=["capped", "balanced"])
-@pytest.mark.parametrize("eps", [0.02, 0.1, 1.0])
+@pytest.mark.parametrize("eps", [0.05, 0.2, 1.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize(
     "shape",
@@ -60,6 +65,16 @@ def test_as_good_as_eager(shape, dtype, eps, balanced):
     else:
         eager = reference.transport_plan(sim.float(), eps, 0.8, balanced, 10_000, 1e-5)[0]
         assert_as_good_as_eager(solved("cpu", sim, **options), eager.to(dtype), exact)
+
+
+@NATIVE
+@pytest.mark.parametrize("patches", [49, 196])
+def test_as_good_as_eager_at_the_papers_eps(patches):
+    sim = similar(patches, 2, dtype=torch.float32)
+    exact, ended = solved_with_info("reference", sim.double(), eps=0.01, mass=0.8, tol=1e-12)
+    assert ended.iterations > 100, "a test of the slow case"
+    eager = solved("reference", sim, eps=0.01, mass=0.8)
+    assert_as_good_as_eager(solved("cpu", sim, eps=0.01, mass=0.8), eager, exact)
 
 
 @NATIVE
@@ -83,7 +98,9 @@ def assert_optimal(sim, plan, eps, mass, tol, balanced=False):
     """Check the optimality conditions of the docstring's problem; ``sim`` and ``plan`` float64."""
     n_patches, n_prompts = sim.shape[-2:]
     bound = mass if balanced else 1.0
-    for s, t in zip(sim.reshape(-1, *sim.shape[-2:]), plan.reshape(-1, *sim.shape[-2:]), strict=True):
+    for s, t in zip(
+        sim.reshape(-1, *sim.shape[-2:]), plan.reshape(-1, *sim.shape[-2:]), strict=True
+    ):
         rows = t.sum(-1) * n_patches / bound
         assert t.min() >= 0
         assert (t.sum(-2) * n_prompts / mass - 1).abs().max() <= 1e-12
@@ -112,7 +129,9 @@ def test_plan_solves_the_documented_problem(face):
         assert_optimal(sim, plan, eps, mass, 1e-11, balanced)
     rows = solved(face, sim, eps=0.02, mass=0.8, tol=1e-12).sum(-1) * 49
     capped = rows > 1 - 1e-6
-    assert 0.2 < capped.double().mean() < 0.8, "a test of caps that bind in some rows and not in all"
+    assert 0.2 < capped.double().mean() < 0.8, (
+        "a test of caps that bind in some rows and not in all"
+    )
 
 
 @pytest.mark.parametrize("face", FACES)
@@ -143,13 +162,14 @@ def test_marginals(face, patches, prompts, mass, eps, balanced, dtype, seed):
 @given(
     batch=st.integers(1, 5),
     patches=st.integers(1, 40),
-    eps=st.sampled_from([0.02, 0.2]),
+    eps=st.sampled_from([0.05, 0.3]),
     balanced=st.booleans(),
     seed=st.integers(0, 10**6),
 )
+@settings(max_examples=20)
 def test_laws(face, batch, patches, eps, balanced, seed):
     sim = similar(batch, patches, 2, seed=seed)
-    options = {"eps": eps, "mass": 0.7, "balanced": balanced, "tol": 1e-12}
+    options = {"eps": eps, "mass": 0.7, "balanced": balanced, "tol": 1e-11}
     plan = solved(face, sim, **options)
     order = torch.randperm(patches, generator=torch.Generator().manual_seed(seed))
     near = {"rtol": 1e-8, "atol": 1e-12}
@@ -187,7 +207,9 @@ def test_closed_forms(face):
     torch.testing.assert_close(plan, (sim / 0.1).softmax(-2) * 0.025, **near)
     # one patch, one prompt
     torch.testing.assert_close(solved(face, sim[:, :1], mass=0.6), even(0.3, 4, 1, 2))
-    torch.testing.assert_close(solved(face, sim[..., :1], mass=0.6, balanced=True), even(0.6 / 31, 4, 31, 1))
+    torch.testing.assert_close(
+        solved(face, sim[..., :1], mass=0.6, balanced=True), even(0.6 / 31, 4, 31, 1)
+    )
     # by hand: at a low temperature each prompt fills its best row and starts its second
     sim = torch.tensor([[0.9, 0.0], [0.7, 0.1], [0.2, 0.6], [0.0, 0.8]]).double()
     table = torch.tensor([[0.25, 0.0], [0.05, 0.0], [0.0, 0.05], [0.0, 0.25]]).double()
@@ -215,7 +237,7 @@ def test_reference_takes_the_published_steps():
 
 @pytest.mark.parametrize("face", FACES)
 def test_problems_do_not_influence_each_other(face):
-    easy, hard = similar(1, 49, 2, seed=1), similar(1, 49, 2, seed=2, spread=0.4)
+    easy, hard = similar(1, 49, 2, seed=1, spread=0.001), similar(1, 49, 2, seed=2, spread=0.5)
     with fastfpl.face(face):
         both, ended = transport_plan(torch.cat([easy, hard]), eps=0.05, mass=0.8, info=True)
         alone, ended_alone = transport_plan(easy, eps=0.05, mass=0.8, info=True)
@@ -300,7 +322,9 @@ def test_survives_torch_compile():
 def test_says_when_it_has_not_converged(face):
     sim = similar(2, 3, 49, 2)
     with fastfpl.face(face):
-        with pytest.raises(NotConverged, match=r"6 of 6 problems .* tol=1e-09 after at most 2 iter"):
+        with pytest.raises(
+            NotConverged, match=r"6 of 6 problems .* tol=1e-09 after at most 2 iter"
+        ):
             transport_plan(sim, eps=0.02, mass=0.8, max_iter=2, tol=1e-9)
         plan, ended = transport_plan(sim, eps=0.02, mass=0.8, max_iter=2, tol=1e-9, info=True)
     assert ended.iterations.tolist() == [[2] * 3] * 2
@@ -323,11 +347,18 @@ def test_a_tolerance_below_rounding_spoils_nothing():
 
 @pytest.mark.parametrize("face", FACES)
 def test_refuses_what_is_not_finite(face):
-    for value, shown in [(math.nan, "nan"), (math.inf, "inf"), (-math.inf, "-inf"), (3e38, "3.*e[+]38")]:
+    for value, shown in [
+        (math.nan, "nan"),
+        (math.inf, "inf"),
+        (-math.inf, "-inf"),
+        (3e38, "3.*e[+]38"),
+    ]:
         sim = similar(2, 3, 7, 2, dtype=torch.float32)
         sim[1, 0, 5, 1] = value
         sim[1, 2, 0, 0] = math.nan
-        with pytest.raises(InputError, match=rf"finite; got {shown} at \(1, 0, 5, 1\) with eps=0.1"):
+        with pytest.raises(
+            InputError, match=rf"finite; got {shown} at \(1, 0, 5, 1\) with eps=0.1"
+        ):
             solved(face, sim)
 
 
@@ -392,7 +423,12 @@ def test_compiled_entry_refuses_what_it_cannot_read():
         ("sim", sim.new_zeros(2, 7, 3), ValueError, r"sim must have 1 or 2 prompts; got 3"),
         ("plan", sim[:1].clone(), ValueError, r"plan must have 28 elements; got shape \(1, 7, 2\)"),
         ("iterations", torch.zeros(2), TypeError, r"iterations must be int64; got float32"),
-        ("residual", torch.zeros(3), ValueError, r"residual must have 2 elements; got shape \(3,\)"),
+        (
+            "residual",
+            torch.zeros(3),
+            ValueError,
+            r"residual must have 2 elements; got shape \(3,\)",
+        ),
         ("sim", fake, (TypeError, UserWarning), r"FakeTensor|data pointer"),
         ("sim", sim.to("meta"), Exception, r"meta|device"),
     ]:

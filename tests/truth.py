@@ -17,10 +17,13 @@ def assert_as_good_as_eager(
 
     ``exact`` is the float64 reference. Plain rounding is allowed on top: half an ulp of the largest
     value for the largest error, a quarter for the root mean square. The largest error is blind to a
-    small bias everywhere, the mean to one wrong element in a hundred thousand; together they see both.
+    small bias everywhere, the mean to one wrong element in a hundred thousand; together they see
+    both.
     """
     assert exact.dtype == torch.float64, f"{name}: the truth must be float64; got {exact.dtype}"
-    assert result.shape == exact.shape, f"{name}: shape {tuple(result.shape)}, not {tuple(exact.shape)}"
+    assert result.shape == exact.shape, (
+        f"{name}: shape {tuple(result.shape)}, not {tuple(exact.shape)}"
+    )
     assert result.dtype == eager.dtype, f"{name}: dtype {result.dtype}, not {eager.dtype}"
     assert bool(result.isfinite().all()), f"{name}: {int((~result.isfinite()).sum())} not finite"
     if not exact.numel():
@@ -45,11 +48,13 @@ def assert_as_good_as_eager(
 def fenced(tensor: Tensor) -> Tensor:
     """Return the same values, contiguous, in the middle of a buffer of NaN.
 
-    A kernel that reads beyond its input then computes NaN; one that writes beyond its output is seen
-    by `assert_fences_hold`. Integers are fenced with their largest value.
+    A kernel that reads beyond its input then computes NaN; one that writes beyond its output is
+    seen by `assert_fences_hold`. Integers are fenced with their largest value.
     """
     wall = float("nan") if tensor.dtype.is_floating_point else torch.iinfo(tensor.dtype).max
-    buffer = torch.full((tensor.numel() + 2 * _GUARD,), wall, dtype=tensor.dtype, device=tensor.device)
+    buffer = torch.full(
+        (tensor.numel() + 2 * _GUARD,), wall, dtype=tensor.dtype, device=tensor.device
+    )
     inside = buffer[_GUARD : _GUARD + tensor.numel()].view(tensor.shape)
     return inside.copy_(tensor.detach())
 

@@ -152,7 +152,8 @@ def _plan_epoch(
             draws[u, :used] = torch.randint(2**31, (used,), generator=draw).numpy()
 
     def by_step(lines: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        return lines.reshape(len(members), steps, batch).swapaxes(0, 1)
+        ordered: npt.NDArray[Any] = lines.reshape(len(members), steps, batch).swapaxes(0, 1)
+        return ordered
 
     return _Epoch(by_step(indices), by_step(mask), by_step(draws) if random else None)
 

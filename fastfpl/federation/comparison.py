@@ -13,7 +13,7 @@ from fastfpl.config import load_preset, make_settings
 from fastfpl.errors import InputError
 from fastfpl.federation.feeds import Observer
 from fastfpl.federation.result import Result
-from fastfpl.federation.rounds import _silent, run
+from fastfpl.federation.rounds import RoundObserver, _silent, _unseen, run
 from fastfpl.methods import check_options, find_method
 
 __all__ = ["Comparison", "compare"]
@@ -76,6 +76,7 @@ def compare(
     model: FrozenCLIP | None = None,
     cache: str | Path | None = None,
     observer: Observer = _silent,
+    on_round: RoundObserver = _unseen,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     **settings: Any,
 ) -> Comparison:
@@ -86,7 +87,7 @@ def compare(
     methods : sequence of str
         Names, each once.
     seeds : sequence of int
-    preset, out, resume, model, cache, observer
+    preset, out, resume, model, cache, observer, on_round
         As in `run`; ``out`` gets one folder a method and seed.
     options : mapping from method to its options
     **settings
@@ -97,13 +98,14 @@ def compare(
         raise InputError(f"{op}: methods must be one or more, each once; got {list(methods)}")
     if not seeds or len(set(seeds)) != len(seeds):
         raise InputError(f"{op}: seeds must be one or more, each once; got {list(seeds)}")
-    chosen = {name: dict((options or {}).get(name, {})) for name in methods}
     for name in options or {}:
-        if name not in chosen:
+        if name not in methods:
             raise InputError(
                 f"{op}: options must belong to one of {', '.join(methods)}; got {name!r}"
             )
     base = load_preset(preset)[1] if preset else {}
+    given = base.pop("options", {})
+    chosen = {name: {**given.get(name, {}), **(options or {}).get(name, {})} for name in methods}
     # a mistake in the last method's settings must not show after the first one's hour
     jobs = []
     for name in methods:
@@ -115,12 +117,23 @@ def compare(
             jobs.append((name, make_settings(mine), folder))
     results: dict[str, list[Result]] = {name: [] for name in methods}
     for name, one, folder in jobs:
+        label = name if len(seeds) == 1 else f"{name}, seed {one.seed}"
 
-        def tell(what: str, done: int, total: int, one: Any = one) -> None:
-            label = one.method if len(seeds) == 1 else f"{one.method}, seed {one.seed}"
+        def tell(what: str, done: int, total: int, label: str = label) -> None:
             observer(f"{label}: {what}", done, total)
 
+        def tell_round(method: str, row: Mapping[str, Any], label: str = label) -> None:
+            on_round(label, row)
+
         results[name].append(
-            run(one, out=folder, resume=resume, model=model, cache=cache, observer=tell)
+            run(
+                one,
+                out=folder,
+                resume=resume,
+                model=model,
+                cache=cache,
+                observer=tell,
+                on_round=tell_round,
+            )
         )
     return Comparison(results)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,20 @@ from fastfpl.ops.faces import recorded_faces
 from fastfpl.prompts import ClassPrompts
 from fastfpl.seeds import generator
 
-__all__ = ["Federation", "run"]
+__all__ = ["Federation", "RoundObserver", "run"]
 
 Indices = npt.NDArray[np.int64]
 
 
+#: ``on_round(label, row)`` is told of every round that ended.
+RoundObserver = Callable[[str, Mapping[str, Any]], None]
+
+
 def _silent(what: str, done: int, total: int) -> None:
+    """Report to nobody."""
+
+
+def _unseen(label: str, row: Mapping[str, Any]) -> None:
     """Report to nobody."""
 
 
@@ -316,6 +324,7 @@ def run(
     model: FrozenCLIP | None = None,
     cache: str | Path | None = None,
     observer: Observer = _silent,
+    on_round: RoundObserver = _unseen,
     **settings: Any,
 ) -> Result:
     """Run one federated experiment.
@@ -337,6 +346,8 @@ def run(
         Folder of the feature store.
     observer : callable
         ``observer(what, done, total)`` is told of every long step.
+    on_round : callable
+        ``on_round(method, row)`` is told of every round that ended, with its row of ``rounds``.
     **settings
         Fields of `fastfpl.Settings`.
 
@@ -356,6 +367,8 @@ def run(
         chosen = method
     else:
         base = load_preset(preset)[1] if preset else {}
+        if "options" in base:
+            base["options"] = base["options"].get(method, {})
         chosen = make_settings({**base, **settings, "method": method})
     if chosen.threads is not None:
         torch.set_num_threads(chosen.threads)
@@ -390,7 +403,7 @@ def run(
                 for op, names in found.faces.items():
                     faces.setdefault(op, set()).update(names)
         while not federation.finished:
-            federation.round()
+            row = federation.round()
             if folder is not None:
                 used = {op: sorted(names) for op, names in faces.items()}
                 save_checkpoint(
@@ -399,6 +412,7 @@ def run(
                         facts, federation.rounds, used, federation.server, federation.clients
                     ),
                 )
+            on_round(chosen.method, row)
     result = _result(federation, {op: sorted(names) for op, names in faces.items()})
     if folder is not None:
         result.save(folder)

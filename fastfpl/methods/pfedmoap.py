@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fastfpl.errors import InputError
+from fastfpl.features import TextKey
 from fastfpl.methods.base import Method, State, Task, weighted_mean
 from fastfpl.methods.base import Options as _Options
 from fastfpl.ops.gate import Gate, gate_experts
@@ -128,11 +129,13 @@ class PFedMoAP(Method):
     def _encode_experts(self, down: State) -> Tensor:
         """Encode every prompt that any client of the cohort received, once: (U, C, K, d)."""
         owner, version = down["expert_owner"].tolist(), down["expert_round"].tolist()
-        keys = [
+        keys: list[list[TextKey]] = [
             [(f"client-{o}", v) for o, v in zip(*pair, strict=True)]
             for pair in zip(owner, version, strict=True)
         ]
-        where = {key: (u, k) for u, row in enumerate(keys) for k, key in enumerate(row)}
+        where: dict[TextKey, tuple[int, int]] = {
+            key: (u, k) for u, row in enumerate(keys) for k, key in enumerate(row)
+        }
         features = self.task.text_features.get_or_encode(
             list(where), lambda key: down["experts"][where[key]], self.task.encode
         )

@@ -7,7 +7,7 @@ import importlib
 from pathlib import Path
 from types import ModuleType
 
-import fastfpl
+from fastfpl import __path__ as _HOMES
 from fastfpl.errors import NotBuilt
 
 __all__ = ["BUILD", "load", "missing"]
@@ -22,7 +22,7 @@ def _find() -> ModuleType | str:
     try:
         return importlib.import_module("fastfpl._C")
     except ImportError as error:
-        notes = [Path(folder) / "_C.missing.txt" for folder in fastfpl.__path__]
+        notes = [Path(folder) / "_C.missing.txt" for folder in _HOMES]
         if isinstance(error, ModuleNotFoundError) and error.name == "fastfpl._C":
             for note in notes:
                 if note.exists():

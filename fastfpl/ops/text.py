@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -183,7 +184,7 @@ def _encode_packed(
     packing = _packing(layout, class_specific)
     inner = 3 if class_specific else 2
     lead = ctx.shape[: ctx.dim() - inner]
-    flat = ctx.reshape(-1, *ctx.shape[ctx.dim() - inner :]).to(tower.dtype)
+    flat = ctx.reshape(math.prod(lead), *ctx.shape[ctx.dim() - inner :]).to(tower.dtype)
     if torch.is_grad_enabled() and flat.requires_grad:
         chunks = [flat]
     else:

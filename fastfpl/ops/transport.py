@@ -70,8 +70,8 @@ def transport_plan(
     Parameters
     ----------
     sim : Tensor, shape (..., P, N), float16, bfloat16, float32 or float64
-        Similarities of P patches and N prompts; the cost is 1 - sim. Any leading dimensions, none or
-        zero problems included; any strides.
+        Similarities of P patches and N prompts; the cost is 1 - sim. Any leading dimensions, none
+        or zero problems included; any strides.
     eps : float > 0, unit of sim
         Temperature (POT: ``reg``). Any value for which sim / eps is finite gives numbers.
     mass : float in (0, 1]
@@ -83,7 +83,8 @@ def transport_plan(
         Most iterations of a problem: passes over its similarities.
     tol : float > 0
         A problem ends when no column of the row-capped plan misses mass/N by more than a factor
-        exp(±tol). Problems of one call do not influence each other.
+        exp(±tol); the C++ face adds one Newton step. Problems of one call do not influence each
+        other.
     info : bool
         Also return the `Convergence`, and then raise nothing where it was not reached.
 
@@ -92,7 +93,7 @@ def transport_plan(
     plan : Tensor, shape (..., P, N), dtype of ``sim``
         Columns sum to mass/N to rounding; rows to at most exp(tol)/P.
     convergence : Convergence of Tensors of shape (...)
-        Only with ``info``: iterations, and residual max over n of abs(log(column sum / (mass/N))) of
+        Only with ``info``: iterations, and as residual the largest abs(log(column / (mass/N))) of
         the plan before its columns were rescaled.
 
     Raises
@@ -106,19 +107,19 @@ def transport_plan(
 
     Notes
     -----
-    Not differentiable: the plan is returned detached, as FedOTP treats it. At fixed eps and mass the
-    optimum's value has the gradient T with respect to sim, so nothing is lost in
-    ``(plan * sim).sum()`` up to the entropy. Deterministic: yes, whatever the number of threads.
-    Accumulates in float32; in float64 for float64. Memory: the plan, and 2 P numbers a thread.
+    Not differentiable: the plan is returned detached, a constant as in FedOTP, so that
+    ``(plan * sim).sum()`` has the gradient ``plan``. Deterministic: yes, whatever the number of
+    threads. Accumulates in float32; in float64 for float64. Memory: the plan, and 2 P numbers a
+    thread; the reference face some ten copies of ``sim``.
 
     The residual bounds the marginals, not the distance to the limit. The published iteration
-    (``face("reference")``) contracts by about 1 - eps/c a step: at eps=.01 it takes hundreds of
-    iterations, and stops some 10 to 20 residuals from its limit. The C++ face, for N of 1 or 2, finds
-    the same limit by Newton steps on two scalars: 4 to 10 iterations. Below about 1e-6 float32 cannot
-    tell residuals from rounding.
+    (``face("reference")``) is slow for small eps: at eps=.01 it takes hundreds of steps and stops
+    10 to 20 residuals from its limit, more as mass nears 1. The C++ face, for N of 1 or 2, finds
+    the same limit by Newton steps on two scalars, 4 to 10 for similarities as CLIP makes them.
+    Below about 1e-6 float32 cannot tell residuals from rounding.
 
-    Source: FedOTP, Li et al. 2024, arXiv 2403.00041; partial transport by scaling: Benamou et al. 2015,
-    arXiv 1412.5154, section 5.
+    Source: Li et al. 2024 (FedOTP), arXiv 2403.00041; partial transport by scaling: Benamou et al.
+    2015, arXiv 1412.5154.
     """
     if not isinstance(sim, Tensor):
         raise KindError(f"{_OP}: sim must be a torch.Tensor; got {type(sim).__name__}")
@@ -150,14 +151,15 @@ def _solve(
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = sim if sim.dtype == torch.float64 else sim.float()
     arguments = (wide, eps, mass, balanced, max_iter, tol)
-    plan, iterations, residual = choose(
-        "transport_plan", FACES["transport_plan"], *arguments
-    ).run(*arguments)
+    plan, iterations, residual = choose("transport_plan", FACES["transport_plan"], *arguments).run(
+        *arguments
+    )
     if strict and not bool((residual <= tol).all()):
         over = int((~(residual <= tol)).sum())
         raise NotConverged(
             f"{_OP}: {over} of {residual.numel()} problems ended above tol={tol:g} after at most "
-            f"{int(iterations.max())} iterations; the largest residual is {float(residual.max()):.1e}"
+            f"{int(iterations.max())} iterations; the largest residual is "
+            f"{float(residual.max()):.1e}"
         )
     return plan.to(sim.dtype), iterations, residual
 

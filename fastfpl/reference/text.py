@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
@@ -188,7 +189,7 @@ def encode_text(
     """Encode contexts (..., T, W) or (..., C, T, W) one by one at full length -> (..., C, D)."""
     inner = 3 if class_specific else 2
     lead = ctx.shape[: ctx.dim() - inner]
-    flat = ctx.reshape(-1, *ctx.shape[ctx.dim() - inner :])
+    flat = ctx.reshape(math.prod(lead), *ctx.shape[ctx.dim() - inner :])
     classes = layout.tokens.shape[0]
     if flat.shape[0] == 0:
         return ctx.new_zeros((*lead, classes, tower.dim), dtype=tower.dtype)

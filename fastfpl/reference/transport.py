@@ -15,9 +15,10 @@ def transport_plan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Iterate u = min(1 / (P K v), 1), v = (mass / N) / (Kᵀ u) on K = exp((sim - 1) / eps).
 
-    The plan is diag(u) K diag(v). ``balanced`` is Sinkhorn: u = mass / (P K v). A problem stops when
-    no entry of v changes by more than a factor exp(±tol), on its own: it is then frozen while others
-    go on. Returns plan, iterations and the last change of log v. See `fastfpl.ops.transport_plan`.
+    The plan is diag(u) K diag(v). ``balanced`` is Sinkhorn: u = mass / (P K v). A problem stops
+    when no entry of v changes by more than a factor exp(±tol), on its own: it is then frozen while
+    others go on. Returns plan, iterations and the last change of log v; see
+    `fastfpl.ops.transport_plan`.
     """
     n_patches, n_prompts = sim.shape[-2:]
     # K / s has the fixed point (u, s v) and the same plan. With log s = (mean(sim) - 1) / eps the

@@ -1,0 +1,328 @@
+"""The command line: run, compare, doctor, presets."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+
+import click
+import yaml
+
+import fastfpl
+from fastfpl.config import Settings, for_methods, load_preset, load_yaml, preset_names
+from fastfpl.errors import FastfplError, InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["main"]
+
+_Command = Callable[..., None]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; a user's mistake ends with one sentence and exit code 2."""
+    try:
+        _cli.main(args=arguments, prog_name="fastfpl", standalone_mode=False)
+    except FastfplError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo(
+            "stopped; the rounds that ended are kept, go on with the same command and --resume",
+            err=True,
+        )
+        sys.exit(130)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(fastfpl.__version__, prog_name="fastfpl")
+def _cli() -> None:
+    """Federated prompt learning of CLIP: exact, tested, fast."""
+
+
+def _settings_options(command: _Command) -> _Command:
+    """Give a command one flag a field of Settings; a flag that is left out stays None."""
+    for name, field in reversed(Settings.model_fields.items()):
+        if name in ("method", "seed", "options"):
+            continue
+        kind, default = _flag_type(field.annotation), field.default
+        note = "" if default is None else f"  [{'all' if default is None else default}]"
+        text = (field.description or "") + note
+        flag = "--" + name.replace("_", "-")
+        command = click.option(flag, name, type=kind, default=None, help=text)(command)
+    return command
+
+
+def _flag_type(annotation: Any) -> Any:
+    parts = [a for a in get_args(annotation) if a is not type(None)]
+    if get_origin(annotation) is Literal:
+        return click.Choice([str(a) for a in get_args(annotation)])
+    if len(parts) == 1:
+        return _flag_type(parts[0])
+    if annotation is int:
+        return _count
+    return {float: click.FLOAT}.get(annotation, click.STRING)
+
+
+def _count(value: str) -> int | str:
+    """Read a whole number, or ``all`` where a setting admits it (Settings decides)."""
+    return value if value == "all" else int(value)
+
+
+_SHARED = (
+    click.option("--preset", metavar="NAME", help="a paper's settings; see: fastfpl presets"),
+    click.option(
+        "--config", type=click.Path(path_type=Path), help="YAML file of settings; flags win over it"
+    ),
+    click.option(
+        "-o",
+        "--option",
+        "options",
+        multiple=True,
+        metavar="[METHOD.]KEY=VALUE",
+        help="an option of a method; may be repeated",
+    ),
+    click.option("--out", type=click.Path(path_type=Path), help="folder of the results"),
+    click.option("--resume", is_flag=True, help="go on with the run in --out"),
+    click.option("--cache", type=click.Path(path_type=Path), help="folder of image features"),
+)
+
+
+def _run_options(command: _Command) -> _Command:
+    command = _settings_options(command)
+    for option in reversed(_SHARED):
+        command = option(command)
+    return command
+
+
+def _gather(
+    methods: Sequence[str],
+    preset: str | None,
+    config: Path | None,
+    options: Sequence[str],
+    flags: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Lay preset, file and flags over each other; ``options`` by method."""
+    values: dict[str, Any] = load_preset(preset)[1] if preset else {}
+    chosen: dict[str, dict[str, Any]] = dict(values.pop("options", {}))
+    if config is not None:
+        read = load_yaml(config)
+        for method, mine in for_methods(read.pop("options", {})).items():
+            chosen[method] = {**chosen.get(method, {}), **mine}
+        values |= read
+    values |= {name: value for name, value in flags.items() if value is not None}
+    for text in options:
+        key, equals, value = text.partition("=")
+        method, dot, name = key.partition(".")
+        if not equals or not key:
+            raise InputError(f"fastfpl: option must read KEY=VALUE; got {text!r}")
+        if not dot:
+            if len(methods) > 1:
+                raise InputError(
+                    f"fastfpl compare: option must name its method, as in {methods[0]}.{key}=...; "
+                    f"got {text!r}"
+                )
+            method, name = methods[0], key
+        elif method not in methods:
+            raise InputError(f"fastfpl: option must belong to {', '.join(methods)}; got {text!r}")
+        chosen.setdefault(method, {})[name] = yaml.safe_load(value)
+    # a preset may carry options of methods that are not run
+    values["options"] = {m: chosen[m] for m in methods if chosen.get(m)}
+    return values
+
+
+@_cli.command()
+@click.argument("method")
+@click.option("--seed", type=int, default=None, help="of everything that is drawn  [0]")
+@_run_options
+def run(
+    method: str,
+    preset: str | None,
+    config: Path | None,
+    options: Sequence[str],
+    out: Path | None,
+    resume: bool,
+    cache: Path | None,
+    **flags: Any,
+) -> None:
+    """Run METHOD once and write result.json and checkpoints into --out."""
+    from fastfpl.config import make_settings
+    from fastfpl.federation import Comparison
+    from fastfpl.federation import run as play
+    from fastfpl.methods import find_method
+    from fastfpl.report import text_table
+
+    find_method(method)
+    values = _gather([method], preset, config, options, flags)
+    values["options"] = values["options"].get(method, {})
+    settings = make_settings({**values, "method": method})
+    folder = out or Path("runs") / f"{method}-{settings.dataset}-seed{settings.seed}"
+    with _progress() as (observer, on_round):
+        result = play(
+            settings, out=folder, resume=resume, cache=cache, observer=observer, on_round=on_round
+        )
+    _console().print(text_table(Comparison({method: [result]})))
+    _console().print(f"{folder / 'result.json'}")
+
+
+@_cli.command()
+@click.argument("methods", nargs=-1, required=True, metavar="METHOD...")
+@click.option("--seeds", default="0", show_default=True, help="seeds, separated by commas")
+@_run_options
+def compare(
+    methods: tuple[str, ...],
+    seeds: str,
+    preset: str | None,
+    config: Path | None,
+    options: Sequence[str],
+    out: Path | None,
+    resume: bool,
+    cache: Path | None,
+    **flags: Any,
+) -> None:
+    """Run several METHODs under the same settings; print a table, write plots and one HTML page."""
+    from fastfpl.federation import compare as play
+    from fastfpl.report import text_table, write_report
+
+    try:
+        numbers = [int(part) for part in seeds.split(",")]
+    except ValueError:
+        raise InputError(
+            f"fastfpl compare: seeds must be whole numbers separated by commas; got {seeds!r}"
+        ) from None
+    values = _gather(methods, preset, config, options, flags)
+    if "seed" in values:
+        raise InputError("fastfpl compare: seed must be left out; seeds are given by --seeds")
+    folder = out or Path("runs") / f"compare-{values.get('dataset', 'glyphs')}"
+    with _progress() as (observer, on_round):
+        comparison = play(
+            methods,
+            seeds=numbers,
+            out=folder,
+            resume=resume,
+            cache=cache,
+            observer=observer,
+            on_round=on_round,
+            **values,
+        )
+    _console().print(text_table(comparison))
+    for path in write_report(comparison, folder):
+        _console().print(str(path))
+
+
+@_cli.command()
+@click.argument("name", required=False)
+def presets(name: str | None) -> None:
+    """List the papers' settings, or show one as YAML."""
+    from rich.table import Table
+
+    if name is not None:
+        about, values = load_preset(name)
+        click.echo(f"# {about}\n" + yaml.safe_dump(values, sort_keys=False), nl=False)
+        return
+    table = Table("preset", "settings of", box=None)
+    for one in preset_names():
+        table.add_row(one, load_preset(one)[0])
+    _console().print(table)
+
+
+@_cli.command()
+def doctor() -> None:
+    """Say what runs on this machine, and why the rest does not."""
+    import torch
+    from rich.table import Table
+    from rich.text import Text
+
+    from fastfpl.data import DATASETS
+    from fastfpl.features import default_directory
+    from fastfpl.federation.result import environment
+    from fastfpl.methods import METHODS
+    from fastfpl.ops import all_faces
+
+    console = _console()
+    facts = Table(box=None, show_header=False)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for key, value in environment(device).items():
+        facts.add_row(key.replace("_", " "), str(value))
+    facts.add_row("methods", " ".join(METHODS))
+    facts.add_row("data sets", " ".join(DATASETS))
+    facts.add_row("feature store", _short(default_directory()))
+    console.print(facts)
+    faces = Table("op", "face", "answers here", box=None)
+    for op, candidates in sorted(all_faces().items()):
+        for face in candidates:
+            reasons = face.missing()
+            faces.add_row(op, face.name, Text("; ".join(reasons) if reasons else "yes"))
+    console.print(faces)
+
+
+def _short(path: Path) -> str:
+    home = Path.home()
+    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
+
+
+def _console(stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False)
+
+
+@contextmanager
+def _progress() -> Iterator[tuple[Callable[[str, int, int], None], Callable[..., None]]]:
+    """Show the current step with its rate and time left; say nothing where nobody looks."""
+    console = _console(stderr=True)
+    if not console.is_terminal:
+        yield (lambda what, done, total: None), (lambda label, row: None)
+        return
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text("" if speed is None else f"{speed:.1f}/s")
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        Rate(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bars:
+        current: dict[str, Any] = {}
+
+        def observer(what: str, done: int, total: int) -> None:
+            if current.get("what") != what:
+                if current:
+                    bars.remove_task(current["task"])
+                current.update(what=what, task=bars.add_task(what, total=total))
+            bars.update(current["task"], completed=done, total=total)
+
+        def on_round(label: str, row: Mapping[str, Any]) -> None:
+            if row["accuracy"] is not None:
+                bars.console.print(
+                    f"{label}  round {row['round'] + 1}  accuracy {100 * row['accuracy']:.1f} %  "
+                    f"{row['seconds']:.1f} s"
+                )
+
+        yield observer, on_round
+
+
+if __name__ == "__main__":
+    main()

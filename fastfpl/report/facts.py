@@ -1,0 +1,404 @@
+"""What a comparison amounts to in words: units, augmentation, agreement of its runs."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any
+
+from fastfpl.config import Settings
+from fastfpl.errors import InputError
+from fastfpl.federation import Comparison, Result
+
+__all__ = [
+    "NONE",
+    "Difference",
+    "Row",
+    "augmentation",
+    "augmentations",
+    "captions",
+    "clients_of",
+    "count",
+    "differences",
+    "duration",
+    "evaluations",
+    "listed",
+    "percent",
+    "public",
+    "rate",
+    "rows",
+    "runs",
+    "setting",
+    "size",
+    "subject",
+    "trains",
+    "warnings",
+]
+
+#: Stands where there is no figure or value: an en dash.
+NONE = "\u2013"
+#: What two runs may disagree in without being different experiments.
+_OWN = ("method", "seed", "options")
+#: Settings that decide time and memory, not accuracy.
+_COST = ("cohort", "device", "threads")
+
+
+# -- numbers ---------------------------------------------------------------------------------
+
+
+def percent(share: float) -> str:
+    """Write a share of 1 in percent, without the sign: 0.6132 -> ``61.3``."""
+    return f"{100 * share:.1f}"
+
+
+def size(number: float) -> str:
+    """Write bytes in decimal units: 32768 -> ``33 kB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        # 999.5 would be written as 1000
+        if number < 999.5:
+            small = unit != "B" and number < 9.95
+            return f"{number:.1f} {unit}" if small else f"{number:.0f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"
+
+
+def duration(seconds: float) -> str:
+    """Write a time: 4.21 -> ``4.2 s``, 1500 -> ``25 min``."""
+    if seconds < 0.995:
+        return f"{seconds:.2f} s"
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    if seconds < 999.5:
+        return f"{seconds:.0f} s"
+    if seconds < 7170:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def rate(number: float) -> str:
+    """Write a number a second: 12345.6 -> ``12,346``."""
+    return f"{number:.1f}" if number < 9.95 else f"{number:,.0f}"
+
+
+def count(number: int, thing: str) -> str:
+    """Count things: (1, "seed") -> ``1 seed``, (3, "seed") -> ``3 seeds``."""
+    return f"{number} {thing}" + ("" if number == 1 else "s")
+
+
+def listed(values: Sequence[Any], word: str = "and") -> str:
+    """Join values: ``a, b and c``."""
+    texts = [str(v) for v in values]
+    return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} {word} {texts[-1]}"
+
+
+# -- runs ------------------------------------------------------------------------------------
+
+
+def runs(comparison: Comparison) -> list[Result]:
+    """List all results, method by method; refuse a comparison without any."""
+    flat = [result for results in comparison.results.values() for result in results]
+    if not flat or not all(comparison.results.values()):
+        raise InputError(
+            "fastfpl.report: comparison must hold a result of every method; "
+            f"got {len(flat)} of {len(comparison.results)} methods"
+        )
+    return flat
+
+
+def trains(results: Sequence[Result]) -> bool:
+    """Whether a client trained in any round."""
+    return any(row["selected"] for result in results for row in result.rounds)
+
+
+def evaluations(result: Result) -> list[dict[str, Any]]:
+    """List the rounds with an evaluation."""
+    return [row for row in result.rounds if row["accuracy"] is not None]
+
+
+def clients_of(result: Result) -> list[float]:
+    """Accuracy of every client in the last round."""
+    return [float(a) for a in evaluations(result)[-1]["clients"]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method's figures; ``None`` where it has none.
+
+    Accuracies lie in [0, 1]. ``bytes_up`` and ``bytes_down`` are those of one participating client
+    in one round; ``total_up`` and ``total_down`` those of a whole run over all clients. Figures are
+    means over seeds; ``memory`` is the largest.
+    """
+
+    method: str
+    seeds: int
+    accuracy: float
+    std_over_clients: float
+    std_over_seeds: float | None
+    last5: float
+    best: float
+    images_per_second: float | None
+    seconds: float
+    memory: int
+    bytes_up: float | None
+    bytes_down: float | None
+    total_up: float | None
+    total_down: float | None
+    top: bool
+
+
+def rows(comparison: Comparison) -> list[Row]:
+    """One row a method; ``top`` marks the largest accuracy, if it may be compared at all."""
+    runs(comparison)
+    table = comparison.rows()
+    largest = max(row["accuracy"] for row in table)
+    comparable = len(table) > 1 and not any(w.decides_accuracy for w in warnings(comparison))
+    out = []
+    for row in table:
+        results = comparison.results[row["method"]]
+        moving = trains(results)
+        out.append(
+            Row(
+                method=row["method"],
+                seeds=row["seeds"],
+                accuracy=row["accuracy"],
+                std_over_clients=row["std_over_clients"],
+                std_over_seeds=row["std_over_seeds"],
+                last5=row["last5"],
+                best=row["best"],
+                images_per_second=row["images_per_second"] if moving else None,
+                seconds=row["seconds"],
+                memory=row["peak_memory_bytes"],
+                bytes_up=_per_client(results, "bytes_up") if moving else None,
+                bytes_down=_per_client(results, "bytes_down") if moving else None,
+                total_up=_total(results, "bytes_up") if moving else None,
+                total_down=_total(results, "bytes_down") if moving else None,
+                top=comparable and row["accuracy"] == largest,
+            )
+        )
+    return out
+
+
+def _per_client(results: Sequence[Result], key: str) -> float:
+    shares = [
+        row[key] / len(row["selected"]) for r in results for row in r.rounds if row["selected"]
+    ]
+    return math.fsum(shares) / len(shares)
+
+
+def _total(results: Sequence[Result], key: str) -> float:
+    return math.fsum(row[key] for r in results for row in r.rounds) / len(results)
+
+
+def captions(comparison: Comparison) -> list[str]:
+    """Say what the table's figures are means of, a sentence a line."""
+    table = rows(comparison)
+    several = any(row.seeds > 1 for row in table)
+    seeds = ", mean over seeds" if several else ""
+    lines = [
+        "accuracy: in %, unweighted mean over the clients, each on its own test images and over "
+        f"all {_classes(comparison)} classes, last round{seeds}; "
+        f"± standard deviation over clients, last round{seeds}"
+        + ("; ± seeds: standard deviation over seeds (n-1)" if several else "")
+        + "; last 5: mean of the last five evaluations"
+        + "; best on test: largest of all rounds, not a headline",
+        "images/s: trained images a second of training, mean over rounds; time: all rounds of a "
+        "run with evaluation; memory: largest of the process until the run ended; "
+        "up, down: bytes a participating client sends and receives in a round",
+    ]
+    if any(row.images_per_second is None for row in table):
+        lines[1] += f"; {NONE}: trains nothing"
+    return lines
+
+
+def _classes(comparison: Comparison) -> str:
+    found = sorted({len(r.data["classes"]) for r in runs(comparison)})
+    return listed(found, "or")
+
+
+# -- words -----------------------------------------------------------------------------------
+
+
+def augmentation(settings: dict[str, Any]) -> str:
+    """Say in words which views of an image training sees."""
+    kind = str(settings["augment"])
+    if kind == "none":
+        return "one deterministic view each, encoded once (augment=none)"
+    crops = f"random crops of at least {100 * settings['crop']:g} % of the area"
+    if settings["flip"]:
+        crops += f", mirrored with probability {settings['flip']:g}"
+    if kind == "fresh":
+        return f"new {crops} in every step (augment=fresh)"
+    return f"{kind[6:]} fixed {crops} each, encoded once (augment={kind})"
+
+
+def augmentations(comparison: Comparison) -> list[str]:
+    """Say which views training sees, once for each way that occurs among runs that train."""
+    found = [augmentation(r.settings) for r in runs(comparison) if trains([r])]
+    return list(dict.fromkeys(found)) or ["none, nothing trains"]
+
+
+def subject(comparison: Comparison) -> str:
+    """Name data set, partition, clients, rounds and seeds, as every run has them."""
+    flat = runs(comparison)
+
+    def each(values: Sequence[Any]) -> str:
+        return " or ".join(dict.fromkeys(str(v) for v in values))
+
+    clients = sorted({len(r.data["test_images"]) for r in flat})
+    rounds = sorted({len(r.rounds) for r in flat if trains([r])} or {len(r.rounds) for r in flat})
+    seeds = {r.settings["seed"] for r in flat}
+    return ", ".join(
+        [
+            each([r.data["name"] for r in flat]),
+            f"{each([r.settings['partition'] for r in flat])} partition",
+            f"{each(clients)} {'client' if clients == [1] else 'clients'}",
+            f"{each(rounds)} {'round' if rounds == [1] else 'rounds'}",
+            count(len(seeds), "seed"),
+        ]
+    )
+
+
+_ABSOLUTE = re.compile(r"^(file:|~|/|\\\\|[A-Za-z]:[\\/])")
+
+
+def public(value: Any) -> str:
+    """Write a setting for people; of a path, only its last name, never where it lies."""
+    if value is None:
+        return NONE
+    if isinstance(value, dict):
+        return ", ".join(f"{k}={public(v)}" for k, v in value.items()) or NONE
+    if isinstance(value, (list, tuple)):
+        return ", ".join(public(v) for v in value) or NONE
+    text = str(value)
+    if _ABSOLUTE.match(text):
+        last = PureWindowsPath(PurePosixPath(text).name).name
+        return f"…/{last}"
+    return text
+
+
+def setting(result: Result, key: str) -> str:
+    """Write a run's setting for people."""
+    value = result.settings.get(key)
+    return "all" if key == "shots" and value is None else public(value)
+
+
+# -- agreement -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Something in which runs disagree.
+
+    Attributes
+    ----------
+    about : str
+        What differs.
+    values : dict from str to list of str
+        The runs that have each value.
+    decides_accuracy : bool
+        False if only time and memory can depend on it.
+    """
+
+    about: str
+    values: dict[str, list[str]]
+    decides_accuracy: bool
+
+    @property
+    def sentence(self) -> str:
+        """Say who has what."""
+        return f"{self.about}: " + "; ".join(
+            f"{value} ({', '.join(who)})" for value, who in self.values.items()
+        )
+
+
+def differences(comparison: Comparison) -> list[Difference]:
+    """List the settings that differ between runs, but method, seed and the method's options."""
+    flat = runs(comparison)
+    keys = dict.fromkeys(key for r in flat for key in r.settings)
+    ordered = [k for k in Settings.model_fields if k in keys]
+    ordered += [k for k in keys if k not in Settings.model_fields]
+    # where a data set lies does not matter, its content does
+    skipped = (*_OWN, "root")
+    return list(
+        _compare(
+            comparison,
+            [(k, k, k not in _COST) for k in ordered if k not in skipped],
+            lambda result, key: setting(result, key),
+        )
+    )
+
+
+def warnings(comparison: Comparison) -> list[Difference]:
+    """List everything that forbids to read the runs' figures side by side."""
+    found = differences(comparison)
+    # augmentation first: it is the easiest to overlook
+    found.sort(key=lambda d: (d.about != "augment", not d.decides_accuracy))
+    found += _compare(
+        comparison,
+        [("name", "data set", True), ("weights", "weights of CLIP", True)],
+        lambda result, key: result.data.get(key),
+    )
+    found += _classes_differ(comparison)
+    found += _seeds_differ(comparison)
+    names = dict.fromkeys(key for r in runs(comparison) for key in r.environment)
+    found += _compare(
+        comparison,
+        [(name, name.replace("_", " "), False) for name in names],
+        lambda result, key: result.environment.get(key),
+    )
+    return _once(found)
+
+
+def _once(found: list[Difference]) -> list[Difference]:
+    """Drop what a setting has said already: dataset, device and threads come back as facts."""
+    kept: dict[tuple[str, frozenset[tuple[str, ...]]], Difference] = {}
+    for one in found:
+        who = frozenset(tuple(names) for names in one.values.values())
+        kept.setdefault((one.about.replace(" ", ""), who), one)
+    return list(kept.values())
+
+
+def _compare(
+    comparison: Comparison, keys: Sequence[tuple[str, str, bool]], value: Any
+) -> Iterator[Difference]:
+    for key, about, decides in keys:
+        by: dict[str, list[Result]] = {}
+        for result in runs(comparison):
+            by.setdefault(public(value(result, key)), []).append(result)
+        if len(by) > 1:
+            yield Difference(about, {v: _names(comparison, who) for v, who in by.items()}, decides)
+
+
+def _names(comparison: Comparison, results: Sequence[Result]) -> list[str]:
+    """Name runs: a method whose runs are all there by its name, else with the seed."""
+    names = []
+    for method, all_of in comparison.results.items():
+        mine = [r for r in results if any(r is one for one in all_of)]
+        if len(mine) == len(all_of):
+            names.append(method)
+        else:
+            names += [f"{method} seed {r.settings['seed']}" for r in mine]
+    return names
+
+
+def _classes_differ(comparison: Comparison) -> Iterator[Difference]:
+    by: dict[tuple[str, ...], list[Result]] = {}
+    for result in runs(comparison):
+        by.setdefault(tuple(result.data["classes"]), []).append(result)
+    if len(by) > 1:
+        values: dict[str, list[str]] = {}
+        for number, (classes, who) in enumerate(by.items(), 1):
+            values[f"list {number} of {len(classes)}"] = _names(comparison, who)
+        yield Difference("class names", values, True)
+
+
+def _seeds_differ(comparison: Comparison) -> Iterator[Difference]:
+    by: dict[str, list[str]] = {}
+    for method, results in comparison.results.items():
+        seeds = ", ".join(str(s) for s in sorted(r.settings["seed"] for r in results))
+        by.setdefault(seeds, []).append(method)
+    if len(by) > 1:
+        yield Difference("seeds", by, True)

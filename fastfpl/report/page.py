@@ -1,0 +1,266 @@
+"""The comparison as one HTML page that loads nothing."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from fastfpl.config import Settings
+from fastfpl.federation import Comparison, Result
+from fastfpl.federation.result import RESULT
+from fastfpl.report.facts import (
+    NONE,
+    augmentations,
+    captions,
+    clients_of,
+    count,
+    differences,
+    listed,
+    percent,
+    public,
+    rows,
+    runs,
+    setting,
+    size,
+    subject,
+    trains,
+    warnings,
+)
+from fastfpl.report.load import run_folder
+from fastfpl.report.plots import accuracy_plot, clients_plot, curve
+from fastfpl.report.table import REFUSAL, UNEQUAL, cells, headings
+
+__all__ = ["html_page"]
+
+
+def html_page(comparison: Comparison, folder: str | Path | None = None) -> str:
+    """Write a page with figures, plots, settings and environment of every run.
+
+    Parameters
+    ----------
+    comparison : Comparison
+    folder : path, optional
+        Where the page will lie; runs below it are linked by relative names.
+
+    Returns
+    -------
+    str
+        HTML with inline images and style. No script, nothing from a network, no absolute path.
+
+    Raises
+    ------
+    InputError
+        If the comparison holds no result.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    flat = runs(comparison)
+    table = rows(comparison)
+    found = warnings(comparison)
+    text = resources.files("fastfpl.report").joinpath("page.html").read_text(encoding="utf-8")
+    template = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    ).from_string(text)
+    different = {d.about for d in differences(comparison)}
+    page: str = template.render(
+        title=f"{count(len(table), 'method')} on {listed(_names(flat))}",
+        subject=subject(comparison),
+        top=[row for row in table if row.top],
+        percent=percent,
+        severe=[w for w in found if w.decides_accuracy],
+        mild=[w for w in found if not w.decides_accuracy],
+        refusal=REFUSAL,
+        unequal=UNEQUAL,
+        headings=headings(comparison),
+        cells=cells(comparison),
+        captions=captions(comparison),
+        augmentations=augmentations(comparison),
+        plots=[
+            _plot(accuracy_plot, comparison, _accuracy_words(comparison)),
+            _plot(clients_plot, comparison, _clients_words(comparison)),
+        ],
+        traffic=_traffic(comparison),
+        clients=_clients(comparison),
+        methods=list(comparison.results),
+        shared=[
+            {"name": k, "about": _about(k), "value": setting(flat[0], k)}
+            for k in _keys(flat)
+            if k not in different
+        ],
+        different=[
+            {"name": k, "about": _about(k), "cells": _by_method(comparison, k)}
+            for k in _keys(flat)
+            if k in different
+        ],
+        options=[(m, public(rs[0].settings.get("options", {}))) for m, rs in _all(comparison)],
+        seeds=public(sorted({r.settings["seed"] for r in flat})),
+        environment=_environment(comparison),
+        faces=_faces(comparison),
+        data=_data(comparison),
+        folders=_folders(flat, None if folder is None else Path(folder)),
+    )
+    return page
+
+
+def _all(comparison: Comparison) -> list[tuple[str, Sequence[Result]]]:
+    return list(comparison.results.items())
+
+
+def _names(flat: Sequence[Result]) -> list[str]:
+    return list(dict.fromkeys(str(r.data["name"]) for r in flat))
+
+
+def _plot(draw: Any, comparison: Comparison, words: str) -> dict[str, str]:
+    def uri(dark: bool) -> str:
+        content = base64.b64encode(draw(comparison, "svg", dark=dark)).decode("ascii")
+        return f"data:image/svg+xml;base64,{content}"
+
+    return {"light": uri(False), "dark": uri(True), "words": words}
+
+
+def _accuracy_words(comparison: Comparison) -> str:
+    parts = []
+    for method, results in comparison.results.items():
+        points = curve(results)
+        (first, begin, _, _), (last, end, _, _) = points[0], points[-1]
+        if len(points) == 1:
+            parts.append(f"{method} {percent(end)} %, evaluated once")
+        else:
+            parts.append(
+                f"{method} from {percent(begin)} % in round {first} to {percent(end)} % in "
+                f"round {last}"
+            )
+    return "Accuracy over rounds. " + "; ".join(parts) + "."
+
+
+def _clients_words(comparison: Comparison) -> str:
+    parts = []
+    for method, results in comparison.results.items():
+        values = [a for r in results for a in clients_of(r)]
+        parts.append(f"{method} {percent(min(values))} to {percent(max(values))} %")
+    return "Accuracy of each client in the last round, lowest to highest. " + "; ".join(parts) + "."
+
+
+def _traffic(comparison: Comparison) -> list[dict[str, str]]:
+    out = []
+    for row in rows(comparison):
+        results = comparison.results[row.method]
+        joined = sorted({len(line["selected"]) for r in results for line in r.rounds})
+        if row.bytes_up is None:
+            out.append(dict.fromkeys(("joined", "up", "down", "all_up", "all_down"), NONE))
+        else:
+            assert row.bytes_down is not None
+            assert row.total_up is not None
+            assert row.total_down is not None
+            out.append(
+                {
+                    "joined": listed(joined, "or"),
+                    "up": size(row.bytes_up),
+                    "down": size(row.bytes_down),
+                    "all_up": size(row.total_up),
+                    "all_down": size(row.total_down),
+                }
+            )
+        out[-1]["method"] = row.method
+    return out
+
+
+def _clients(comparison: Comparison) -> list[dict[str, Any]]:
+    """One table a seed: the same number means another client under another seed."""
+    tables = []
+    for seed in sorted({r.settings["seed"] for r in runs(comparison)}):
+        mine = {
+            method: next((r for r in results if r.settings["seed"] == seed), None)
+            for method, results in _all(comparison)
+        }
+        there = [r for r in mine.values() if r is not None]
+        accuracy = {m: [] if r is None else clients_of(r) for m, r in mine.items()}
+        lines = []
+        for number in range(max(len(a) for a in accuracy.values())):
+            lines.append(
+                {
+                    "number": number + 1,
+                    "train": _of_client(there, "train_images", number),
+                    "test": _of_client(there, "test_images", number),
+                    "cells": [
+                        percent(a[number]) if number < len(a) else None for a in accuracy.values()
+                    ],
+                }
+            )
+        tables.append({"seed": seed, "lines": lines})
+    return tables
+
+
+def _of_client(results: Sequence[Result], key: str, number: int) -> str:
+    found = {r.data[key][number] for r in results if number < len(r.data[key])}
+    return listed(sorted(found), "or")
+
+
+def _keys(flat: Sequence[Result]) -> list[str]:
+    keys = dict.fromkeys(key for r in flat for key in r.settings)
+    known = [k for k in Settings.model_fields if k in keys]
+    hidden = ("method", "seed", "options", "root")
+    return [k for k in (*known, *(k for k in keys if k not in known)) if k not in hidden]
+
+
+def _about(key: str) -> str:
+    field = Settings.model_fields.get(key)
+    return "" if field is None else field.description or ""
+
+
+def _by_method(comparison: Comparison, key: str) -> list[str]:
+    return [
+        ", ".join(dict.fromkeys(setting(r, key) for r in results))
+        for _, results in _all(comparison)
+    ]
+
+
+def _environment(comparison: Comparison) -> list[dict[str, Any]]:
+    flat = runs(comparison)
+    out = []
+    for key in dict.fromkeys(key for r in flat for key in r.environment):
+        values = dict.fromkeys(public(r.environment.get(key)) for r in flat)
+        out.append({"name": key.replace("_", " "), "value": " or ".join(values)})
+    return out
+
+
+def _faces(comparison: Comparison) -> list[dict[str, Any]]:
+    ops = dict.fromkeys(op for r in runs(comparison) for op in sorted(r.faces))
+    out = []
+    for op in sorted(ops):
+        line = []
+        for _, results in _all(comparison):
+            names = dict.fromkeys(name for r in results for name in r.faces.get(op, []))
+            line.append(", ".join(names) or NONE)
+        out.append({"op": op, "cells": line})
+    return out
+
+
+def _data(comparison: Comparison) -> list[dict[str, Any]]:
+    """Facts of each data set and weights that occur."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for r in runs(comparison):
+        key = (r.data["name"], r.data["weights"], tuple(r.data["classes"]))
+        found.setdefault(
+            key,
+            {
+                "name": str(r.data["name"]),
+                "weights": public(r.data["weights"]),
+                "classes": [str(c) for c in r.data["classes"]],
+                "train": sum(r.data["train_images"]) if trains([r]) else None,
+                "test": sum(r.data["test_images"]),
+            },
+        )
+        if found[key]["train"] is None and trains([r]):
+            found[key]["train"] = sum(r.data["train_images"])
+    return list(found.values())
+
+
+def _folders(flat: Sequence[Result], folder: Path | None) -> list[dict[str, str]]:
+    names = [run_folder(r) for r in flat]
+    there = [n for n in names if folder is not None and (folder / n / RESULT).is_file()]
+    return [{"name": n, "link": f"{quote(n, safe='')}/{RESULT}"} for n in there]

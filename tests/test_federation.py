@@ -1,0 +1,600 @@
+"""The laws of a round, and that every setting does what it says."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import fastfpl
+import fastfpl.federation.rounds
+from fastfpl.config import Settings, make_settings
+from fastfpl.data import load_dataset
+from fastfpl.errors import InputError, NotConverged
+from fastfpl.federation.cohort import CohortSGD, group, learning_rate, stack, unstack
+from fastfpl.federation.result import summarise
+from fastfpl.features import TextFeatures
+from fastfpl.methods import METHODS
+from tests.worlds import GATE, TINY_RUN, Feed, World, drawn, figures, small_clip
+
+F32, F64 = torch.float32, torch.float64
+MOAP = {"experts": 3, "heads": 2, "gate_width": 8, "scaling": 40.0}
+OPTIONS = {"promptfl": {}, "fedprox": {"mu": 2.0}, "local": {}, "pfedmoap": MOAP}
+ALL = pytest.mark.parametrize("method", OPTIONS)
+SELECTED = [[0, 1, 3], [0, 2, 3], [0, 1, 2], [1, 3]]
+
+
+def world_of(method, dtype=F32, **settings):
+    return World(method, dtype, options=OPTIONS[method], settings=settings)
+
+
+def play(federation, rounds=4, selected=SELECTED):
+    if selected is not None:
+        federation.sample = lambda round_: selected[round_]
+    for _ in range(rounds):
+        federation.round()
+    return federation
+
+
+def state_of(federation):
+    sides = {"server": federation.server, **federation.clients}
+    return {(side, name): t for side, state in sides.items() for name, t in state.items()}
+
+
+def assert_same_state(one, other, **tolerance):
+    a, b = state_of(one), state_of(other)
+    assert set(a) == set(b)
+    for key, tensor in a.items():
+        if tolerance:
+            torch.testing.assert_close(
+                tensor, b[key], **tolerance, msg=lambda m, k=key: f"{k}: {m}"
+            )
+        else:
+            assert torch.equal(tensor, b[key]), key
+    rows = [[dict(row, seconds=0, images_per_second=0) for row in f.rounds] for f in (one, other)]
+    if not tolerance:
+        assert rows[0] == rows[1]
+    else:
+        assert [r["clients"] for r in rows[0]] == [r["clients"] for r in rows[1]]
+
+
+# --- the laws of a round --------------------------------------------------------------------------
+
+
+@ALL
+def test_any_order_of_clients_gives_the_same_round(method):
+    orders = [SELECTED, [s[::-1] for s in SELECTED], [s[1:] + s[:1] for s in SELECTED]]
+    one, *others = [play(world_of(method).federation(), selected=order) for order in orders]
+    for other in others:
+        for row, mine in zip(other.rounds, one.rounds, strict=True):
+            row["selected"] = mine["selected"]
+        assert_same_state(one, other)
+
+
+@ALL
+def test_a_merge_does_not_see_the_order_of_uploads(method):
+    federation = world_of(method).federation()
+    sent = {c: {"ctx": drawn(3, 32, seed=c, dtype=F32)} for c in range(5)}
+    images = {c: 3 + c**2 for c in range(5)}
+    merged = [
+        federation.method.merge(
+            federation.server, {c: sent[c] for c in order}, {c: images[c] for c in order}, 0
+        )
+        for order in ([0, 1, 2, 3, 4], [4, 2, 0, 3, 1], [3, 4, 1, 0, 2])
+    ]
+    for other in merged[1:]:
+        assert all(torch.equal(other[name], merged[0][name]) for name in merged[0])
+
+
+class Views(Feed):
+    """Three views of every image, chosen by the draws."""
+
+    random = True
+
+    def batch(self, indices, draws=None):
+        assert draws is not None
+        assert draws.shape == indices.shape
+        features = self._features[torch.from_numpy(indices)]
+        return features.roll(1, -1) * torch.from_numpy(draws % 3 - 1)[..., None] + features
+
+
+@pytest.mark.parametrize("augmented", [False, True], ids=["plain", "augmented"])
+@pytest.mark.parametrize("dtype", [F32, F64], ids=["float32", "float64"])
+@ALL
+def test_a_cohort_of_one_equals_a_cohort_of_many(method, dtype, augmented):
+    federations = []
+    for cohort in (None, 1, 2):
+        federation = world_of(method, dtype, cohort=cohort).federation()
+        if augmented:
+            federation.train_feed.__class__ = Views
+        federations.append(play(federation))
+    # losses and gates compute in float32 whatever the tower does
+    tolerance = {F32: 1e-4, F64: 1e-6}[dtype]
+    for other in federations[1:]:
+        assert_same_state(federations[0], other, rtol=tolerance, atol=tolerance / 10)
+
+
+@pytest.mark.parametrize("method", ["promptfl", "pfedmoap"])
+def test_augmentation_draws_anew_each_time(method):
+    seen = []
+
+    class Spy(Views):
+        def batch(self, indices, draws=None):
+            seen.append((indices.copy(), draws.copy()))
+            return super().batch(indices, draws)
+
+    federation = world_of(method).federation()
+    federation.train_feed.__class__ = Spy
+    play(federation, 2, [[3], [3]])
+    # client 3 has 14 images and takes 12 an epoch: two rounds of two epochs of three steps
+    assert len(seen) == 12
+    for epoch in range(4):
+        images = np.concatenate([i.ravel() for i, _ in seen[3 * epoch : 3 * epoch + 3]])
+        assert len(set(images.tolist())) == 12
+    draws = [tuple(d.ravel().tolist()) for _, d in seen]
+    assert len({d for line in draws for d in line}) == 48
+    again = world_of(method).federation()
+    again.train_feed.__class__ = Spy
+    play(again, 2, [[0, 1, 3], [2, 3]])
+    # whoever else trains, client 3 sees the same images and draws
+    first = [(i[-1].tolist(), d[-1].tolist()) for i, d in seen[12:]]
+    assert first == [(i[0].tolist(), d[0].tolist()) for i, d in seen[:12]]
+
+
+@ALL
+def test_a_client_that_sends_nothing_changes_nothing(method):
+    federation = play(world_of(method).federation(), 1)
+    before = {k: v.clone() for k, v in federation.server.items()}
+    merged = federation.method.merge(federation.server, {}, {}, 1)
+    assert set(merged) == set(before)
+    assert all(torch.equal(merged[k], before[k]) for k in before)
+    sent = {
+        1: {"ctx": drawn(3, 32, seed=1, dtype=F32)},
+        2: {"ctx": drawn(3, 32, seed=2, dtype=F32)},
+    }
+    some = federation.method.merge(federation.server, sent, {1: 3, 2: 5}, 1)
+    also = federation.method.merge(federation.server, sent, {1: 3, 2: 5, 4: 1000}, 1)
+    assert all(torch.equal(some[k], also[k]) for k in some)
+    if method != "local":
+        assert not torch.equal(some["ctx"], before["ctx"])
+
+
+@ALL
+def test_clients_that_do_not_train_are_left_alone(method):
+    federation = play(world_of(method).federation(), 2)
+    kept = {c: {k: v.clone() for k, v in s.items()} for c, s in federation.clients.items()}
+    federation.sample = lambda round_: [2]
+    federation.round()
+    for c, state in kept.items():
+        if c != 2:
+            assert all(torch.equal(federation.clients[c][k], v) for k, v in state.items())
+    assert 4 not in federation.clients
+
+
+def ranges(tensors):
+    """First and last byte of every tensor's storage."""
+    spans = []
+    for key, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        spans.append((storage.data_ptr(), storage.data_ptr() + storage.nbytes(), key))
+    return sorted(spans)
+
+
+@pytest.mark.parametrize("cohort", [None, 1])
+@ALL
+def test_no_two_clients_share_storage(method, cohort):
+    federation = world_of(method, cohort=cohort).federation()
+    federation.sample = lambda round_: SELECTED[round_]
+    for _ in range(4):
+        old = federation.server, {k: v.clone() for k, v in federation.server.items()}
+        federation.round()
+        spans = ranges(state_of(federation))
+        for (_, end, one), (begin, _, other) in zip(spans[:-1], spans[1:], strict=True):
+            assert end <= begin, f"{one} and {other} share storage"
+        # the server's old state is a value: nobody wrote into it
+        assert all(torch.equal(old[0][k], v) for k, v in old[1].items())
+
+
+@ALL
+def test_the_same_seed_gives_the_same_run(method):
+    runs = [
+        play(world_of(method, seed=seed, participation=0.6).federation(), selected=None)
+        for seed in (3, 3, 4)
+    ]
+    assert_same_state(runs[0], runs[1])
+    assert not torch.equal(runs[0].server["ctx"], runs[2].server["ctx"])
+    assert [r["selected"] for r in runs[0].rounds] != [r["selected"] for r in runs[2].rounds]
+
+
+@ALL
+def test_the_callers_generators_are_left_alone(method):
+    torch.manual_seed(5)
+    np.random.seed(5)  # noqa: NPY002  # the global one is meant
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    one = play(world_of(method).federation(), 2)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert np.array_equal(before[1], np.random.get_state()[1])  # noqa: NPY002
+    torch.manual_seed(6)
+    assert_same_state(one, play(world_of(method).federation(), 2))
+
+
+def test_cached_text_features_equal_uncached_after_optimiser_steps():
+    caches, federations = [], []
+    for size in (1 << 28, 0):
+        federation = world_of("pfedmoap", F64).federation()
+        cache = TextFeatures(size, verify=True)
+        federation.method.task = replace(federation.method.task, text_features=cache)
+        federation.sample = lambda round_: SELECTED[round_]
+        caches.append(cache)
+        federations.append(federation)
+    for _ in range(4):
+        for federation in federations:
+            federation.round()
+        assert_same_state(*federations, rtol=1e-6, atol=1e-8)
+        server, task = federations[0].server, federations[0].method.task
+        for client in range(5):
+            version = int(server["pool_round"][client])
+            key = (f"client-{client}", version)
+            if key in caches[0]:
+                kept = caches[0].get_or_encode([key], lambda k: None, task.encode)  # no miss
+                fresh = task.encode(server["pool"][client][None])
+                torch.testing.assert_close(kept, fresh, rtol=1e-12, atol=1e-13)
+    assert len(caches[0]) > 0
+    assert len(caches[1]) == 0
+
+
+# --- the parts of a round -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_cohort_sgd_equals_torch(momentum, weight_decay):
+    shapes, rates = {"a": (5, 3, 2), "b": (5, 4), "frozen": (5, 2)}, {"a": 0.1, "b": 0.03}
+    start = {n: drawn(*shape, seed=i) for i, (n, shape) in enumerate(shapes.items())}
+    ours = {n: t.clone() for n, t in start.items()}
+    sgd = CohortSGD(ours, {**rates, "frozen": 1.0}, momentum, weight_decay)
+    theirs = [{n: t[u].clone().requires_grad_() for n, t in start.items()} for u in range(5)]
+    optimisers = [
+        torch.optim.SGD(
+            [{"params": [p[n]], "lr": rates.get(n, 1.0)} for n in shapes],
+            momentum=momentum,
+            weight_decay=weight_decay,
+        )
+        for p in theirs
+    ]
+    for step in range(7):
+        scale = [1.0, 0.5, 0.0][step % 3]
+        # client 4 never steps, client 0 always does
+        rows = [u for u in range(5) if u == 0 or (u < 4 and (step + u) % 3)]
+        gradients = {n: drawn(*shapes[n], seed=100 + step) for n in ("a", "b")}
+        everyone = step == 3
+        active = None if everyone else torch.tensor(rows)
+        members = range(5) if everyone else rows
+        given = {n: g[list(members)] for n, g in gradients.items()}
+        sgd.step({**given, "frozen": None}, scale, active)
+        for u in members:
+            for optimiser_group, name in zip(optimisers[u].param_groups, shapes, strict=True):
+                optimiser_group["lr"] = scale * rates.get(name, 1.0)
+                theirs[u][name].grad = gradients[name][u] if name in gradients else None
+            optimisers[u].step()
+        for u in range(5):
+            for name in shapes:
+                wanted = theirs[u][name].detach()
+                torch.testing.assert_close(ours[name][u], wanted, rtol=1e-13, atol=1e-14)
+    assert torch.equal(ours["frozen"], start["frozen"])
+    assert not torch.equal(ours["a"][:4], start["a"][:4])
+
+
+def test_learning_rates():
+    def factors(schedule):
+        settings = Settings(method="local", schedule=schedule, local_epochs=4, rounds=2)
+        return [learning_rate(settings, t, e) for t in range(2) for e in range(4)]
+
+    half = math.sqrt(0.5)
+    cosine = [1.0, (1 + half) / 2, 0.5, (1 - half) / 2]
+    assert factors("constant") == [1.0] * 8
+    assert factors("cosine") == pytest.approx(cosine * 2)
+    assert factors("cosine-rounds") == pytest.approx([1.0] * 4 + [0.5] * 4)
+    annealed = torch.optim.lr_scheduler.CosineAnnealingLR
+    optimiser = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule, rates = annealed(optimiser, T_max=4), []
+    for _ in range(4):
+        rates.append(schedule.get_last_lr()[0])
+        optimiser.step()
+        schedule.step()
+    assert factors("cosine")[:4] == pytest.approx(rates)
+
+
+@pytest.mark.parametrize(
+    ("share", "clients", "count"),
+    [
+        (0.29, 100, 29),
+        (0.57, 100, 57),
+        (0.07, 100, 7),
+        (1.0, 7, 7),
+        (0.5, 7, 3),
+        (0.25, 30, 7),
+        (0.01, 5, 1),
+        (0.999, 10, 9),
+    ],
+)
+def test_how_many_clients_train(share, clients, count):
+    federation = World(settings={"participation": share}).federation()
+    federation.shards = federation.shards[:1] * clients
+    drawn_ = [federation.sample(round_) for round_ in range(20)]
+    for members in drawn_:
+        assert members == sorted(set(members))
+        assert len(members) == count
+        assert set(members) <= set(range(clients))
+    assert drawn_ == [federation.sample(round_) for round_ in range(20)]
+    if 1 < count < clients:
+        assert len({tuple(m) for m in drawn_}) > 5
+    other = World(settings={"participation": share, "seed": 1}).federation()
+    other.shards = other.shards[:1] * clients
+    assert ([other.sample(r) for r in range(20)] == drawn_) == (count == clients)
+
+
+def test_every_client_is_sampled_equally_often():
+    federation = World(settings={"participation": 0.4}).federation()
+    counts = np.bincount(np.concatenate([federation.sample(r) for r in range(500)]), minlength=5)
+    assert counts.sum() == 1000
+    assert counts.min() > 160
+    assert counts.max() < 240
+
+
+def test_groups_hold_like_clients_only():
+    one, two = torch.zeros(2, 3), torch.zeros(4, 3)
+    downs = {0: {"a": one}, 1: {"a": two}, 2: {"a": one}, 3: {"a": one}, 4: {"a": one, "b": one}}
+    owns = {0: {}, 1: {}, 2: {}, 3: {"k": one}, 4: {}}
+    assert group([4, 3, 2, 1, 0], downs, owns, None) == [[0, 2], [1], [3], [4]]
+    assert group([4, 3, 2, 1, 0], downs, owns, 1) == [[0], [2], [1], [3], [4]]
+    alike = {c: {"a": one} for c in range(5)}
+    assert group(range(5), alike, dict.fromkeys(range(5), {}), 2) == [[0, 1], [2, 3], [4]]
+
+
+def test_unstacking_gives_each_its_own_storage():
+    states = [{"a": drawn(2, 3, seed=u)} for u in range(3)]
+    again = unstack(stack(states), 3)
+    assert all(torch.equal(a["a"], b["a"]) for a, b in zip(states, again, strict=True))
+    spans = ranges({u: state["a"] for u, state in enumerate(again)})
+    assert all(end <= begin for (_, end, _), (begin, _, _) in zip(spans, spans[1:], strict=False))
+
+
+@ALL
+def test_a_loss_that_is_not_finite_is_refused(method):
+    federation = world_of(method, lr=1e30).federation()
+    with pytest.raises(NotConverged, match=r"loss must stay finite; got nan for client 0 in round"):
+        play(federation, 3, [[0, 1, 2, 3, 4]] * 3)
+
+
+def test_the_summary_by_hand():
+    def row(*accuracies):
+        return {"accuracy": sum(accuracies) / len(accuracies), "clients": list(accuracies)}
+
+    none = {"accuracy": None, "clients": []}
+    rows = [row(0.8, 1.0), none, row(0.1, 0.3), row(0.2, 0.2), row(0.3, 0.3), none]
+    final = summarise([*rows, row(0.4, 0.4), row(0.1, 0.5)])
+    assert final == pytest.approx(
+        {
+            "accuracy": 0.3,
+            "last5": (0.2 + 0.2 + 0.3 + 0.4 + 0.3) / 5,
+            "best": 0.9,
+            "std_over_clients": 0.2,
+        }
+    )
+
+
+# --- every setting has an effect ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return small_clip()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("features")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_digits():
+    """Draw the digits once, not for every run."""
+    sets = {}
+
+    def load(name, root):
+        if name not in sets:
+            sets[name] = load_dataset(name, root)
+        return sets[name]
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(fastfpl.federation.rounds, "load_dataset", load)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def outcome(clip, cache):
+    """Play a tiny run once for each choice of settings."""
+    known = {}
+
+    def run(method, changes):
+        settings = {**TINY_RUN, **changes}
+        if method == "pfedmoap":
+            settings["options"] = {**GATE, **settings.get("options", {})}
+        settings = {k: v for k, v in settings.items() if v is not ...}
+        key = repr((method, sorted(settings.items())))
+        if key not in known:
+            known[key] = fastfpl.run(method, model=clip, cache=cache, **settings)
+        return known[key]
+
+    return run
+
+
+VIEWS = {"augment": "views:1"}
+CHANGES = {
+    "n_ctx": ({}, {"n_ctx": 5}),
+    "ctx_init": ({}, {"n_ctx": ..., "ctx_init": "a photo of a"}),
+    "position": ({}, {"position": "middle"}),
+    "position, front": ({"position": "middle"}, {"position": "front"}),
+    "partition": ({}, {"partition": "iid"}),
+    "beta": ({"partition": "dirichlet"}, {"partition": "dirichlet", "beta": 5.0}),
+    "shots": ({}, {"shots": 9}),
+    "shots, all": ({"rounds": 1}, {"rounds": 1, "shots": None}),
+    "clients": ({}, {"clients": 3}),
+    "participation": ({}, {"participation": 0.5}),
+    "rounds": ({}, {"rounds": 1}),
+    "local_epochs": ({}, {"local_epochs": 1}),
+    "batch_size": ({}, {"batch_size": 5}),
+    "lr": ({}, {"lr": 0.04}),
+    "momentum": ({}, {"momentum": 0.8}),
+    "weight_decay": ({}, {"weight_decay": 0.01}),
+    "schedule": ({}, {"schedule": "cosine"}),
+    "schedule, rounds": ({}, {"schedule": "cosine-rounds"}),
+    "augment": ({}, VIEWS),
+    "augment, views": (VIEWS, {"augment": "views:2"}),
+    "augment, fresh": (VIEWS, {"augment": "fresh"}),
+    "crop": (VIEWS, {**VIEWS, "crop": 0.5}),
+    "crop, fresh": ({"augment": "fresh"}, {"augment": "fresh", "crop": 0.5}),
+    "flip": (VIEWS, {**VIEWS, "flip": 0.0}),
+    "flip, fresh": ({"augment": "fresh"}, {"augment": "fresh", "flip": 0.0}),
+    "seed": ({}, {"seed": 1}),
+}
+# told apart by tests of their own below, or in test_clip and test_glyphs
+ELSEWHERE = {
+    *("method", "options", "evaluate_every", "cohort", "dtype", "threads", "device"),
+    *("dataset", "root", "clip", "pretrained"),
+}
+
+
+def losses(result):
+    return [row["loss"] for row in result.rounds]
+
+
+def test_every_setting_is_tested():
+    assert {name.partition(",")[0] for name in CHANGES} | ELSEWHERE == set(Settings.model_fields)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_setting_has_an_effect(outcome, name):
+    one, other = (outcome("promptfl", change) for change in CHANGES[name])
+    assert losses(one) != losses(other)
+    assert all(0 < loss < 20 for loss in losses(one) + losses(other))
+
+
+METHOD_CHANGES = {
+    ("fedprox", "mu"): 2.0,
+    ("pfedmoap", "experts"): 2,
+    ("pfedmoap", "selection"): "random",
+    ("pfedmoap", "local_weight"): 0.9,
+    ("pfedmoap", "heads"): 4,
+    ("pfedmoap", "gate_width"): 8,
+    ("pfedmoap", "scaling"): 1.0,
+    ("pfedmoap", "gate_lr"): 0.1,
+}
+
+
+def test_every_option_is_tested():
+    known = {(name, o) for name, kind in METHODS.items() for o in kind.Options.model_fields}
+    assert set(METHOD_CHANGES) | {("zeroshot", "words")} == known
+
+
+@pytest.mark.parametrize(("method", "option"), METHOD_CHANGES)
+def test_an_option_has_an_effect(outcome, method, option):
+    one = outcome(method, {})
+    other = outcome(method, {"options": {option: METHOD_CHANGES[method, option]}})
+    assert losses(one) != losses(other)
+    # before there are experts, nothing but CoOp happens
+    if method == "pfedmoap":
+        assert losses(one)[0] == losses(other)[0]
+
+
+def test_methods_differ(outcome):
+    rows = {
+        m: losses(outcome(m, {"rounds": 3})) for m in ("promptfl", "fedprox", "local", "pfedmoap")
+    }
+    # the first round is the same but for FedProx's term; the later ones are not
+    assert rows["promptfl"][0] == rows["local"][0] == rows["pfedmoap"][0] < rows["fedprox"][0]
+    assert len({tuple(r) for r in rows.values()}) == 4
+
+
+def test_words_of_zeroshot(outcome):
+    one = outcome("zeroshot", {})
+    assert len(one.rounds) == 1
+    names = [{}, {"options": {"words": "a photo of a"}}, {"options": {"words": "dark blurry"}}]
+    accuracies = [outcome("zeroshot", change).rounds[0]["clients"] for change in names]
+    assert accuracies[0] == accuracies[1]
+    assert accuracies[0] != accuracies[2]
+
+
+def test_evaluations_between_rounds(outcome):
+    every, second = (outcome("promptfl", {"rounds": 3, "evaluate_every": e}) for e in (1, 2))
+    assert losses(every) == losses(second)
+    assert [row["accuracy"] is None for row in second.rounds] == [True, False, False]
+    assert [row["clients"] == [] for row in second.rounds] == [True, False, False]
+    for row, seen in zip(second.rounds, every.rounds, strict=True):
+        assert row["accuracy"] in (None, seen["accuracy"])
+    assert second.final["last5"] == pytest.approx(
+        (every.rounds[1]["accuracy"] + every.rounds[2]["accuracy"]) / 2
+    )
+
+
+@pytest.mark.parametrize("method", ["promptfl", "pfedmoap"])
+def test_a_cohort_decides_no_figure(outcome, method):
+    one, *others = [outcome(method, {"cohort": cohort}) for cohort in (None, 1, 3)]
+    for other in others:
+        assert losses(other) == pytest.approx(losses(one), rel=1e-5)
+        for row, mine in zip(other.rounds, one.rounds, strict=True):
+            assert row["clients"] == pytest.approx(mine["clients"], abs=0.02)
+            assert row["bytes_up"] == mine["bytes_up"]
+
+
+def test_threads_and_device_decide_no_figure(outcome):
+    before = torch.get_num_threads()
+    try:
+        one = outcome("promptfl", {"threads": 1, "device": "cpu"})
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+    assert losses(one) == pytest.approx(losses(outcome("promptfl", {})), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
+def test_dtypes(outcome, clip, cache, dtype):
+    narrow = clip.to(dtype=getattr(torch, dtype))
+    result = fastfpl.run("promptfl", model=narrow, cache=cache, dtype=dtype, **TINY_RUN)
+    rel = {"float64": 1e-5, "bfloat16": 0.05, "float16": 0.01}[dtype]
+    assert losses(result) != losses(outcome("promptfl", {}))
+    assert losses(result) == pytest.approx(losses(outcome("promptfl", {})), rel=rel)
+
+
+def test_where_the_clip_and_the_data_come_from(cache):
+    small = {**TINY_RUN, "rounds": 1, "local_epochs": 1}
+    tiny = fastfpl.run("promptfl", cache=cache, **small)
+    rand = fastfpl.run("promptfl", cache=cache, pretrained="random", dtype="float64", **small)
+    glyphs = fastfpl.run("promptfl", cache=cache, **{**small, "dataset": "glyphs", "clients": 2})
+    assert len({tuple(losses(r)) for r in (tiny, rand, glyphs)}) == 3
+    assert tiny.data["weights"] != rand.data["weights"]
+    assert (tiny.data["name"], glyphs.data["name"]) == ("digits", "glyphs")
+    assert len(tiny.data["train_images"]) == 4
+    assert tiny.data["train_images"] == [10, 10, 10, 20]
+    assert tiny.settings["n_ctx"] == 4
+    assert tiny.faces["encode_text"] == ["torch"]
+
+
+def test_a_run_is_the_same_bit_for_bit(outcome, clip, cache, tmp_path):
+    for method in ("promptfl", "pfedmoap"):
+        options = {"options": GATE} if method == "pfedmoap" else {}
+        other_cache = tmp_path / method
+        settings = {**TINY_RUN, **options}
+        again = fastfpl.run(method, model=clip, cache=other_cache, **settings)
+        assert figures(again) == figures(outcome(method, {}))
+
+
+def test_settings_come_alone_or_as_keywords(clip):
+    settings = make_settings({"method": "promptfl", **TINY_RUN})
+    with pytest.raises(InputError, match="settings must come alone"):
+        fastfpl.run(settings, model=clip, lr=0.1)
+    with pytest.raises(InputError, match="out must name the folder to resume"):
+        fastfpl.run(settings, model=clip, resume=True)

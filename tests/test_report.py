@@ -1,0 +1,656 @@
+from __future__ import annotations
+
+import csv
+import html.parser
+import io
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from fastfpl.config import Settings
+from fastfpl.errors import Damaged, InputError, Missing
+from fastfpl.federation import Comparison, Result
+from fastfpl.federation.result import summarise
+from fastfpl.report import (
+    accuracy_plot,
+    clients_plot,
+    csv_table,
+    html_page,
+    load_comparison,
+    markdown_table,
+    text_table,
+    write_report,
+)
+from fastfpl.report.facts import (
+    augmentation,
+    duration,
+    percent,
+    public,
+    rate,
+    rows,
+    size,
+    warnings,
+)
+from fastfpl.report.plots import _DARK, _LIGHT, _colours, _round_ticks, curve, spread, swarm
+
+EVIL = '<script>alert("x")</script>'
+
+
+def result(
+    method: str,
+    accuracies: list[list[float] | None],
+    *,
+    seed: int = 0,
+    selected: int | None = None,
+    trains: bool = True,
+    classes: tuple[str, ...] = ("a", "b", "c"),
+    name: str = "glyphs",
+    environment: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Result:
+    """Make a result by hand: one list of clients' accuracies a round, None without evaluation."""
+    clients = len(next(a for a in accuracies if a is not None))
+    joined = list(range(clients if selected is None else selected)) if trains else []
+    lines = [
+        {
+            "round": number,
+            "accuracy": None if a is None else sum(a) / len(a),
+            "clients": [] if a is None else a,
+            "selected": joined,
+            "loss": 1.5 if trains else None,
+            "seconds": 2.0 + number,
+            "images_per_second": 1000.0 if trains else 0.0,
+            "bytes_up": 4096 * len(joined),
+            "bytes_down": 40960 * len(joined),
+        }
+        for number, a in enumerate(accuracies)
+    ]
+    chosen = Settings(
+        method=method, seed=seed, **{"clients": clients, "rounds": len(accuracies), **settings}
+    )
+    return Result(
+        method=method,
+        settings=chosen.model_dump(),
+        environment={"fastfpl": "0.1.0", "torch": "2.13.0", "device": "cpu", "threads": 2}
+        | (environment or {}),
+        faces={"encode_text": ["reference"]},
+        rounds=lines,
+        final=summarise(lines),
+        peak_memory_bytes=612_000_000 + seed,
+        data={
+            "name": name,
+            "classes": list(classes),
+            "train_images": [48] * clients,
+            "test_images": [20] * clients,
+            "weights": "0f3a9c2e",
+        },
+    )
+
+
+def pair(seeds: tuple[int, ...] = (0,), **settings: Any) -> Comparison:
+    """Zero-shot with one round and a method with three."""
+    still: list[list[float] | None] = [[0.1, 0.3]]
+    moving: list[list[list[float] | None]] = [
+        [[0.2, 0.4], [0.4, 0.6], [0.5 + 0.1 * s, 0.7 + 0.1 * s]] for s in seeds
+    ]
+    return Comparison(
+        {
+            "zeroshot": [
+                result("zeroshot", still, seed=s, trains=False, **{"rounds": 3, **settings})
+                for s in seeds
+            ],
+            "promptfl": [
+                result("promptfl", a, seed=s, **settings)
+                for s, a in zip(seeds, moving, strict=True)
+            ],
+        }
+    )
+
+
+def terminal(comparison: Comparison, width: int = 80) -> str:
+    from rich.console import Console
+
+    out = io.StringIO()
+    Console(file=out, width=width).print(text_table(comparison))
+    return out.getvalue()
+
+
+class Page(html.parser.HTMLParser):
+    """What a page loads, how its tags nest, and its text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.links: list[str] = []
+        self.tags: list[str] = []
+        self.alts: list[str] = []
+        self.headers: list[str | None] = []
+        self.text = ""
+        self._open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.tags.append(tag)
+        self.loads += [v for k, v in attrs if k in ("src", "srcset", "data", "action") and v]
+        if given.get("href"):
+            self.links.append(str(given["href"]))
+        if tag == "img":
+            self.alts.append(given.get("alt") or "")
+        if tag == "th":
+            self.headers.append(given.get("scope"))
+        if tag not in ("meta", "img", "source", "br"):
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+# -- numbers ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("write", "number", "text"),
+    [
+        (percent, 0.6132, "61.3"),
+        (percent, 1.0, "100.0"),
+        (size, 0, "0 B"),
+        (size, 999, "999 B"),
+        (size, 1000, "1.0 kB"),
+        (size, 32768, "33 kB"),
+        (size, 999_600, "1.0 MB"),
+        (size, 5_700_000_000, "5.7 GB"),
+        (size, 5e15, "5000.0 TB"),
+        (duration, 0.1234, "0.12 s"),
+        (duration, 4.21, "4.2 s"),
+        (duration, 59.6, "60 s"),
+        (duration, 1500, "25 min"),
+        (duration, 9000, "2.5 h"),
+        (rate, 3.21, "3.2"),
+        (rate, 12345.6, "12,346"),
+    ],
+)
+def test_numbers_read_well(write: Any, number: float, text: str) -> None:
+    assert write(number) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "\u2013"),
+        (True, "True"),
+        ({"heads": 8, "words": "a photo of a"}, "heads=8, words=a photo of a"),
+        ({}, "\u2013"),
+        ("ViT-B-16", "ViT-B-16"),
+        ("hf-hub:someone/model", "hf-hub:someone/model"),
+        ("/home/someone/weights.pt", "…/weights.pt"),
+        ("~/weights.pt", "…/weights.pt"),
+        ("C:\\Users\\someone\\weights.pt", "…/weights.pt"),
+        ({"file": "/home/someone/a.pt"}, "file=…/a.pt"),
+    ],
+)
+def test_settings_show_no_folder_of_the_machine(value: Any, text: str) -> None:
+    assert public(value) == text
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"augment": "none"}, "one deterministic view each, encoded once (augment=none)"),
+        (
+            {"augment": "views:4", "crop": 0.5, "flip": 0.0},
+            "4 fixed random crops of at least 50 % of the area each, encoded once "
+            "(augment=views:4)",
+        ),
+        (
+            {"augment": "fresh", "crop": 0.08, "flip": 0.5},
+            "new random crops of at least 8 % of the area, mirrored with probability 0.5 in every "
+            "step (augment=fresh)",
+        ),
+    ],
+)
+def test_augmentation_is_said_in_words(settings: dict[str, Any], text: str) -> None:
+    assert augmentation(settings) == text
+
+
+# -- tables ----------------------------------------------------------------------------------
+
+
+def test_one_seed_gives_the_figures_computed_by_hand() -> None:
+    still, moving = rows(pair())
+    # clients .5 and .7 in the last round; rounds .3, .5, .6
+    assert moving.accuracy == pytest.approx(0.6)
+    assert moving.std_over_clients == pytest.approx(0.1)
+    assert moving.std_over_seeds is None
+    assert moving.last5 == pytest.approx((0.3 + 0.5 + 0.6) / 3)
+    assert moving.best == pytest.approx(0.6)
+    assert moving.seconds == pytest.approx(2 + 3 + 4)
+    assert (moving.bytes_up, moving.bytes_down) == (4096, 40960)
+    assert (moving.total_up, moving.total_down) == (3 * 2 * 4096, 3 * 2 * 40960)
+    assert moving.top
+    assert not still.top
+    assert still.images_per_second is None
+    assert still.bytes_up is None
+    text = markdown_table(pair())
+    assert "± seeds" not in text
+    assert (
+        "| zeroshot | 20.0 ± 10.0 | 20.0 | 20.0 | \u2013 | 2.0 s | 612 MB | \u2013 | \u2013 |"
+        in text
+    )
+    assert (
+        "| **promptfl** | **60.0 ± 10.0** | 46.7 | 60.0 | 1,000 | 9.0 s | 612 MB | 4.1 kB | 41 kB |"
+        in text
+    )
+
+
+def test_three_seeds_give_the_figures_computed_by_hand() -> None:
+    _, moving = rows(pair((0, 1, 2)))
+    # last rounds .6, .7, .8: deviation .1 with n - 1
+    assert moving.accuracy == pytest.approx(0.7)
+    assert moving.std_over_seeds == pytest.approx(0.1)
+    assert moving.std_over_clients == pytest.approx(0.1)
+    text = markdown_table(pair((0, 1, 2)))
+    assert "| **promptfl** | **70.0 ± 10.0** | 10.0 |" in text
+    assert "standard deviation over seeds (n-1)" in text
+
+
+def test_bytes_are_those_of_a_client_that_takes_part() -> None:
+    one = result("promptfl", [[0.5] * 10] * 4, selected=2, participation=0.2)
+    (row,) = rows(Comparison({"promptfl": [one]}))
+    assert row.bytes_up == 4096
+    assert row.total_up == 4 * 2 * 4096
+    assert not row.top  # of one there is no best
+
+
+def test_the_caption_says_what_is_averaged() -> None:
+    text = " ".join(terminal(pair((0, 1))).split())
+    assert "unweighted mean over the clients, each on its own test images" in text
+    assert "all 3 classes, last round" in text
+    assert "not a headline" in text
+    assert "training images: one deterministic view each" in text
+
+
+@pytest.mark.parametrize("seeds", [(0,), (0, 1, 2)])
+def test_eighty_columns_hold_every_figure(seeds: tuple[int, ...]) -> None:
+    rounds: list[list[float] | None] = [[0.123, 0.987]] * 3
+    name = "fedapt-unsupervised"
+    text = terminal(Comparison({name: [result(name, rounds, seed=s) for s in seeds]}))
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert "…" not in text
+    for figure in ("55.5 ± 43.2", "55.5", "1,000", "612 MB", "4.1 kB", "41 kB"):
+        assert figure in text
+    assert "unsupervised" in text
+
+
+def test_csv_holds_unrounded_figures() -> None:
+    still, moving = csv.DictReader(io.StringIO(csv_table(pair((0, 1, 2)))))
+    assert still["images_per_second"] == ""
+    assert float(moving["std_over_seeds"]) == pytest.approx(0.1, abs=1e-12)
+    assert float(moving["bytes_down"]) == 40960
+
+
+def test_names_are_text_and_never_markup() -> None:
+    odd = "[bold]a|b*<i>"
+    c = Comparison({odd: [result(odd, [[0.5, 0.6]], name=EVIL)]})
+    shown = terminal(c, 120)
+    assert odd in shown
+    assert EVIL in shown
+    text = markdown_table(c)
+    assert "\\[bold\\]a\\|b\\*&lt;i&gt;" in text
+    assert "<script" not in text
+    # a dollar sign must not start a formula
+    money = "$x^{$"
+    assert accuracy_plot(Comparison({money: [result(money, [[0.5], [0.6]])]}))
+
+
+@pytest.mark.parametrize("empty", [{}, {"promptfl": []}])
+def test_nothing_is_refused(empty: dict[str, list[Result]], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"fastfpl\.report: comparison must hold a result"):
+        write_report(Comparison(empty), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- agreement -------------------------------------------------------------------------------
+
+
+def two(first: dict[str, Any], second: dict[str, Any]) -> Comparison:
+    rounds: list[list[float] | None] = [[0.2, 0.4], [0.4, 0.6]]
+    return Comparison(
+        {m: [result(m, rounds, **s)] for m, s in (("local", first), ("promptfl", second))}
+    )
+
+
+def test_equal_runs_give_no_warning() -> None:
+    assert warnings(pair((0, 1))) == []
+    assert "Caution" not in html_page(pair((0, 1)))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "sentence"),
+    [
+        ({}, {"augment": "fresh"}, "augment: none (local); fresh (promptfl)"),
+        ({}, {"lr": 0.01}, "lr: 0.002 (local); 0.01 (promptfl)"),
+        ({}, {"shots": None}, "shots: 16 (local); all (promptfl)"),
+        ({}, {"seed": 1}, "seeds: 0 (local); 1 (promptfl)"),
+        ({}, {"name": "digits"}, "data set: glyphs (local); digits (promptfl)"),
+        ({}, {"classes": ("a",)}, "class names: list 1 of 3 (local); list 2 of 1 (promptfl)"),
+    ],
+)
+def test_what_decides_accuracy_is_warned_about(
+    first: dict[str, Any], second: dict[str, Any], sentence: str
+) -> None:
+    c = two(first, second)
+    assert [(w.sentence, w.decides_accuracy) for w in warnings(c)] == [(sentence, True)]
+    assert not any(row.top for row in rows(c))
+    page = Page(html_page(c)).text
+    assert "do not compare their accuracies" in page
+    assert sentence in page
+    assert "Highest accuracy" not in page
+    assert "do not compare" in " ".join(terminal(c).split())
+    assert "**Caution.**" in markdown_table(c)
+
+
+def test_what_decides_time_only_is_noted() -> None:
+    c = two({}, {"threads": 4, "environment": {"threads": 4, "torch": "2.14.0"}})
+    found = warnings(c)
+    assert [(w.about, w.decides_accuracy) for w in found] == [("threads", False), ("torch", False)]
+    assert any(row.top for row in rows(c))
+    page = html_page(c)
+    assert "not measured under the same conditions" in page
+    assert "do not compare" not in page
+
+
+def test_runs_of_one_method_that_disagree_are_named_with_their_seed() -> None:
+    rounds: list[list[float] | None] = [[0.2], [0.4]]
+    c = Comparison(
+        {"local": [result("local", rounds), result("local", rounds, seed=1, lr=0.1)]},
+    )
+    assert warnings(c)[0].sentence == "lr: 0.002 (local seed 0); 0.1 (local seed 1)"
+
+
+def test_a_folder_of_data_is_neither_shown_nor_compared() -> None:
+    c = two({"root": "/home/someone/data"}, {"root": "/mnt/other"})
+    assert warnings(c) == []
+    assert "someone" not in html_page(c)
+
+
+# -- plots -----------------------------------------------------------------------------------
+
+CASES = {
+    "one round beside three": pair(),
+    "three seeds": pair((0, 1, 2)),
+    "one client": Comparison({"local": [result("local", [[0.5], [0.6]])]}),
+    "one round only": Comparison({"local": [result("local", [[0.5, 0.6]])]}),
+    "all equal": Comparison({"local": [result("local", [[1.0] * 30] * 2)]}),
+    "all zero": Comparison({"local": [result("local", [[0.0] * 3] * 2)]}),
+    "rare evaluation": Comparison({"local": [result("local", [None, [0.3], None, [0.4]])]}),
+    "many rounds": Comparison({"local": [result("local", [[0.4, 0.5]] * 120)]}),
+    "nine methods": Comparison(
+        {f"m{i}": [result(f"m{i}", [[0.5], [0.5 + i / 1e4]])] for i in range(9)}
+    ),
+    "nothing trains": Comparison({"zeroshot": [result("zeroshot", [[0.5, 0.6]], trains=False)]}),
+}
+
+
+@pytest.mark.parametrize("draw", [accuracy_plot, clients_plot])
+@pytest.mark.parametrize("case", CASES)
+def test_plots_are_drawn(case: str, draw: Any) -> None:
+    content = draw(CASES[case])
+    with Image.open(io.BytesIO(content)) as image:
+        image.load()
+        assert image.format == "PNG"
+        assert image.width == 1280
+        colours = image.convert("RGB").getcolors(1 << 24)
+    assert colours is not None
+    assert len(colours) > 20
+    assert len(content) < 150_000
+
+
+def test_many_clients_stay_small_and_many_lines_too() -> None:
+    values = [[(i * 37 % 61) / 60 for i in range(100)]] * 5
+    c = Comparison(
+        {f"m{i}": [result(f"m{i}", values, seed=s) for s in range(3)] for i in range(9)}  # type: ignore[arg-type]
+    )
+    assert len(clients_plot(c)) < 150_000
+    assert len(clients_plot(c, "svg")) < 500_000
+
+
+def test_the_same_comparison_gives_the_same_bytes() -> None:
+    for draw in (accuracy_plot, clients_plot):
+        for kind in ("png", "svg"):
+            assert draw(pair(), kind) == draw(pair(), kind)
+    assert accuracy_plot(pair(), "svg") != accuracy_plot(pair(), "svg", dark=True)
+
+
+def test_rounds_without_evaluation_are_skipped_and_counted_from_one() -> None:
+    assert curve([result("a", [None, [0.3], None, [0.4, 0.6]])]) == [
+        (2, 0.3, 0.3, 0.3),
+        (4, 0.5, 0.5, 0.5),
+    ]
+    two_seeds = [result("a", [[0.3], [0.4]], seed=s) for s in (0, 1)]
+    two_seeds[1].rounds[1]["accuracy"] = 0.8
+    assert curve(two_seeds)[1] == (2, pytest.approx(0.6), 0.4, 0.8)
+
+
+@pytest.mark.parametrize(
+    ("last", "ticks"),
+    [(1, [1]), (3, [1, 2, 3]), (25, [1, 5, 10, 15, 20, 25]), (120, [1, 20, 40, 60, 80, 100, 120])],
+)
+def test_round_ticks_begin_with_one(last: int, ticks: list[int]) -> None:
+    assert _round_ticks(last) == ticks
+
+
+def test_labels_move_apart_as_little_as_possible() -> None:
+    assert spread([10.0, 50.0], 4.0, 0.0, 100.0) == [10.0, 50.0]
+    assert spread([51.0, 50.0], 4.0, 0.0, 100.0) == [52.5, 48.5]
+    close = spread([99.0, 99.5, 100.0, 98.0], 4.0, 0.0, 100.0)
+    assert max(close) <= 100.0
+    assert sorted(close) == pytest.approx([88.0, 92.0, 96.0, 100.0])
+    crowd = spread([50.0] * 60, 4.0, 0.0, 100.0)
+    assert (min(crowd), max(crowd)) == pytest.approx((0.0, 100.0))
+
+
+def test_dots_of_equal_clients_do_not_hide_each_other() -> None:
+    places = [1.0] * 9 + [1.03, 2.0]
+    offsets = swarm(places, 0.1, 10.0)
+    for i in range(len(places)):
+        for j in range(i):
+            assert math.dist((places[i], offsets[i]), (places[j], offsets[j])) > 0.0999
+    crowded = swarm([1.0] * 300, 0.1, 0.3)
+    assert len(set(crowded)) == 300
+    assert max(abs(o) for o in crowded) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("look", [_LIGHT, _DARK])
+def test_lines_stand_out_from_the_paper(look: Any) -> None:
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    def contrast(a: str, b: str) -> float:
+        low, high = sorted((luminance(a), luminance(b)))
+        return (high + 0.05) / (low + 0.05)
+
+    assert contrast(look.ink, look.paper) > 7
+    assert contrast(look.faint, look.paper) > 4.5  # WCAG for text
+    assert all(contrast(line, look.paper) > 2.2 for line in look.lines)
+    nine = Comparison({f"m{i}": [result(f"m{i}", [[0.5], [0.5]])] for i in range(9)})
+    assert len(set(_colours(nine, look).values())) == 9
+
+
+def test_plotting_leaves_matplotlib_as_it_was(tmp_path: Path) -> None:
+    code = """
+import matplotlib, sys
+matplotlib.rcParams["font.size"] = 31
+matplotlib.rcParams["text.usetex"] = True
+
+def chosen():
+    # to ask for the backend would choose one, and import pyplot
+    return {k: matplotlib.rcParams[k] for k in matplotlib.rcParams if k != "backend"}
+
+before = chosen()
+sys.path.insert(0, sys.argv[1])
+from test_report import pair
+from fastfpl.report import accuracy_plot
+accuracy_plot(pair())
+assert chosen() == before
+assert "matplotlib.pyplot" not in sys.modules
+"""
+    here = Path(__file__).resolve().parent
+    subprocess.run(
+        [sys.executable, "-c", code, str(here)], check=True, cwd=here.parent, timeout=120
+    )
+
+
+def test_importing_the_report_starts_no_plotting() -> None:
+    code = (
+        "import sys, fastfpl.report; "
+        "assert not {'matplotlib', 'jinja2', 'rich.table'} & set(sys.modules)"
+    )
+    here = Path(__file__).resolve().parent
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=here.parent, timeout=120)
+
+
+# -- page ------------------------------------------------------------------------------------
+
+
+def save(comparison: Comparison, folder: Path) -> None:
+    for results in comparison.results.values():
+        for one in results:
+            run = folder / f"{one.method}-seed{one.settings['seed']}"
+            run.mkdir(parents=True)
+            one.save(run)
+
+
+def test_the_page_loads_nothing_and_shows_no_path(tmp_path: Path) -> None:
+    c = pair((0, 1), root=str(tmp_path / "data"), pretrained="/home/someone/weights.pt")
+    save(c, tmp_path)
+    text = html_page(c, tmp_path)
+    page = Page(text)
+    assert page.loads
+    assert all(one.startswith("data:image/svg+xml;base64,") for one in page.loads)
+    assert page.links == [
+        f"{m}-seed{s}/result.json" for m in ("zeroshot", "promptfl") for s in (0, 1)
+    ]
+    assert not {"script", "link", "iframe", "object", "base"} & set(page.tags)
+    bare = re.sub(r"base64,[A-Za-z0-9+/=]*", "", text)
+    assert not re.search(r"https?:|url\(|@import|file:", bare)
+    assert str(tmp_path) not in bare
+    assert "/home" not in bare
+    assert "weights.pt" in bare
+
+
+def test_the_page_says_what_it_must() -> None:
+    page = Page(html_page(pair((0, 1, 2)))).text
+    for part in (
+        "2 methods on glyphs",
+        "glyphs, pathological partition, 2 clients, 3 rounds, 3 seeds",
+        "promptfl, 70.0 % (± 10.0 over 3 seeds)",
+        "one deterministic view each, encoded once (augment=none)",
+        "encode_text",
+        "2.13.0",
+        "local_epochs",
+        "0f3a9c2e",
+        "Seed 2, 2 clients",
+        "up, whole run",
+    ):
+        assert part in page
+    assert "nan" not in re.findall(r"\w+", page.lower())
+
+
+def test_the_page_is_accessible() -> None:
+    page = Page(html_page(pair()))
+    assert all(len(alt) > 40 for alt in page.alts)
+    assert len(page.alts) == 2
+    assert "promptfl from 30.0 % in round 1 to 60.0 % in round 3" in page.alts[0]
+    assert set(page.headers) == {"row", "col"}
+
+
+def test_hostile_names_are_escaped() -> None:
+    evil = 'x"><img src=y>'
+    rounds: list[list[float] | None] = [[0.5, 0.6]] * 2
+    one = result(evil, rounds, classes=(EVIL, "{{ 7 * 7 }}"), name=EVIL)
+    page = Page(html_page(Comparison({evil: [one]})))
+    assert "script" not in page.tags
+    assert all(load.startswith("data:") for load in page.loads)
+    assert EVIL in page.text
+    assert "{{ 7 * 7 }}" in page.text
+    assert len(page.alts) == 2
+
+
+# -- files -----------------------------------------------------------------------------------
+
+
+def test_a_report_is_written_and_written_again(tmp_path: Path) -> None:
+    c = pair((0, 1))
+    save(c, tmp_path)
+    files = write_report(c, tmp_path)
+    names = ["table.md", "table.csv", "accuracy.png", "clients.png", "index.html"]
+    assert files == [tmp_path / name for name in names]
+    first = {path: path.read_bytes() for path in files}
+    assert all(first.values())
+    again = load_comparison(tmp_path)
+    assert {m: list(r) for m, r in again.results.items()} == dict(c.results)
+    write_report(again, tmp_path)
+    assert {path: path.read_bytes() for path in files} == first
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_results_are_json_without_nan(tmp_path: Path) -> None:
+    one = result("local", [None, [0.3, 0.4]])
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    one.save(tmp_path)
+    json.loads((tmp_path / "result.json").read_text(), parse_constant=refuse)
+    assert Result.load(tmp_path) == one
+
+
+def test_methods_and_seeds_load_in_order(tmp_path: Path) -> None:
+    rounds: list[list[float] | None] = [[0.5]] * 2
+    made = {m: [result(m, rounds, seed=s) for s in (10, 9)] for m in ("promptfl", "a-seed3")}
+    made["zeroshot"] = [result("zeroshot", [[0.5]], trains=False)]
+    save(Comparison(made), tmp_path)
+    (tmp_path / "fedotp-seed0").mkdir()  # not finished
+    (tmp_path / "notes").mkdir()
+    loaded = load_comparison(tmp_path)
+    assert list(loaded.results) == ["zeroshot", "a-seed3", "promptfl"]
+    assert [r.settings["seed"] for r in loaded.results["promptfl"]] == [9, 10]
+
+
+def test_a_folder_without_results_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(Missing, match=r"fastfpl\.load_comparison: folder must exist"):
+        load_comparison(tmp_path / "none")
+    (tmp_path / "local-seed0").mkdir()
+    with pytest.raises(Missing, match=r"folder must hold finished runs as METHOD-seedN"):
+        load_comparison(tmp_path)
+
+
+def test_a_result_in_the_wrong_folder_is_damaged(tmp_path: Path) -> None:
+    save(Comparison({"local": [result("local", [[0.5]])]}), tmp_path)
+    (tmp_path / "local-seed0").rename(tmp_path / "promptfl-seed0")
+    with pytest.raises(Damaged, match="must be the result of the run its folder is named after"):
+        load_comparison(tmp_path)
+    file = tmp_path / "promptfl-seed0" / "result.json"
+    content = json.loads(file.read_text())
+    content["settings"] = []
+    file.write_text(json.dumps(content))
+    with pytest.raises(Damaged, match="must name its seed"):
+        load_comparison(tmp_path)
+    file.write_text("{")
+    with pytest.raises(Damaged):
+        load_comparison(tmp_path)

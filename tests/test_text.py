@@ -1,0 +1,331 @@
+"""The packed text pass against the literal one: values, gradients, sizes, laws."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastfpl.clip import load_clip
+from fastfpl.errors import InputError, KindError, NotSupported
+from fastfpl.ops.faces import face, recorded_faces
+from fastfpl.ops.text import encode_text, packed_tokens
+from fastfpl.prompts import ClassPrompts, encode_prompts
+from fastfpl.reference.text import Block, TextTower
+
+NAMES = ("cat", "sea horse", "very old oak tree", "a", "traffic light")
+
+
+class WordsClip:
+    """A CLIP's text side whose tokenizer knows the letters."""
+
+    def __init__(self, tower: TextTower) -> None:
+        self.text = tower
+
+    def tokenize(self, texts: list[str]) -> list[list[int]]:
+        return [[ord(letter) % 40 for letter in text if letter != " "][:9] for text in texts]
+
+
+def random_tower(
+    *,
+    width: int = 24,
+    heads: int = 3,
+    depth: int = 3,
+    dim: int = 10,
+    length: int = 40,
+    activation: Any = "quick_gelu",
+    bias: bool = False,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> TextTower:
+    draw = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw, dtype=torch.float64) * shape[-1] ** -0.5
+
+    def block() -> Block:
+        return Block(
+            ln_1_w=1 + normal(width),
+            ln_1_b=normal(width),
+            qkv_w=3 * normal(3 * width, width),
+            qkv_b=normal(3 * width),
+            out_w=normal(width, width),
+            out_b=normal(width),
+            ln_2_w=1 + normal(width),
+            ln_2_b=normal(width),
+            fc_w=normal(4 * width, width),
+            fc_b=normal(4 * width),
+            proj_w=normal(width, 4 * width),
+            proj_b=normal(width),
+        )
+
+    tower = TextTower(
+        token_embedding=normal(42, width),
+        positional=normal(length, width),
+        blocks=tuple(block() for _ in range(depth)),
+        ln_w=1 + normal(width),
+        ln_b=normal(width),
+        projection=normal(width, dim),
+        projection_b=normal(dim) if bias else None,
+        heads=heads,
+        activation=activation,
+        eps=1e-5,
+        sos=40,
+        eot=41,
+    )
+    return tower.to("cpu", dtype)
+
+
+def both(
+    tower: TextTower, classes: ClassPrompts, ctx: Tensor, class_specific: bool = False
+) -> dict[str, tuple[Tensor, Tensor]]:
+    layout = classes.layout(ctx.shape[-2])
+    weight = torch.randn(
+        (len(classes), tower.dim), generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
+    found = {}
+    for name in ("torch", "reference"):
+        leaf = ctx.clone().requires_grad_()
+        with face(name):
+            features = encode_text(tower, layout, leaf, class_specific=class_specific)
+        (gradient,) = torch.autograd.grad((features * weight.to(features.dtype)).sum(), leaf)
+        found[name] = (features.detach(), gradient)
+    return found
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("class_specific", [False, True], ids=["shared", "class-specific"])
+@pytest.mark.parametrize("position", ["end", "middle", "front"])
+@pytest.mark.parametrize(
+    ("slots", "lead"), [(1, ()), (4, (3,)), (5, (2, 1, 2)), (3, (1, 1))], ids=str
+)
+def test_packed_equals_full_length(
+    position: Any, class_specific: bool, slots: int, lead: tuple[int, ...]
+) -> None:
+    tower = random_tower()
+    classes = ClassPrompts(WordsClip(tower), NAMES, position)
+    inner = (len(NAMES), slots) if class_specific else (slots,)
+    ctx = torch.randn(*lead, *inner, tower.width, dtype=torch.float64)
+    found = both(tower, classes, ctx, class_specific)
+    assert found["torch"][0].shape == (*lead, len(NAMES), tower.dim)
+    assert found["reference"][0].std() > 0.01
+    torch.testing.assert_close(found["torch"][0], found["reference"][0], rtol=0, atol=1e-13)
+    assert relative(found["torch"][1], found["reference"][1]) < 1e-12
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_tower_variants(activation: str, bias: bool, depth: int) -> None:
+    tower = random_tower(activation=activation, bias=bias, depth=depth)
+    classes = ClassPrompts(WordsClip(tower), NAMES)
+    found = both(tower, classes, torch.randn(2, 4, tower.width, dtype=torch.float64))
+    torch.testing.assert_close(found["torch"][0], found["reference"][0], rtol=0, atol=1e-13)
+    assert relative(found["torch"][1], found["reference"][1]) < 1e-12
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=40),
+    slots=st.integers(1, 20),
+    position=st.sampled_from(["end", "middle", "front"]),
+    seed=st.integers(0, 99),
+)
+def test_ragged_names_pack_exactly(
+    lengths: list[int], slots: int, position: Any, seed: int
+) -> None:
+    tower = random_tower(width=8, heads=2, depth=2, dim=4, seed=seed)
+    names = [chr(97 + i % 26) * n + "é" * (i // 26) for i, n in enumerate(lengths)]
+    names = [name if name not in names[:i] else f"{name} {i}" for i, name in enumerate(names)]
+    classes = ClassPrompts(WordsClip(tower), names, position)
+    ctx = torch.randn(2, slots, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found = both(tower, classes, ctx)
+    torch.testing.assert_close(found["torch"][0], found["reference"][0], rtol=0, atol=1e-12)
+    assert relative(found["torch"][1], found["reference"][1]) < 1e-11
+
+
+def test_zero_sizes() -> None:
+    tower = random_tower()
+    classes = ClassPrompts(WordsClip(tower), NAMES)
+    for name in ("torch", "reference"):
+        with face(name):
+            no_context = encode_text(tower, classes.layout(3), torch.zeros(0, 3, 24).double())
+            no_slots = encode_text(tower, classes.layout(0), torch.zeros(2, 0, 24).double())
+        assert no_context.shape == (0, len(NAMES), tower.dim)
+        assert no_slots.shape == (2, len(NAMES), tower.dim)
+        assert torch.equal(no_slots[0], no_slots[1])
+
+
+def test_views_and_expanded_contexts() -> None:
+    tower = random_tower()
+    classes = ClassPrompts(WordsClip(tower), NAMES)
+    wide = torch.full((2, 9, 48), float("nan"), dtype=torch.float64)
+    wide[:, 1::2, ::2] = torch.randn(2, 4, 24, dtype=torch.float64)
+    view = wide[:, 1::2, ::2]
+    expanded = view[:1].expand(3, -1, -1)
+    layout = classes.layout(4)
+    assert torch.equal(
+        encode_text(tower, layout, view), encode_text(tower, layout, view.contiguous())
+    )
+    assert torch.equal(
+        encode_text(tower, layout, expanded), encode_text(tower, layout, expanded.contiguous())
+    )
+
+
+def test_many_contexts_without_gradient_equal_one_by_one() -> None:
+    tower = random_tower(width=8, heads=2, depth=1, dim=4)
+    classes = ClassPrompts(WordsClip(tower), [f"{'x' * (i % 8)}{i}" for i in range(150)])
+    layout = classes.layout(4)
+    ctx = torch.randn(41, 4, 8, dtype=torch.float64)
+    # more rows than one pass takes, with an uneven last chunk
+    assert packed_tokens(layout) * len(ctx) > 2 * (1 << 14)
+    with torch.no_grad():
+        together = encode_text(tower, layout, ctx)
+        apart = torch.stack([encode_text(tower, layout, one) for one in ctx])
+    torch.testing.assert_close(together, apart, rtol=0, atol=1e-13)
+    with_graph = encode_text(tower, layout, ctx.requires_grad_())
+    torch.testing.assert_close(together, with_graph.detach(), rtol=0, atol=1e-13)
+
+
+def test_permuting_classes_permutes_features() -> None:
+    tower = random_tower()
+    ctx = torch.randn(4, tower.width, dtype=torch.float64)
+    clip = WordsClip(tower)
+    straight = encode_prompts(ClassPrompts(clip, NAMES), ctx)
+    turned = encode_prompts(ClassPrompts(clip, NAMES[::-1]), ctx)
+    torch.testing.assert_close(straight.flip(0), turned, rtol=0, atol=1e-13)
+
+
+def test_features_have_unit_length_and_gradcheck_passes() -> None:
+    tower = random_tower(width=8, heads=2, depth=2, dim=4)
+    classes = ClassPrompts(WordsClip(tower), NAMES[:3], "middle")
+    ctx = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
+    norms = encode_prompts(classes, ctx).norm(dim=-1)
+    torch.testing.assert_close(norms, torch.ones_like(norms))
+    assert torch.autograd.gradcheck(lambda c: encode_prompts(classes, c), (ctx,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_errs_at_most_twice_as_much_as_the_literal_pass(dtype: torch.dtype) -> None:
+    exact_tower = random_tower(width=64, heads=2, dim=32)
+    tower = exact_tower.to("cpu", dtype)
+    classes = ClassPrompts(WordsClip(exact_tower), NAMES)
+    ctx = torch.randn(3, 6, 64, dtype=torch.float64).to(dtype).double()
+    exact = both(exact_tower, classes, ctx)["reference"]
+    found = both(tower, classes, ctx.to(dtype))
+    for mine, eager, true in zip(found["torch"], found["reference"], exact, strict=True):
+        floor = torch.finfo(dtype).eps * true.abs().max() / 2
+        off, base = (mine.double() - true).abs(), (eager.double() - true).abs()
+        assert off.max() <= 2 * base.max() + floor
+        assert off.square().mean().sqrt() <= 2 * base.square().mean().sqrt() + floor / 2
+
+
+@pytest.mark.parametrize("name", ["ViT-B-16", "RN50"])
+def test_open_clip_towers_agree_to_1e_5(name: str) -> None:
+    clip = load_clip(name, pretrained="random")
+    classes = ClassPrompts(clip, ["cat", "Siamese sea horse", "1999 Audi S4 quattro sedan"])
+    ctx = 0.02 * torch.randn(16, clip.text_width, generator=torch.Generator().manual_seed(0))
+    found = both(clip.text, classes, ctx)
+    torch.testing.assert_close(found["torch"][0], found["reference"][0], rtol=0, atol=1e-5)
+    assert relative(found["torch"][1], found["reference"][1]) < 1e-5
+
+
+def test_tiny_agrees_to_1e_5_and_every_expert_row_equals_its_own_call() -> None:
+    clip = load_clip("tiny")
+    classes = ClassPrompts(clip, NAMES)
+    ctx = 0.02 * torch.randn(3, 2, 16, clip.text_width)
+    found = both(clip.text, classes, ctx)
+    torch.testing.assert_close(found["torch"][0], found["reference"][0], rtol=0, atol=1e-5)
+    assert relative(found["torch"][1], found["reference"][1]) < 1e-5
+    torch.testing.assert_close(
+        encode_prompts(classes, ctx[2, 1]), found["torch"][0][2, 1], rtol=0, atol=1e-5
+    )
+
+
+def test_words_as_context_equal_the_sentence_itself() -> None:
+    clip = load_clip("tiny")
+    names = ["star", "question mark"]
+    classes = ClassPrompts(clip, names)
+    got = encode_prompts(classes, classes.words("a photo of a"))
+    whole = ClassPrompts(clip, [f"a photo of a {name}" for name in names])
+    want = encode_prompts(whole, torch.zeros(0, clip.text_width))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+
+
+def test_faces_are_recorded_and_forced() -> None:
+    tower = random_tower()
+    classes = ClassPrompts(WordsClip(tower), NAMES)
+    ctx = torch.zeros(4, tower.width, dtype=torch.float64)
+    with recorded_faces() as seen:
+        encode_prompts(classes, ctx)
+        with face("reference", "encode_text"):
+            encode_prompts(classes, ctx)
+    assert seen == {"encode_text": {"torch", "reference"}}
+    with pytest.raises(NotSupported, match="torch: face 'cuda' was asked for"), face("cuda"):
+        encode_prompts(classes, ctx)
+
+
+def test_bad_input_gets_a_sentence() -> None:
+    tower = random_tower()
+    clip = WordsClip(tower)
+    classes = ClassPrompts(clip, NAMES)
+    good = torch.zeros(4, tower.width, dtype=torch.float64)
+    spoilt = good.clone()
+    spoilt[2, 5] = float("nan")
+    for wrong, kind, text in (
+        (good[:, :7], InputError, r"ctx must have shape \(\.\.\., T, W\); got \(4, 7\) with W=24"),
+        (good[0], InputError, r"ctx must have shape"),
+        (good.long(), KindError, r"ctx must be a floating point tensor; got torch.int64"),
+        ([1.0], KindError, r"ctx must be a floating point tensor; got list"),
+        (spoilt, InputError, r"ctx must be finite; got nan at \(2, 5\)"),
+        (
+            torch.zeros(60, tower.width).double(),
+            InputError,
+            r"must fit into 40 tokens; got 9 tokens of the name 'very old oak tree' \+ 60 context",
+        ),
+    ):
+        with pytest.raises(kind, match=text):
+            encode_prompts(classes, wrong)  # type: ignore[arg-type]  # wrong on purpose
+    with pytest.raises(InputError, match=r"\(\.\.\., C, T, W\)"):
+        encode_prompts(classes, good.expand(4, -1, -1), class_specific=True)
+    for names, text in (
+        ([], "at least one class; got none"),
+        (["cat", "dog", "cat"], "unique; got 'cat' more than once"),
+        (["sea_horse", "sea horse"], "unique; got 'sea horse' more than once"),
+        (["cat", " "], "must not be empty; got ' ' at 1"),
+    ):
+        with pytest.raises(InputError, match=text):
+            ClassPrompts(clip, names)
+    with pytest.raises(KindError, match="got the string 'cat'"):
+        ClassPrompts(clip, "cat")
+    with pytest.raises(InputError, match="did you mean 'middle'"):
+        ClassPrompts(clip, NAMES, "midle")  # type: ignore[arg-type]  # wrong on purpose
+    short = random_tower(length=6)
+    with pytest.raises(InputError, match="must fit into 6 tokens; got 9 tokens of the name"):
+        ClassPrompts(WordsClip(short), NAMES)
+
+
+def test_ending_and_position_decide_the_tokens() -> None:
+    tower = random_tower()
+    clip = WordsClip(tower)
+    layouts = {p: ClassPrompts(clip, ["cat"], p).layout(5) for p in ("end", "middle", "front")}
+    cat, dot = [ord(c) % 40 for c in "cat"], ord(".") % 40
+    rows = {p: layouts[p].tokens[0, :11].tolist() for p in layouts}
+    assert rows["end"] == [40, 0, 0, 0, 0, 0, *cat, dot, 41]
+    assert rows["middle"] == [40, 0, 0, *cat, 0, 0, 0, dot, 41]
+    assert rows["front"] == [40, *cat, 0, 0, 0, 0, 0, dot, 41]
+    assert {p: layouts[p].slots[0].tolist() for p in layouts} == {
+        "end": [1, 2, 3, 4, 5],
+        "middle": [1, 2, 6, 7, 8],
+        "front": [4, 5, 6, 7, 8],
+    }
+    assert {layout.eot.item() for layout in layouts.values()} == {10}
+    bare = ClassPrompts(clip, ["cat"], ending="").layout(5)
+    assert bare.tokens[0, :10].tolist() == [40, 0, 0, 0, 0, 0, *cat, 41]
