@@ -17,17 +17,29 @@ namespace {
 // and, along the levels that give the right total, a first column that rises with share. Newton
 // steps on the logarithms of total and column ratio, each inside a bracket that always holds the
 // root: the logarithm of an exponential is linear, so that far starts cost no more than near ones.
+struct Sums {            // over the patches, of P * T
+  double first, second;  // columns
+  double free1, free2;   // columns of the rows below their cap
+  double mixed;          // product of both columns in the capped rows
+};
+
+// log v. At eps = .005 it is up to 400, where a float's last bit is 3e-5; with a second float for
+// the rest, rows near their cap, where z and log v cancel, keep the precision of z.
 template <class Real>
-struct Sums {          // over the patches, of P * T
-  Real first, second;  // columns
-  Real free1, free2;   // columns of the rows below their cap
-  Real mixed;          // product of both columns in the capped rows
+struct LogV {
+  Real high1, high2, low1, low2;
+
+  FASTFPL_INLINE LogV(double level, double share)
+      : high1(Real(level + share / 2)),
+        high2(Real(level - share / 2)),
+        low1(Real(level + share / 2 - double(high1))),
+        low2(Real(level - share / 2 - double(high2))) {}
 };
 
 template <class Real>
-FASTFPL_INLINE void row(Real z1, Real z2, Real g1, Real g2, Real floor, Real& e1, Real& e2,
+FASTFPL_INLINE void row(Real z1, Real z2, const LogV<Real>& g, Real floor, Real& e1, Real& e2,
                         Real& sum) {
-  const Real t1 = z1 + g1, t2 = z2 + g2;
+  const Real t1 = (z1 + g.high1) + g.low1, t2 = (z2 + g.high2) + g.low2;
   const Real high = t1 > t2 ? t1 : t2;
   const Real base = high > floor ? high : floor;
   e1 = exp_of_negative(t1 - base);
@@ -36,14 +48,14 @@ FASTFPL_INLINE void row(Real z1, Real z2, Real g1, Real g2, Real floor, Real& e1
 }
 
 template <class Real>
-FASTFPL_INLINE Sums<Real> pass(const Real* FASTFPL_RESTRICT z1, const Real* FASTFPL_RESTRICT z2,
-                               int64_t patches, Real level, Real share, Real floor) {
-  const Real g1 = level + share / 2, g2 = level - share / 2;
+FASTFPL_INLINE Sums pass(const Real* FASTFPL_RESTRICT z1, const Real* FASTFPL_RESTRICT z2,
+                         int64_t patches, double level, double share, Real floor) {
+  const LogV<Real> g(level, share);
   Real first = 0, second = 0, free1 = 0, free2 = 0, mixed = 0;
 #pragma omp simd reduction(+ : first, second, free1, free2, mixed)
   for (int64_t m = 0; m < patches; ++m) {
     Real e1, e2, sum;
-    row(z1[m], z2[m], g1, g2, floor, e1, e2, sum);
+    row(z1[m], z2[m], g, floor, e1, e2, sum);
     const bool capped = sum >= 1;
     const Real u = 1 / (capped ? sum : Real(1));
     const Real t1 = e1 * u, t2 = e2 * u;
@@ -53,11 +65,10 @@ FASTFPL_INLINE Sums<Real> pass(const Real* FASTFPL_RESTRICT z1, const Real* FAST
     free2 += capped ? Real(0) : e2;
     mixed += capped ? t1 * t2 : Real(0);
   }
-  return {first, second, free1, free2, mixed};
+  return {double(first), double(second), double(free1), double(free2), double(mixed)};
 }
 
-template <class Real>
-FASTFPL_INLINE Real inside(Real x, Real low, Real high) {
+FASTFPL_INLINE double inside(double x, double low, double high) {
   return x > low && x < high ? x : low + (high - low) / 2;
 }
 
@@ -66,12 +77,13 @@ template <class Real>
 FASTFPL_INLINE int64_t solve(const Real* sim, Real* plan, int64_t* iterations, Real* residual,
                              const Transport& t, int64_t begin, int64_t end, Real* z1, Real* z2) {
   const int64_t P = t.patches, N = t.prompts;
-  const Real scale = Real(1 / t.eps), tol = Real(t.tol), mass = Real(t.mass);
-  const Real target = (t.balanced ? Real(1) : mass) * Real(P), column = target / Real(N);
+  const Real scale = Real(1 / t.eps);
   const Real floor = t.balanced ? -std::numeric_limits<Real>::infinity() : Real(0);
   const Real nothing = -std::numeric_limits<Real>::max() / 4;
+  const double target = (t.balanced ? 1 : t.mass) * double(P), column = target / double(N);
   // About where a normal distribution leaves `mass` above: logit(p) / 1.7 is within .02 of probit.
-  const Real spread = t.balanced ? Real(0) : std::log(mass / (1 - mass)) / Real(1.702);
+  const double spread = t.balanced ? 0 : std::log(t.mass / (1 - t.mass)) / 1.702;
+  const double log_half_mass = std::log(t.mass / 2);
 
   for (int64_t b = begin; b < end; ++b) {
     const Real* s = sim + b * P * N;
@@ -105,63 +117,63 @@ FASTFPL_INLINE int64_t solve(const Real* sim, Real* plan, int64_t* iterations, R
     }
 
     // share: at -near every row prefers the second column, at -far the first.
-    Real share = -gap / Real(P), share_low = -near, share_high = -far;
-    share = inside(share, share_low, share_high);
+    double share_low = -double(near), share_high = -double(far);
+    double share = inside(-double(gap) / double(P), share_low, share_high);
+    const LogV<Real> tilt(0, share);
+#pragma omp simd reduction(+ : mean, square)
     for (int64_t m = 0; m < P; ++m) {
-      const Real z = std::max(z1[m] + share / 2, z2[m] - share / 2);
+      const Real a = z1[m] + tilt.high1, c = z2[m] + tilt.high2, z = a > c ? a : c;
       mean += z, square += z * z;
     }
     mean /= Real(P);
-    const Real deviation = std::sqrt(std::max(square / Real(P) - mean * mean, Real(0)));
-    const Real log_mass = std::log(mass), log_half = -Real(0.6931472);
-    auto level_low = [&] { return log_mass + log_half - high - std::abs(share) / 2; };
-    auto level_high = [&] { return std::abs(share) / 2 - low; };
-    Real floor_level = level_low(), ceil_level = level_high();
-    Real level = t.balanced ? Real(0)
-                            : inside(log_mass + log_half - mean + spread * deviation, floor_level,
-                                     ceil_level);
+    const double deviation = std::sqrt(std::max(square / Real(P) - mean * mean, Real(0)));
+    // level: at its lower end every row is below mass / P, at its upper end every row is capped.
+    auto lowest = [&] { return log_half_mass - double(high) - std::abs(share) / 2; };
+    auto highest = [&] { return std::abs(share) / 2 - double(low); };
+    double level_low = lowest(), level_high = highest();
+    double level =
+        t.balanced ? 0 : inside(log_half_mass - mean + spread * deviation, level_low, level_high);
 
-    Sums<Real> sums{};
-    Real miss = 0, best = std::numeric_limits<Real>::infinity(), best_level = 0, best_share = 0;
+    Sums sums{};
+    double miss = 0, best = std::numeric_limits<double>::infinity(), best_level = 0, best_share = 0;
     int64_t n = 0;
     bool polishing = false;
     while (true) {
       sums = pass(z1, z2, P, level, share, floor);
       ++n;
-      const Real total = sums.first + sums.second;
-      const Real level_gap = t.balanced ? Real(0) : std::log(target / total);
-      const Real share_gap = N == 2 ? std::log(sums.second / sums.first) : Real(0);
+      const double total = sums.first + sums.second;
+      const double level_gap = t.balanced ? 0 : std::log(target / total);
+      const double share_gap = N == 2 ? std::log(sums.second / sums.first) : 0;
       miss = std::abs(std::log(column / sums.first));
       if (N == 2) miss = std::max(miss, std::abs(std::log(column / sums.second)));
       if (miss < best) best = miss, best_level = level, best_share = share;
-      if (polishing || n >= t.max_iter || miss <= tol / 32) break;
-      polishing = miss <= tol;  // one more step: Newton's last is worth all before it
+      if (polishing || n >= t.max_iter || miss <= t.tol / 32) break;
+      polishing = miss <= t.tol;  // one more step: Newton's last is worth all before it
 
-      const Real free = sums.free1 + sums.free2;
-      const Real newton = level_gap * total / free;  // infinite where every row is capped
-      const Real enough = std::max(tol / 8, Real(.1) * std::min(std::abs(share_gap), Real(1)));
-      Real next = level;
+      const double free = sums.free1 + sums.free2;
+      const double newton = level_gap * total / free;  // infinite where every row is capped
+      const double enough = std::max(t.tol / 8, .1 * std::min(std::abs(share_gap), 1.0));
+      double next = level;
       if (std::abs(level_gap) > enough && !(polishing && N == 2)) {
-        (level_gap > 0 ? floor_level : ceil_level) = level;
-        next = inside(level + newton, floor_level, ceil_level);
+        (level_gap > 0 ? level_low : level_high) = level;
+        next = inside(level + newton, level_low, level_high);
       }
       if (next != level) {
         level = next;
         continue;
       }
-      // The total is now so near that it cannot change the sign of share_gap, or as near as Real
-      // can say.
+      // The total is now so near that it cannot change the sign of share_gap, or as near as can be.
       if (N == 1) break;
       (share_gap > 0 ? share_low : share_high) = share;
-      const Real slope = (free > 0 ? sums.free1 * sums.free2 / free : Real(0)) + sums.mixed;
+      const double slope = (free > 0 ? sums.free1 * sums.free2 / free : 0) + sums.mixed;
       next = inside(share + share_gap * sums.first * sums.second / (total * slope), share_low,
                     share_high);
       if (next == share && !polishing) break;
       if (free > 0) level += newton - (sums.free1 - sums.free2) / (2 * free) * (next - share);
       share = next;
       if (!t.balanced) {
-        floor_level = level_low(), ceil_level = level_high();
-        level = inside(level, floor_level, ceil_level);
+        level_low = lowest(), level_high = highest();
+        level = inside(level, level_low, level_high);
       }
     }
     if (miss > best) {  // the last step led into rounding, or max_iter cut the search short
@@ -169,17 +181,17 @@ FASTFPL_INLINE int64_t solve(const Real* sim, Real* plan, int64_t* iterations, R
       sums = pass(z1, z2, P, level, share, floor);
     }
     iterations[b] = n;
-    residual[b] = miss;
+    residual[b] = Real(miss);
 
-    const Real per = mass / Real(N);
-    const Real v1 = per / sums.first, v2 = per / sums.second;
-    const Real g1 = level + share / 2, g2 = level - share / 2;
+    const double per = t.mass / double(N);
+    const Real v1 = Real(per / sums.first), v2 = Real(per / sums.second);
+    const LogV<Real> g(level, share);
     Real* out = plan + b * P * N;
     if (N == 2) {
 #pragma omp simd
       for (int64_t m = 0; m < P; ++m) {
         Real e1, e2, sum;
-        row(z1[m], z2[m], g1, g2, floor, e1, e2, sum);
+        row(z1[m], z2[m], g, floor, e1, e2, sum);
         const Real u = 1 / (sum >= 1 ? sum : Real(1));
         out[2 * m] = e1 * u * v1;
         out[2 * m + 1] = e2 * u * v2;
@@ -187,7 +199,7 @@ FASTFPL_INLINE int64_t solve(const Real* sim, Real* plan, int64_t* iterations, R
     } else {
       for (int64_t m = 0; m < P; ++m) {
         Real e1, e2, sum;
-        row(z1[m], z2[m], g1, g2, floor, e1, e2, sum);
+        row(z1[m], z2[m], g, floor, e1, e2, sum);
         out[m] = e1 / (sum >= 1 ? sum : Real(1)) * v1;
       }
     }

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 import click
 import yaml
 
-import fastfpl
+from fastfpl import __version__
 from fastfpl.config import Settings, for_methods, load_preset, load_yaml, preset_names
 from fastfpl.errors import FastfplError, InputError
 
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(fastfpl.__version__, prog_name="fastfpl")
+@click.version_option(__version__, prog_name="fastfpl")
 def _cli() -> None:
     """Federated prompt learning of CLIP: exact, tested, fast."""
 

@@ -24,7 +24,8 @@ torch.utils.deterministic.fill_uninitialized_memory = True
 
 # xdist's workers share the cores.
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-torch.set_num_threads(max(1, (os.cpu_count() or 1) // _WORKERS))
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+torch.set_num_threads(max(1, _CORES // _WORKERS))
 
 hypothesis.settings.register_profile(
     "house",

@@ -59,25 +59,23 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     done = len(checkpoint.rounds)
     path = folder / f"checkpoint-{done:05d}.safetensors"
     write_whole(path, lambda part: save_file(flat, part))
-    write_json(
-        folder / CHECKPOINT,
-        {
-            "format": _FORMAT,
-            "rounds_done": done,
-            "tensors": path.name,
-            "blake2b": _digest(path),
-            "facts": dict(checkpoint.facts),
-            "faces": dict(checkpoint.faces),
-            "rounds": checkpoint.rounds,
-        },
-    )
-    for old in folder.glob("checkpoint-*.safetensors"):
-        if old != path:
-            old.unlink()
+    head = {
+        "format": _FORMAT,
+        "rounds_done": done,
+        "tensors": path.name,
+        "blake2b": _digest(path),
+        "facts": dict(checkpoint.facts),
+        "faces": dict(checkpoint.faces),
+        "rounds": checkpoint.rounds,
+    }
+    write_json(folder / CHECKPOINT, {**head, "checksum": _checksum(head)})
+    _sweep(folder, path)
 
 
 def load_checkpoint(folder: Path, facts: Mapping[str, Any]) -> Checkpoint | None:
     """Read the checkpoint of a folder, or None if there is none.
+
+    What a killed process left beside a whole checkpoint is removed.
 
     Raises
     ------
@@ -96,6 +94,8 @@ def load_checkpoint(folder: Path, facts: Mapping[str, Any]) -> Checkpoint | None
     if not isinstance(head, dict) or head.get("format") != _FORMAT:
         got = head.get("format") if isinstance(head, dict) else type(head).__name__
         raise _damaged(path, f"format {got!r} where {_FORMAT!r} is read")
+    if head.pop("checksum", None) != _checksum(head):
+        raise _damaged(path, "its checksum is not the one that was written")
     different = {
         key: (head["facts"].get(key), value)
         for key, value in facts.items()
@@ -126,7 +126,21 @@ def load_checkpoint(folder: Path, facts: Mapping[str, Any]) -> Checkpoint | None
         else:
             client, _, field = rest.partition(".")
             clients.setdefault(int(client), {})[field] = tensor
+    _sweep(folder, tensors_path)
     return Checkpoint(head["facts"], head["rounds"], head["faces"], server, clients)
+
+
+def _sweep(folder: Path, kept: Path) -> None:
+    """Remove earlier tensors and what a killed process had half written."""
+    for old in (*folder.glob("checkpoint-*.safetensors"), *folder.glob(".*.part")):
+        if old != kept:
+            old.unlink(missing_ok=True)
+
+
+def _checksum(head: Mapping[str, Any]) -> str:
+    """Hash the JSON's content, whatever its white space."""
+    text = json.dumps(head, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _digest(path: Path) -> str:

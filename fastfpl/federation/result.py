@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import platform
@@ -14,11 +15,18 @@ from typing import Any
 
 import torch
 
-import fastfpl
+from fastfpl import __version__
 from fastfpl.errors import Damaged, Missing
 from fastfpl.files import write_json
 
-__all__ = ["RESULT", "Result", "environment", "peak_memory", "summarise"]
+__all__ = [
+    "RESULT",
+    "Result",
+    "environment",
+    "forget_peak_memory",
+    "peak_memory",
+    "summarise",
+]
 
 RESULT = "result.json"
 
@@ -45,7 +53,7 @@ class Result:
         ``accuracy`` of the last round, ``last5`` mean of the last five evaluations, ``best``
         (largest on test: for comparison with papers only), ``std_over_clients`` in the last round.
     peak_memory_bytes : int
-        Of the process; on a GPU, of its allocations.
+        Of the process during the run (Linux) or so far; on a GPU, of its allocations.
     data : dict
         Data set, class names, test and training images of each client, weights digest.
     """
@@ -108,7 +116,7 @@ def summarise(rounds: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, processor and device, without names of machines, people or folders."""
-    versions = {"fastfpl": fastfpl.__version__} | {
+    versions = {"fastfpl": __version__} | {
         name: metadata.version(name) for name in ("torch", "open_clip_torch", "numpy")
     }
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
@@ -131,10 +139,24 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def forget_peak_memory() -> None:
+    """Let `peak_memory` count from now on, where the system can: CUDA and Linux."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    # some containers forbid it; the figure is then that of the process so far
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
 def peak_memory(device: torch.device) -> int:
-    """Largest memory so far in bytes: allocations on a GPU, the process' resident set on a CPU."""
+    """Largest memory in bytes: allocations on a GPU, the process' resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # macOS counts bytes, Linux kibibytes
     return peak if platform.system() == "Darwin" else peak * 1024

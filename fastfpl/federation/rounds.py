@@ -25,7 +25,14 @@ from fastfpl.federation.checkpoint import (
 )
 from fastfpl.federation.cohort import group, score, stack, train, unstack
 from fastfpl.federation.feeds import Feed, Observer, evaluation_feed, training_feed
-from fastfpl.federation.result import RESULT, Result, environment, peak_memory, summarise
+from fastfpl.federation.result import (
+    RESULT,
+    Result,
+    environment,
+    forget_peak_memory,
+    peak_memory,
+    summarise,
+)
 from fastfpl.methods import Method, State, Task, check_options, find_method
 from fastfpl.ops.faces import recorded_faces
 from fastfpl.prompts import ClassPrompts
@@ -185,6 +192,8 @@ class Federation:
     def round(self) -> dict[str, Any]:
         """Play the next round and return its row."""
         round_, settings, method = len(self.rounds), self.settings, self.method
+        # a resumed run starts without these; what is encoded together decides the last bit
+        method.task.text_features.clear()
         begin = time.perf_counter()
         row: dict[str, Any] = {
             "round": round_,
@@ -383,6 +392,7 @@ def run(
                 f"fastfpl.run: out must not hold a run already; got {folder}; "
                 "go on with it by resume (--resume), or name another folder"
             )
+    forget_peak_memory()
     with recorded_faces() as faces:
         federation = Federation.prepare(
             chosen,
