@@ -82,7 +82,9 @@ def layout() -> PromptLayout:
     from open_clip import SimpleTokenizer
 
     tokenizer = SimpleTokenizer()
-    clip = SimpleNamespace(text=tower(), tokenize=lambda texts: [tokenizer.encode(t) for t in texts])
+    clip = SimpleNamespace(
+        text=tower(), tokenize=lambda texts: [tokenizer.encode(t) for t in texts]
+    )
     names = [" ".join(name.split()) for name in NAMES.split(",")]
     return ClassPrompts(clip, names).layout(SLOTS)
 
@@ -173,9 +175,7 @@ def bench_forward_backward(benchmark, face):
 @functools.cache
 def _exact() -> Tensor:
     wide = tower().to("cpu", torch.float64)
-    return step(
-        lambda ctx: reference.encode_text(wide, layout(), ctx, False), contexts(1).double()
-    )
+    return step(lambda ctx: reference.encode_text(wide, layout(), ctx, False), contexts(1).double())
 
 
 @pytest.mark.parametrize("face", ["one by one", "torch"])

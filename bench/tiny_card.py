@@ -47,6 +47,7 @@ def main(out: Path, epochs: int, lr: float) -> None:
 
     clip = fastfpl.load_clip("tiny")
     card: dict[str, Any] = {"weights": clip.weights_digest}
+    card["coop"] = f"{epochs} epochs, batch 32, SGD with learning rate {lr} and cosine"
     for name in ("glyphs", "digits"):
         dataset = load_dataset(name)
         train, test = encode(clip, dataset.train), encode(clip, dataset.test)

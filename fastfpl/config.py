@@ -58,9 +58,7 @@ class Settings(BaseModel):
     participation: float = Field(
         1.0, gt=0, le=1, description="share of the clients that train in a round"
     )
-    rounds: int = Field(
-        10, ge=1, description="rounds of download, local training and merge"
-    )
+    rounds: int = Field(10, ge=1, description="rounds of download, local training and merge")
     local_epochs: int = Field(5, ge=1, description="epochs of a client in a round")
     batch_size: int = Field(16, ge=1, description="images of a training step")
     lr: float = Field(0.002, gt=0, description="learning rate of prompts")

@@ -233,17 +233,6 @@ def test_a_diverged_run_keeps_its_last_checkpoint(play, whole, tmp_path, monkeyp
     assert_ended_alike(tmp_path, whole())
 
 
-def test_resumed_with_two_threads(play, tmp_path):
-    """Threads share a sum by its size: what is encoded in one pass decides the last bit."""
-    settings = {"rounds": 5, "participation": 0.75, "threads": 2}
-    wanted = figures(play(None, "pfedmoap", **settings))
-    for rounds in (3, 4):
-        folder = tmp_path / str(rounds)
-        with pytest.raises(Stop):
-            play(folder, "pfedmoap", on_round=stop_after(rounds), **settings)
-        assert figures(play(folder, "pfedmoap", resume=True, **settings)) == wanted
-
-
 # --- killed ---------------------------------------------------------------------------------------
 
 # One process loads the library once and forks a child for every death; each child resumes the run,
@@ -258,21 +247,16 @@ import fastfpl.federation.rounds as rounds
 from fastfpl.data import load_dataset
 from tests.worlds import small_clip
 
-out, cache, method, settings, moments = json.loads(sys.argv[1])
+cache, jobs = json.loads(sys.argv[1])
 digits = load_dataset("digits")
 rounds.load_dataset = lambda name, root: digits
 clip = small_clip()
-
-
-def run():
-    fastfpl.run(method, out=out, cache=cache, resume=True, model=clip, **settings)
-
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def arm(kind, number):
+def arm(out, kind, number):
     count = {"fsync": 0, "replace": 0}
     fsync, replace = os.fsync, os.replace
 
@@ -298,24 +282,37 @@ def arm(kind, number):
     os.fsync, os.replace = dying_fsync, dying_replace
 
 
-deaths = 0
-for kind, number in moments:
-    child = os.fork()
-    if child == 0:
-        if kind != "time":
-            arm(kind, number)
-        run()
-        os._exit(0)
-    if kind == "time":
-        time.sleep(number)
-        os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    died = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-    assert died or (kind == "time" and status == 0), (kind, number, status)
-    deaths += died
-begin = time.perf_counter()
-run()
-print(deaths, time.perf_counter() - begin)
+def play(out, method, settings, moments):
+    def run():
+        fastfpl.run(method, out=out, cache=cache, resume=True, model=clip, **settings)
+
+    def files():
+        return set(os.listdir(out)) if os.path.isdir(out) else set()
+
+    deaths = 0
+    for kind, number in moments:
+        before = files()
+        child = os.fork()
+        if child == 0:
+            if kind != "seconds":
+                arm(out, kind, number)
+            run()
+            os._exit(0)
+        if kind == "seconds":
+            ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
+            while files() == before and os.waitid(os.P_PID, child, ended) is None:
+                time.sleep(0.001)
+            time.sleep(number)
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        died = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        assert died or (kind == "seconds" and status == 0), (kind, number, status)
+        deaths += died
+    run()
+    return deaths
+
+
+print(json.dumps([play(*job) for job in jobs]))
 """
 DEATHS = [
     ("half", 1),  # the first tensors are half written
@@ -334,10 +331,25 @@ DEATHS = [
 ]
 
 
-def killed(folder, cache, method, settings, moments):
-    arguments = json.dumps([str(folder), str(cache), method, settings, moments])
+# seconds after the first file of a child appears: anywhere in a round of about 30 ms
+MOMENTS_IN_TIME = [("seconds", s) for s in (0.0, 0.002, 0.005, 0.009, 0.014, 0.02, 0.03, 0.05)]
+KILLED = {
+    "promptfl": ("promptfl", {}, DEATHS),
+    "pfedmoap": ("pfedmoap", {}, DEATHS),
+    "in time": ("pfedmoap", {"rounds": 40}, MOMENTS_IN_TIME),
+}
+
+
+@pytest.fixture(scope="module")
+def killed(cache, tmp_path_factory):
+    """Give each job's folder and the number of its deaths."""
+    folders = {name: tmp_path_factory.mktemp("killed") / "run" for name in KILLED}
+    jobs = [
+        (str(folders[name]), method, {**RUN, **METHODS[method], **changes}, moments)
+        for name, (method, changes, moments) in KILLED.items()
+    ]
     done = subprocess.run(
-        [sys.executable, "-c", KILLER, arguments],
+        [sys.executable, "-c", KILLER, json.dumps([str(cache), jobs])],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -345,23 +357,19 @@ def killed(folder, cache, method, settings, moments):
         timeout=240,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    return int(done.stdout.split()[0])
+    return {
+        name: (folders[name], n) for name, n in zip(KILLED, json.loads(done.stdout), strict=True)
+    }
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
-@pytest.mark.parametrize("method", ["promptfl", "pfedmoap"])
-def test_killed_at_every_step_of_a_checkpoint(cache, whole, tmp_path, method):
-    settings = {**RUN, **METHODS[method]}
-    assert killed(tmp_path, cache, method, settings, DEATHS) == len(DEATHS)
-    assert_ended_alike(tmp_path, whole(method))
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
-def test_killed_at_arbitrary_moments(cache, whole, tmp_path):
-    settings = {**RUN, **METHODS["pfedmoap"], "rounds": 12}
-    moments = [("time", 0.05 + 0.07 * (5 * i % 9)) for i in range(9)]
-    assert killed(tmp_path, cache, "pfedmoap", settings, moments) >= 3
-    assert_ended_alike(tmp_path, whole("pfedmoap", rounds=12))
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="kills as Linux does")
+@pytest.mark.parametrize("name", KILLED)
+def test_killed_and_resumed_equals_uninterrupted(killed, whole, name):
+    folder, deaths = killed[name]
+    method, changes, moments = KILLED[name]
+    # a child that is to die in time may be done before
+    assert deaths == len(moments) if name != "in time" else deaths >= 3
+    assert_ended_alike(folder, whole(method, **changes))
 
 
 # --- refused --------------------------------------------------------------------------------------

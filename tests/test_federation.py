@@ -27,6 +27,15 @@ ALL = pytest.mark.parametrize("method", OPTIONS)
 SELECTED = [[0, 1, 3], [0, 2, 3], [0, 1, 2], [1, 3]]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Matrices are too small to share."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def world_of(method, dtype=F32, **settings):
     return World(method, dtype, options=OPTIONS[method], settings=settings)
 

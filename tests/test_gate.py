@@ -117,7 +117,9 @@ def test_laws(B: int, C: int, E: int, heads: int, seed: int) -> None:
     close = {"rtol": 0, "atol": 1e-12}
     turned = gate_experts(image, experts.flip(-2), gate)
     torch.testing.assert_close(turned, logits, **close)
-    torch.testing.assert_close(gate_experts(image, experts.flip(-3), gate), logits.flip(-1), **close)
+    torch.testing.assert_close(
+        gate_experts(image, experts.flip(-3), gate), logits.flip(-1), **close
+    )
     twice = torch.cat((experts, experts), dim=-2)
     torch.testing.assert_close(gate_experts(image, twice, gate), logits, **close)
     one = replace(gate, **{name: t[1] for name, t in gate.tensors().items()})

@@ -36,6 +36,15 @@ SELECTED = [[0, 1, 3], [0, 2, 3], [0, 1, 2], [3, 1]]
 BASE = 7  # seed of the tensors that one test draws
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Matrices are too small to share."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def wide(monkeypatch):
     """Let float64 stay float64 where the library rounds it to float32: then 1e-9 shows."""

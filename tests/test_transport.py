@@ -78,20 +78,20 @@ def test_as_good_as_eager_at_the_papers_eps(patches):
 
 
 @NATIVE
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("patches", [1, 2, 5, 49, 196])
 @pytest.mark.parametrize("eps", [0.005, 0.01, 0.1])
-@pytest.mark.parametrize("mass", [0.3, 0.8, 0.99, 1.0])
-def test_small_eps_is_exact_where_the_published_loop_crawls(eps, mass, seed):
+@pytest.mark.parametrize("mass", [0.01, 0.5, 0.8, 0.99, 1.0])
+def test_small_eps_is_exact_where_the_published_loop_crawls(eps, mass, patches):
     # cosines over all of [-1, 1]: exponents span 400 at eps=.005. float32 can say a similarity to
     # 6e-8 and sim / eps to 1.2e-5; a plan moves by that, times what the caps pass on to other rows.
-    generator = torch.Generator().manual_seed(seed)
-    sim = (2 * torch.rand(8, 49, 2, generator=generator) - 1).double().float()
+    generator = torch.Generator().manual_seed(patches)
+    sim = 2 * torch.rand(24, patches, 2, generator=generator) - 1
     exact = solved("cpu", sim.double(), eps=eps, mass=mass, tol=1e-12)
     assert_optimal(sim.double(), exact, eps, mass, 1e-9)
     plan, ended = solved("cpu", sim, eps=eps, mass=mass, info=True)
-    assert ended.iterations.max() <= 150
+    assert ended.iterations.max() <= 200
     assert ended.residual.max() <= 1e-5
-    assert (plan - exact).abs().max() * 49 <= 1e-3
+    assert (plan - exact).abs().max() * patches <= 1e-3
 
 
 def assert_optimal(sim, plan, eps, mass, tol, balanced=False):

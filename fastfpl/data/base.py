@@ -36,7 +36,7 @@ class Split(ABC):
 
     @abstractmethod
     def images(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> Images:
-        """Return RGB images, each uint8 of shape (height, width, 3); one stacked array is welcome."""
+        """Return RGB images, each uint8 of shape (height, width, 3), as a list or one array."""
 
 
 @dataclass(frozen=True)

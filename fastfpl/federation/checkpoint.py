@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from fastfpl.errors import Damaged, InputError
 from fastfpl.files import write_json, write_whole
@@ -58,7 +58,12 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     done = len(checkpoint.rounds)
     path = folder / f"checkpoint-{done:05d}.safetensors"
-    write_whole(path, lambda part: save_file(flat, part))
+
+    def write(part: Path) -> None:
+        # save_file has a temporary name of its own, which a killed process leaves behind
+        part.write_bytes(save(flat))
+
+    write_whole(path, write)
     head = {
         "format": _FORMAT,
         "rounds_done": done,
@@ -144,16 +149,11 @@ def _checksum(head: Mapping[str, Any]) -> str:
 
 
 def _digest(path: Path) -> str:
+    total = hashlib.blake2b()
     with path.open("rb") as file:
-        return (
-            hashlib.file_digest(file, "blake2b").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else _digest_310(file.read())
-        )
-
-
-def _digest_310(data: bytes) -> str:
-    return hashlib.blake2b(data).hexdigest()
+        while chunk := file.read(1 << 20):
+            total.update(chunk)
+    return total.hexdigest()
 
 
 def _damaged(path: Path, reason: str) -> Damaged:

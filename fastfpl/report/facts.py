@@ -206,7 +206,8 @@ def captions(comparison: Comparison) -> list[str]:
         + "; best on test: largest of all rounds, not a headline",
         "images/s: trained images a second of training, mean over rounds; time: all rounds of a "
         "run with evaluation; memory: largest resident set of the process during the run "
-        "(allocations on a GPU); up, down: bytes a participating client sends and receives in a round",
+        "(allocations on a GPU); up, down: bytes a participating client sends and receives in a "
+        "round",
     ]
     if any(row.images_per_second is None for row in table):
         lines[1] += f"; {NONE}: trains nothing"

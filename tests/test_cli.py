@@ -1,0 +1,246 @@
+"""The command line: exit codes, sentences, files, and what it prints."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import fastfpl.ops
+from fastfpl.cli import main
+from fastfpl.config import load_preset, load_yaml, make_settings, preset_names
+from fastfpl.errors import InputError, Missing
+from fastfpl.ops import all_faces
+
+QUICK = (
+    *("--dataset", "digits", "--clients", "2", "--rounds", "2", "--local-epochs", "1"),
+    *("--shots", "2", "--n-ctx", "2", "--threads", "1"),
+)
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = 0
+    try:
+        main(list(arguments))
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    shown = capsys.readouterr()
+    return code, shown.out, shown.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("run pfedmop", "method must be a known one; got 'pfedmop'; did you mean 'pfedmoap'"),
+        ("run promptfl --dataset glyfs", "did you mean 'glyphs'"),
+        ("run promptfl --clip tinny", "'tinny'"),
+        ("run promptfl --preset nope", "preset must be a known one; got 'nope'"),
+        ("run promptfl --beta .3", "beta must be left out with partition='pathological'"),
+        ("run promptfl --n-ctx 4 --ctx-init a", "n_ctx must be left out with ctx_init"),
+        ("run promptfl --n-ctx 75", "must fit into 77 tokens"),
+        ("run promptfl --augment views:0", "augment must be none, fresh or views:V"),
+        ("run promptfl --crop .5", "crop must be left out with augment=none"),
+        ("run promptfl --participation 0", "participation is refused"),
+        ("run promptfl --clients 20 --dataset digits", "would be empty"),
+        ("run promptfl --device tpu", "device must be auto, cpu or cuda; got 'tpu'"),
+        ("run promptfl -o mu=1", "option must be one of promptfl's; got 'mu'; it has none"),
+        ("run fedprox -o nu=1", "option must be one of fedprox's; got 'nu'"),
+        ("run fedprox -o mu=-1", "fedprox's option mu is refused"),
+        ("run fedprox -o mu", "option must read KEY=VALUE; got 'mu'"),
+        ("run fedprox -o local.mu=1", "option must belong to fedprox"),
+        ("run pfedmoap -o gate_width=48", "gate_width must divide D=128"),
+        ("run zeroshot --position front", "position must be 'end' for zeroshot"),
+        ("run promptfl --config nowhere.yaml", "the file must exist"),
+        ("compare promptfl promptfl", "each once"),
+        ("compare promptfl --seeds 1,x", "seeds must be whole numbers"),
+        ("compare promptfl fedprox -o mu=1", "must name its method, as in promptfl.mu="),
+        ("presets nope", "preset must be a known one"),
+    ],
+)
+def test_mistakes_end_with_a_sentence_and_exit_code_2(
+    arguments: str, sentence: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    extra = ["--out", str(tmp_path / "out")] if arguments.split()[0] in ("run", "compare") else []
+    code, out, err = call(capsys, *arguments.split(), *extra)
+    assert code == 2
+    assert sentence in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert out == ""
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", ["run promptfl --rounds ten", "run promptfl --nonsense", "run", "compare", "fly"]
+)
+def test_wrong_flags_exit_with_2(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = call(capsys, *arguments.split())
+    assert code == 2
+    assert "Usage:" in err
+
+
+def test_run_writes_a_result_and_refuses_to_overwrite_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "a"
+    where = ["--out", str(folder), "--cache", str(tmp_path / "cache")]
+    code, out, err = call(capsys, "run", "pfedmoap", *QUICK, *where, "-o", "experts=2")
+    assert (code, err) == (0, "")  # nobody looks: no progress
+    assert "pfedmoap" in out
+    result = json.loads((folder / "result.json").read_text())
+    assert set(result) >= {
+        *("method", "settings", "environment", "faces", "rounds", "final", "peak_memory_bytes")
+    }
+    assert result["settings"]["options"]["experts"] == 2
+    assert result["settings"]["options"]["heads"] == 8
+    assert len(result["rounds"]) == 2
+    for row in result["rounds"]:
+        assert set(row) >= {"round", "accuracy", "clients", "seconds", "images_per_second"}
+        assert set(row) >= {"bytes_up", "bytes_down"}
+        assert row["accuracy"] == sum(row["clients"]) / 2
+        assert 0 <= row["accuracy"] <= 1
+    assert set(result["final"]) == {"accuracy", "last5", "best", "std_over_clients"}
+    assert result["final"]["accuracy"] == result["rounds"][-1]["accuracy"]
+    assert result["faces"] == {"encode_text": ["torch"], "gate_experts": ["torch"]}
+    assert result["peak_memory_bytes"] > 1 << 20
+    assert not re.search(r"/(home|root|tmp)/", json.dumps(result))
+    before = (folder / "result.json").read_bytes()
+    code, _, err = call(capsys, "run", "pfedmoap", *QUICK, *where)
+    assert code == 2
+    assert "must not hold a run already" in err
+    assert (folder / "result.json").read_bytes() == before
+
+
+def test_compare_prints_a_table_and_writes_a_page(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    where = ["--out", str(tmp_path / "c"), "--cache", str(tmp_path / "cache")]
+    arguments = ["compare", "zeroshot", "promptfl", *QUICK, *where, "--seeds", "0,1"]
+    code, out, err = call(capsys, *arguments)
+    assert (code, err) == (0, "")
+    for name in ("zeroshot", "promptfl"):
+        assert name in out
+        for seed in (0, 1):
+            assert (tmp_path / "c" / f"{name}-seed{seed}" / "result.json").is_file()
+    assert (tmp_path / "c" / "index.html").is_file()
+    assert (tmp_path / "c" / "accuracy.png").stat().st_size > 1000
+    code, _, err = call(capsys, *arguments)
+    assert code == 2
+    assert "must not hold a run already" in err
+    code, again, _ = call(capsys, *arguments, "--resume")
+    assert code == 0
+    figures = [
+        json.loads((tmp_path / "c" / f"promptfl-seed{s}" / "result.json").read_text())["final"]
+        for s in (0, 1)
+    ]
+    assert figures[0] != figures[1]
+    assert again.splitlines()[:4] == out.splitlines()[:4]
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_preset(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = tmp_path / "mine.yaml"
+    config.write_text(
+        "clip: tiny\npretrained: null\nrounds: 3\nlocal_epochs: 1\nlr: 0.01\ndataset: digits\n"
+        "clients: 2\naugment: none\noptions:\n  fedprox: {mu: 0.25}\n  pfedmoap: {experts: 3}\n"
+    )
+    code, _, err = call(
+        capsys,
+        *("run", "fedprox", "--preset", "pfedmoap-clip-sets", "--config", str(config)),
+        *("--rounds", "1", "--shots", "2", "--out", str(tmp_path / "o")),
+        *("--cache", str(tmp_path / "cache")),
+    )
+    assert (code, err) == (0, "")
+    settings = json.loads((tmp_path / "o" / "result.json").read_text())["settings"]
+    assert settings["rounds"] == 1  # flag
+    assert settings["lr"] == 0.01  # file
+    assert settings["batch_size"] == 16  # preset
+    assert settings["options"] == {"mu": 0.25}
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "rounds: [\n", "1: 2\n"])
+def test_a_file_that_holds_no_settings_is_refused(
+    text: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = tmp_path / "bad.yaml"
+    config.write_text(text)
+    code, _, err = call(capsys, "run", "promptfl", "--config", str(config))
+    assert code == 2
+    assert "bad.yaml must" in err
+
+
+def test_every_preset_parses_and_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert preset_names()
+    for name in preset_names():
+        about, values = load_preset(name)
+        assert about
+        options = values.pop("options", {})
+        for method in ("promptfl", *options):
+            make_settings({**values, "method": method, "options": options.get(method, {})})
+        code, out, _ = call(capsys, "presets", name)
+        assert code == 0
+        assert about in out
+    code, out, _ = call(capsys, "presets")
+    assert code == 0
+    assert all(name in out for name in preset_names())
+
+
+def test_doctor_says_which_faces_answer(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, _ = call(capsys, "doctor")
+    assert code == 0
+    for word in ("torch", "encode_text", "gate_experts", "transport_plan", "reference", "yes"):
+        assert word in out
+    reason = "it is not built; this command builds it"
+    faces = all_faces()
+    faces["transport_plan"] = tuple(
+        replace(f, missing=lambda: [reason]) if f.name == "cpu" else f
+        for f in faces["transport_plan"]
+    )
+    monkeypatch.setattr(fastfpl.ops, "all_faces", lambda: faces)
+    code, out, _ = call(capsys, "doctor")
+    assert code == 0
+    assert "not built" in out
+
+
+def test_settings_refuse_unknown_keys_and_wrong_types() -> None:
+    with pytest.raises(InputError, match=r"key must be a known one; got 'round'; did you mean"):
+        make_settings({"method": "promptfl", "round": 3})
+    with pytest.raises(InputError, match=r"rounds is refused: .*; got 'ten'"):
+        make_settings({"method": "promptfl", "rounds": "ten"})
+    with pytest.raises(InputError, match=r"rounds is refused"):
+        make_settings({"method": "promptfl", "rounds": 2.5})
+    with pytest.raises(InputError, match=r"seed is refused"):
+        make_settings({"method": "promptfl", "seed": True})
+    assert make_settings({"method": "promptfl", "shots": "all"}).shots is None
+    assert make_settings({"method": "promptfl", "lr": 1}).lr == 1
+    with pytest.raises(Missing, match="must exist"):
+        load_yaml(Path("nowhere.yaml"))
+
+
+def test_ctrl_c_leaves_a_resumable_run(tmp_path: Path) -> None:
+    program = (
+        "import sys; from fastfpl.cli import main; import fastfpl.federation.rounds as r\n"
+        "old = r.save_checkpoint\n"
+        "def stop(*a):\n    old(*a)\n    raise KeyboardInterrupt\n"
+        "r.save_checkpoint = stop\nmain(sys.argv[1:])\n"
+    )
+    arguments = ["run", "promptfl", *QUICK, "--out", str(tmp_path / "o")]
+    arguments += ["--cache", str(tmp_path / "cache")]
+    first = subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False
+    )
+    assert first.returncode == 130
+    assert "--resume" in first.stderr
+    assert (tmp_path / "o" / "checkpoint.json").is_file()
+    assert not (tmp_path / "o" / "result.json").exists()
+    main([*arguments, "--resume"])
+    rows = json.loads((tmp_path / "o" / "result.json").read_text())["rounds"]
+    assert [row["round"] for row in rows] == [0, 1]

@@ -1,0 +1,55 @@
+"""What the README shows does what it says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fastfpl
+from fastfpl.config import load_preset
+from fastfpl.methods import METHODS
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_example_method_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(# fastfpl/methods/fedper\.py.*?)```", README, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(code, "fedper.py", "exec"), names)  # the README's own lines
+    monkeypatch.setitem(METHODS, "fedper", names["FedPer"])
+    result = fastfpl.run(
+        "fedper",
+        dataset="digits",
+        clients=2,
+        rounds=2,
+        local_epochs=1,
+        shots=2,
+        n_ctx=4,
+        out=tmp_path / "run",
+        cache=tmp_path / "cache",
+    )
+    assert len(result.rounds) == 2
+    assert result.rounds[0]["bytes_up"] == 2 * 4 * 128 * 4
+
+
+def test_every_command_of_the_readme_is_known() -> None:
+    commands = set(re.findall(r"^fastfpl (\w+)", README, re.MULTILINE))
+    assert commands <= {"run", "compare", "doctor", "presets"}
+    for name in re.findall(r"--preset (\S+)", README):
+        load_preset(name)
+
+
+def test_every_linked_file_is_there() -> None:
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        if not link.startswith("https://"):
+            assert (ROOT / link).exists(), link
+
+
+def test_ci_finds_the_test_command() -> None:
+    found = re.search(r"<!-- test command -->\n```bash\n(.*?)\n```", README, re.DOTALL)
+    assert found is not None
+    assert found[1].splitlines()[-1].startswith("pytest")
