@@ -167,6 +167,14 @@ def test_rounds_may_be_extended(play, whole, tmp_path, method):
     assert_ended_alike(tmp_path, whole(method, "float64"))
 
 
+def test_fewer_rounds_than_were_played_are_refused(play, tmp_path):
+    play(tmp_path, rounds=2)
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match="rounds must be at least the 2 that"):
+        play(tmp_path, rounds=1, resume=True)
+    assert contents(tmp_path) == before
+
+
 def test_rounds_of_a_schedule_over_rounds_may_not(play, tmp_path):
     play(tmp_path, rounds=1, schedule="cosine-rounds")
     before = contents(tmp_path)

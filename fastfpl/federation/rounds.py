@@ -404,6 +404,11 @@ def run(
         if folder is not None and resume:
             found = load_checkpoint(folder, facts)
             if found is not None:
+                if federation.method.trains and len(found.rounds) > chosen.rounds:
+                    raise InputError(
+                        f"fastfpl.run: rounds must be at least the {len(found.rounds)} that "
+                        f"{folder} has played; got {chosen.rounds}"
+                    )
                 device = federation.clip.device
                 federation.server = {k: v.to(device) for k, v in found.server.items()}
                 federation.clients = {
