@@ -26,11 +26,15 @@ else:
         "-fno-math-errno",
         "-fno-trapping-math",
         "-ffp-contract=fast",
-        "-fopenmp-simd",
         "-fvisibility=hidden",
         "-g0",
     ]
     LINK = ["-pthread"]
+    if sys.platform == "linux":
+        COMPILE.append("-fopenmp")
+        LINK.append("-fopenmp")
+    else:
+        COMPILE.append("-fopenmp-simd")
 
 
 class BuildNative(build_ext):

@@ -3,11 +3,10 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <system_error>
-#include <thread>
 #include <vector>
 
 #include "simd.h"
+#include "threads.h"
 
 namespace fastfpl {
 namespace {
@@ -225,31 +224,20 @@ FASTFPL_CLONES int64_t solve_range(const double* sim, double* plan, int64_t* ite
 template <class Real>
 int64_t transport_plan(const Real* sim, Real* plan, int64_t* iterations, Real* residual,
                        const Transport& t) {
-  // About 7 ns a patch (AVX-512) in five passes. A thread costs 20 us and pays from 1 ms on.
-  const double milliseconds = 7e-6 * double(t.problems) * double(t.patches);
-  const int64_t threads =
-      std::max<int64_t>(1, std::min({t.threads, t.problems, static_cast<int64_t>(milliseconds)}));
+  // About 7 ns a patch (AVX-512) in five passes; more threads pay from 50 us on.
+  const double microseconds = 7e-3 * double(t.problems) * double(t.patches);
+  const int64_t threads = std::max<int64_t>(
+      1, std::min({t.threads, t.problems, static_cast<int64_t>(microseconds / 50)}));
   // A whole number of cache lines for each array: sums then do not depend on who computes them.
   const int64_t line = 64 / sizeof(Real), stride = (t.patches + line - 1) / line * line;
   std::vector<Real> memory(threads * 2 * stride + line);
   Real* scratch = memory.data();
   while (reinterpret_cast<uintptr_t>(scratch) % 64) ++scratch;
   std::vector<int64_t> bad(threads, -1);
-  auto work = [&](int64_t i) {
-    bad[i] = solve_range(sim, plan, iterations, residual, t, t.problems * i / threads,
-                         t.problems * (i + 1) / threads, scratch + i * 2 * stride, stride);
-  };
-  std::vector<std::thread> pool;
-  pool.reserve(threads);
-  for (int64_t i = 1; i < threads; ++i) {
-    try {
-      pool.emplace_back(work, i);
-    } catch (const std::system_error&) {  // no more threads to be had
-      work(i);
-    }
-  }
-  work(0);
-  for (auto& thread : pool) thread.join();
+  parallel(threads, t.problems, [&](int64_t i, int64_t begin, int64_t end) {
+    bad[i] = solve_range(sim, plan, iterations, residual, t, begin, end,
+                         scratch + i * 2 * stride, stride);
+  });
   for (int64_t index : bad)
     if (index >= 0) return index;
   return -1;

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastfpl.errors import InputError, NotSupported, near
 
-__all__ = ["NAMES", "Face", "choose", "face", "recorded_faces"]
+__all__ = ["NAMES", "Face", "choose", "face", "forced", "recorded_faces"]
 
 #: Every name a face may have, best first.
 NAMES = ("cuda", "triton", "cpu", "torch", "reference")
@@ -88,10 +88,15 @@ def recorded_faces() -> Iterator[dict[str, set[str]]]:
         _recorder.reset(token)
 
 
+def forced(op: str) -> str | None:
+    """Return the face that a ``with face(...)`` block asks for, if any."""
+    choice = _forced.get() or {}
+    return choice.get(op, choice.get(None))
+
+
 def choose(op: str, faces: tuple[Face, ...], *arguments: Any) -> Face:
     """Return the first face that takes the arguments, or raise `NotSupported` with all reasons."""
-    forced = _forced.get() or {}
-    wanted = forced.get(op, forced.get(None))
+    wanted = forced(op)
     reasons: list[str] = []
     for candidate in faces:
         if wanted is not None and candidate.name != wanted:
