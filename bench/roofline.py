@@ -5,6 +5,7 @@ python -m bench.roofline bench/results/text-....json --out roofline.svg [--op en
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -44,21 +45,25 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(7.5, 5), layout="constrained")
     x = [row["gflop"] / (1e-9 * row["moved_bytes"]) for row in rows]
-    peak = max(row["gemm_gflops"] for row in rows)
     copy = max(row["copy_gb_per_s"] for row in rows)
-    low, high = min(*x, peak / copy) / 2, max(*x, peak / copy) * 2
-    ridge = peak / copy
-    axes.plot([low, ridge, high], [low * copy, peak, peak], color="black", linewidth=1)
-    axes.annotate(f"matrix product {peak:.0f} GFLOP/s", (high, peak), ha="right", va="bottom")
+    dtypes = sorted({str(row["dtype"]) for row in rows})
+    peaks = {d: max(r["gemm_gflops"] for r in rows if r["dtype"] == d) for d in dtypes}
+    low = min(*x, min(peaks.values()) / copy) / 2
+    high = max(*x, max(peaks.values()) / copy) * 2
+    for (dtype, peak), line in zip(peaks.items(), ("-", "--", ":", "-."), strict=False):
+        ridge = peak / copy
+        axes.plot([low, ridge, high], [low * copy, peak, peak], line, color="black", linewidth=1)
+        label = f"matrix product in {dtype}: {peak:.0f} GFLOP/s"
+        axes.annotate(label, (high, peak), ha="right", va="bottom")
     axes.annotate(f"copy {copy:.0f} GB/s", (low, low * copy), va="bottom")
-    faces = sorted({str(row["face"]) for row in rows})
-    for face, mark in zip(faces, "osD^vP*Xhd<>", strict=False):
+    kinds = sorted({(str(row["dtype"]), str(row["face"])) for row in rows})
+    for (dtype, face), mark in zip(kinds, itertools.cycle("osD^vP*Xhd<>"), strict=False):
         mine = [
             (a, row["gflop_per_s"])
             for a, row in zip(x, rows, strict=True)
-            if str(row["face"]) == face
+            if (row["dtype"], row["face"]) == (dtype, face)
         ]
-        axes.scatter(*zip(*mine, strict=True), marker=mark, label=face, s=36)
+        axes.scatter(*zip(*mine, strict=True), marker=mark, label=f"{face}, {dtype}", s=36)
     axes.set(xscale="log", yscale="log", xlabel="operations per byte that must move (FLOP/B)")
     axes.set(ylabel="GFLOP/s", title=rows[0]["machine"]["processor"])
     axes.legend(fontsize="small")
