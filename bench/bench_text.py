@@ -128,11 +128,14 @@ def packed(ctx: Tensor) -> Tensor:
 class Way:
     """One way to encode, over one list of classes."""
 
-    def __init__(self, name: str, classes: int, slots: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, name: str, classes: int, slots: int, dtype: torch.dtype, own: bool = False
+    ) -> None:
         self.tower = tower().to(DEVICE, dtype)
         self.layout = layout(classes, slots)
         self.length = int(self.layout.eot.max()) + 1
         self.name = name
+        self.own = own  # every class has a context of its own
 
     def tokens(self) -> int:
         """Tokens of one context; the packed ways count SOS and leave out what fills up."""
@@ -140,17 +143,17 @@ class Way:
             return self.length * len(self.layout.eot)
         if self.name == "literal":
             return 77 * len(self.layout.eot)
-        return rows_of(self.layout, False).count + 1
+        return rows_of(self.layout, self.own).count + 1
 
     def __call__(self, ctx: Tensor) -> Tensor:
         if self.name in ("cut", "literal"):
-            return reference.encode_text(*self._cut(), ctx, False)
+            return reference.encode_text(*self._cut(), ctx, self.own)
         if self.name == "cut+compile":
-            return compiled(self.layout, self.tower.dtype)(ctx)
+            return compiled(self.layout, self.tower.dtype, self.own)(ctx)
         if self.name == "flex":
             return flexed(self.tower, self.layout, ctx)
         with fastfpl.face(self.name):
-            return encode_text(self.tower, self.layout, ctx)
+            return encode_text(self.tower, self.layout, ctx, class_specific=self.own)
 
     def _cut(self) -> tuple[TextTower, PromptLayout]:
         return (self.tower, self.layout) if self.name == "literal" else cut(self.tower, self.layout)
@@ -167,9 +170,11 @@ def cut(whole: TextTower, places: PromptLayout) -> tuple[TextTower, PromptLayout
 
 
 @functools.cache
-def compiled(places: PromptLayout, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def compiled(
+    places: PromptLayout, dtype: torch.dtype, own: bool = False
+) -> Callable[[Tensor], Tensor]:
     shorter, shorter_places = cut(tower().to(DEVICE, dtype), places)
-    return torch.compile(lambda ctx: reference.encode_text(shorter, shorter_places, ctx, False))
+    return torch.compile(lambda ctx: reference.encode_text(shorter, shorter_places, ctx, own))
 
 
 @functools.cache
@@ -300,6 +305,30 @@ def bench_text(benchmark, request, classes, slots, count, direction, dtype, way)
 def missing(way: str) -> list[str]:
     (face,) = (f for f in FACES["encode_text"] if f.name == way)
     return face.missing()
+
+
+@pytest.mark.parametrize("way", ["literal", *CUT, *FAST])
+def bench_class_specific(benchmark, way):
+    """Contexts that only one class has, as FedAPT's: nothing but SOS is shared."""
+    if way in FAST and (reasons := missing(way)):
+        pytest.skip("; ".join(reasons))
+    made = Way(way, 100, SLOTS, torch.float32, own=True)
+    ctx = contexts(100)[None]
+    wide = Way(FAST_HERE, 100, SLOTS, torch.float64, own=True)
+    row = {"op": "encode_text", "C": 100, "T": SLOTS, "G": "1, class-specific"}
+    row |= {"direction": "fwd+bwd", "dtype": "float32", "threads": torch.get_num_threads()}
+    checked(
+        benchmark,
+        lambda: step(made, ctx),
+        step(wide, ctx.double()),
+        LIMIT["float32"],
+        rounds=3,
+        flops=operations(made.tokens(), "fwd+bwd"),
+        gemm=(1 << 11, WIDTH, 4 * WIDTH),
+        **row,
+        device=DEVICE,
+        face=way,
+    )
 
 
 @pytest.mark.parametrize("limit", [None, "2GiB", "512MiB", "128MiB"])
