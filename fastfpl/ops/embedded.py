@@ -1,0 +1,165 @@
+"""The text pass over prompts that are already embedded: other people's prompts, any layout."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastfpl.errors import InputError, KindError
+from fastfpl.ops.faces import Face, choose
+from fastfpl.ops.text import PromptLayout, TextTower, _pack, _Packing
+from fastfpl.reference import embedded as reference
+from fastfpl.reference.text import activate, block_norm
+from fastfpl.shapes import check_shapes
+
+__all__ = ["FACES", "encode_embedded"]
+
+# rows of one pass when no gradient is wanted, as in ops/text.py
+_ROWS_PER_PASS = 1 << 14
+
+
+def encode_embedded(tower: TextTower, prompts: Tensor, eot: Tensor, *, shared: int = 0) -> Tensor:
+    r"""Encode embedded prompts into the states of their EOT tokens.
+
+    What follows an EOT is never computed, and the leading rows that all classes share are computed
+    once: with them, this is the pass of `encode_text` for prompts that somebody else laid out.
+
+    Parameters
+    ----------
+    tower : TextTower
+        Frozen weights; ``token_embedding`` and ``projection`` are not used.
+    prompts : Tensor, shape (..., C, L, W), floating point
+        Token embeddings without positions, at most the tower's context length of them. Any leading
+        dimensions (clients, several prompts a class).
+    eot : Tensor, shape (C,), int64
+        Position of each EOT token. On the CPU its values are read without waiting for a device.
+    shared : int
+        How many leading rows are the same for all classes. They are taken from the first class,
+        values and gradient: whoever passes it answers for it. It may not exceed an EOT position.
+
+    Returns
+    -------
+    Tensor, shape (..., C, W)
+        After the last LayerNorm, before the projection; dtype of the tower's residual stream.
+
+    Raises
+    ------
+    InputError
+        If a shape, an EOT position or ``shared`` is out of range.
+    KindError
+        If ``prompts`` is not floating point or not on the tower's device.
+
+    Notes
+    -----
+    Differentiable in: prompts. Deterministic: yes on CPU. LayerNorm in the dtype of its weights.
+    Under autocast matrix products and attention run in autocast's dtype and the residual stream in
+    that of ``prompts``, as they do in the literal pass.
+    Memory: activations of (shared + suffix) tokens a group when a gradient is wanted.
+    Source: shared-prefix identity of causal attention.
+    """
+    op = "fastfpl.ops.encode_embedded"
+    known = {"C": len(eot), "W": tower.width}
+    sizes = check_shapes(op, known, prompts=(prompts, "... C L W"), eot=(eot, "C"))
+    if not prompts.is_floating_point():
+        raise KindError(f"{op}: prompts must be floating point; got {prompts.dtype}")
+    if prompts.device != tower.device:
+        raise KindError(
+            f"{op}: prompts must be on the tower's device {tower.device}; got {prompts.device}"
+        )
+    ends = tuple(eot.tolist())
+    if sizes["L"] > tower.context_length:
+        raise InputError(
+            f"{op}: prompts must have at most {tower.context_length} tokens; got {sizes['L']}"
+        )
+    if not ends or not 0 <= min(ends) <= max(ends) < sizes["L"]:
+        raise InputError(f"{op}: eot must lie in [0, {sizes['L']}) for every class; got {ends}")
+    if not 0 <= shared <= min(ends):
+        raise InputError(f"{op}: shared must be from 0 to {min(ends)}; got {shared}")
+    arguments = (tower, prompts, eot, shared)
+    face = choose("encode_embedded", FACES["encode_embedded"], *arguments)
+    states: Tensor = face.run(*arguments)
+    return states
+
+
+@functools.lru_cache(maxsize=64)
+def _packing(ends: tuple[int, ...], shared: int, device: torch.device) -> _Packing:
+    """Pack the rows of prompts; ``tokens`` are rows of the prompts cut behind the last EOT."""
+    length = max(ends) + 1
+    count = len(ends)
+    layout = PromptLayout(
+        tokens=torch.arange(count * length, device=device).view(count, length),
+        slots=torch.zeros(count, 0, dtype=torch.int64, device=device),
+        eot=torch.tensor(ends, device=device),
+        shared=shared,
+    )
+    return _pack(layout, shared)
+
+
+def _encode_packed(tower: TextTower, prompts: Tensor, eot: Tensor, shared: int) -> Tensor:
+    ends = tuple(eot.tolist())
+    packing = _packing(ends, shared, prompts.device)
+    *lead, classes, _, width = prompts.shape
+    cut = prompts[..., : max(ends) + 1, :]
+    flat = cut.reshape(math.prod(lead), classes * cut.shape[-2], width)
+    if torch.is_grad_enabled() and flat.requires_grad:
+        chunks = [flat]
+    else:
+        rows = packing.shared + packing.bins * packing.span
+        chunks = list(flat.split(max(1, _ROWS_PER_PASS // rows)))
+    parts = [_encode_pass(tower, packing, part) for part in chunks]
+    states = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return states.reshape(*lead, classes, width)
+
+
+def _encode_pass(tower: TextTower, packing: _Packing, flat: Tensor) -> Tensor:
+    """Run groups of embedded rows (G, C L', W) and return their EOT states (G, C, W)."""
+    groups, shared, bins, span = len(flat), packing.shared, packing.bins, packing.span
+    heads, width = tower.heads, tower.width
+    size = width // heads
+    positional = tower.positional.to(flat.dtype)
+    x = flat.index_select(1, packing.tokens) + positional[packing.positions]
+    if shared:
+        x = torch.cat((flat[:, :shared] + positional[:shared], x), dim=1)
+    bias: Tensor | None = None
+    for depth, block in enumerate(tower.blocks):
+        h = block_norm(x, block.ln_1_w, block.ln_1_b, tower.eps)
+        qkv = F.linear(h, block.qkv_w, block.qkv_b)
+        if bias is None:
+            hidden = ~packing.mask.expand(groups, -1, -1, -1, -1)
+            hidden = hidden.reshape(groups * bins, 1, span, shared + span)
+            bias = torch.zeros(hidden.shape, dtype=qkv.dtype, device=x.device)
+            bias.masked_fill_(hidden, float("-inf"))
+        own = qkv[:, shared:].view(groups, bins, span, 3, heads, size)
+        lead = qkv[:, None, :shared, width:].expand(-1, bins, -1, -1)
+        kv = torch.cat((lead.unflatten(-1, (2, heads, size)), own[:, :, :, 1:]), dim=2)
+        q = own[:, :, :, 0].reshape(groups * bins, span, heads, size).transpose(1, 2)
+        k, v = kv.view(groups * bins, shared + span, 2, heads, size).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        mixed = mixed.transpose(1, 2).reshape(groups, bins * span, width)
+        if depth == len(tower.blocks) - 1:
+            # only the EOT rows reach the features
+            mixed, x = mixed[:, packing.eot_rows], x[:, shared + packing.eot_rows]
+        elif shared:
+            q, k, v = (
+                part.unflatten(-1, (heads, size)).transpose(1, 2)
+                for part in qkv[:, :shared].chunk(3, dim=-1)
+            )
+            first = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            mixed = torch.cat((first.transpose(1, 2).flatten(2), mixed), dim=1)
+        x = x + F.linear(mixed, block.out_w, block.out_b)
+        h = block_norm(x, block.ln_2_w, block.ln_2_b, tower.eps)
+        h = activate(F.linear(h, block.fc_w, block.fc_b), tower.activation)
+        x = x + F.linear(h, block.proj_w, block.proj_b)
+    return block_norm(x, tower.ln_w, tower.ln_b, tower.eps)
+
+
+FACES = {
+    "encode_embedded": (
+        Face("torch", _encode_packed),
+        Face("reference", reference.encode_embedded),
+    )
+}
