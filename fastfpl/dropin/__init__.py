@@ -9,12 +9,14 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from fastfpl.dropin.outside import outside
+from fastfpl.dropin.outside import DIAGONALS, gates
 from fastfpl.dropin.report import Finding, Report
 from fastfpl.dropin.sharing import LEARNER
-from fastfpl.dropin.swap import Instead, Kind, is_swapped, kind_of, state_of, swap, swap_back
+from fastfpl.dropin.swap import Instead, Kind, is_swapped, kind_of, named, state_of, swap, swap_back
 from fastfpl.dropin.text import KINDS, Text, prove
 from fastfpl.errors import KindError
+
+_ORDER: tuple[Kind, ...] = (*KINDS, LEARNER, DIAGONALS)
 
 __all__ = ["Finding", "Report", "accelerate", "accelerated", "explain", "restore"]
 
@@ -59,8 +61,8 @@ def accelerate(model: Model) -> Model:
     found = False
     for _, module, kind, reason in _recognised(model):
         found = True
-        if kind is not None and not reason and not is_swapped(module):
-            swap(module, kind)
+        if not reason and not is_swapped(module):
+            swap(module, named(kind))
     if not found:
         raise KindError(
             f"{op}: model must hold a CoOp-style text encoder or the text tower of open_clip, "
@@ -133,31 +135,28 @@ def explain(model: nn.Module) -> Report:
         swapped = is_swapped(module)
         if not swapped and not reason:
             reason = "fastfpl.accelerate was not called"
-        name = kind.name if kind is not None else "not a text pass"
         calls = dict(state_of(module).calls) if swapped else {}
-        findings.append(Finding(path, type(module).__name__, name, swapped, reason, calls))
+        findings.append(Finding(path, type(module).__name__, kind, swapped, reason, calls))
     return Report(tuple(findings))
 
 
-def _recognised(model: nn.Module) -> Iterator[tuple[str, nn.Module, Kind | None, str]]:
-    """Yield path, module, kind and the reason to leave it, or "" to swap it."""
+def _recognised(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, str]]:
+    """Yield path, module, its kind and the reason to leave it, or "" to swap it."""
     for path, module in list(model.named_modules()):
         if is_swapped(module):
-            yield path, module, kind_of(module), ""
-            continue
-        for kind in (*KINDS, LEARNER):
-            try:
-                if not kind.examine(module):
-                    continue
-                if "forward" in vars(module):
-                    raise Instead("its forward was replaced")
-                if isinstance(kind, Text):
-                    prove(kind, module)
-                yield path, module, kind, ""
-            except Instead as reason:
-                yield path, module, kind, str(reason)
-            break
+            yield path, module, kind_of(module).name, ""
         else:
-            for reason in outside(module):
-                yield path, module, None, reason
-
+            for kind in _ORDER:
+                try:
+                    if not kind.examine(module):
+                        continue
+                    if any(name in vars(module) for name in kind.methods(type(module))):
+                        raise Instead("its method was replaced")
+                    if isinstance(kind, Text):
+                        prove(kind, module)
+                    yield path, module, kind.name, ""
+                except Instead as reason:
+                    yield path, module, kind.name, str(reason)
+                break
+        for name, gate, reason in gates(module):
+            yield f"{path}.{name}".lstrip("."), gate, "gate over experts", reason

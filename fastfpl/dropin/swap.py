@@ -16,6 +16,7 @@ __all__ = [
     "State",
     "is_swapped",
     "kind_of",
+    "named",
     "refuse",
     "register",
     "state_of",
@@ -56,6 +57,10 @@ class Kind:
         """Tell whether a module is of this kind; `Instead` if it nearly is."""
         raise NotImplementedError
 
+    def methods(self, cls: type) -> tuple[str, ...]:
+        """Name the methods of a class that are exchanged."""
+        return (self.method,)
+
     def run(
         self,
         module: Any,
@@ -77,18 +82,16 @@ def register(kind: Kind) -> Kind:
     return kind
 
 
-def _run(kind_name: str, base: type, module: Any, args: Any, kwargs: Any) -> Any:
-    kind = _KINDS[kind_name]
-    original = functools.partial(getattr(base, kind.method), module)
+def _run(kind: str, base: type, method: str, module: Any, args: Any, kwargs: Any) -> Any:
+    original = functools.partial(getattr(base, method), module)
     state: State = module.__dict__[_STATE]
     if torch.jit.is_tracing():
         return original(*args, **kwargs)
     try:
-        result = kind.run(module, state, original, args, kwargs)
+        return _KINDS[kind].run(module, state, original, args, kwargs)
     except Instead as reason:
         state.calls[str(reason)] += 1
         return original(*args, **kwargs)
-    return result
 
 
 @functools.cache
@@ -106,12 +109,14 @@ def _subclass(base: type, kind_name: str) -> type:
     global _call
     # looked up as a global, so that torch.compile sees the disabled function itself
     _call = _outside_graphs()
-    method = _KINDS[kind_name].method
 
-    @functools.wraps(getattr(base, method))
-    def fast(self: Any, *args: Any, **kwargs: Any) -> Any:
-        assert _call is not None
-        return _call(kind_name, base, self, args, kwargs)
+    def exchanged(method: str) -> Any:
+        @functools.wraps(getattr(base, method))
+        def fast(self: Any, *args: Any, **kwargs: Any) -> Any:
+            assert _call is not None
+            return _call(kind_name, base, method, self, args, kwargs)
+
+        return fast
 
     def reduced(self: Any, protocol: Any) -> Any:
         # the class has no name to be found by: it is made again from its base
@@ -119,7 +124,7 @@ def _subclass(base: type, kind_name: str) -> type:
         return (_rebuilt, (base, kind_name), *rest)
 
     own = {
-        method: fast,
+        **{method: exchanged(method) for method in _KINDS[kind_name].methods(base)},
         "__reduce_ex__": reduced,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
@@ -144,6 +149,11 @@ def state_of(module: nn.Module) -> State:
     """Return what a swapped module remembers."""
     state: State = module.__dict__[_STATE]
     return state
+
+
+def named(name: str) -> Kind:
+    """Return a kind by its name."""
+    return _KINDS[name]
 
 
 def kind_of(module: nn.Module) -> Kind:
