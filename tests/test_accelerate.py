@@ -1,4 +1,4 @@
-"""Accelerated models are what they were: values, gradients, keys, modes, and a reason for the rest."""
+"""Accelerated models are what they were: values, gradients, keys, modes; reasons for the rest."""
 
 from __future__ import annotations
 
@@ -101,12 +101,18 @@ def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
             continue
         size = float(tensor.abs().max())
         torch.testing.assert_close(
-            got[name], tensor, rtol=1e-5, atol=1e-5 * max(1.0, size), msg=lambda m, n=name: f"{n} {m}"
+            got[name],
+            tensor,
+            rtol=1e-5,
+            atol=1e-5 * max(1.0, size),
+            msg=lambda m, n=name: f"{n} {m}",
         )
 
 
 def how(model: nn.Module) -> list[str]:
-    return [call for finding in fastfpl.explain(model).swapped for call in finding.calls]
+    """How the text encoders' calls were answered."""
+    swapped = fastfpl.explain(model).swapped
+    return [call for f in swapped if f.kind != "prompt learner" for call in f.calls]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -361,6 +367,43 @@ def test_other_classes_between_calls():
     assert_same(step(model, images()), step(literal, images()))
 
 
+def test_inference_mode_before_training():
+    literal = coop()
+    model = fastfpl.accelerate(copy.deepcopy(literal))
+    with torch.inference_mode():
+        torch.testing.assert_close(model(images()), literal(images()), rtol=1e-5, atol=1e-5)
+    assert_same(step(model, images()), step(literal, images()))
+    assert all(call.startswith("fast") for call in how(model)), how(model)
+
+
+class Counting(Learner):
+    """Its forward leaves traces."""
+
+    def forward(self):
+        self.made = getattr(self, "made", 0) + 1
+        self.token_prefix.mul_(1.01)
+        torch.rand(1)
+        return super().forward()
+
+
+def test_trials_leave_no_trace_on_the_prompt_learner():
+    clip = openai_clip()
+    torch.manual_seed(1)
+    literal = Model(clip, Counting(clip, COUNTS))
+    model = fastfpl.accelerate(copy.deepcopy(literal))
+    seen = []
+    model.prompt_learner.register_forward_hook(lambda m, a, out: seen.append(out.shape))
+    for other in (literal, model):
+        torch.manual_seed(2)
+        for _ in range(2):
+            other(images())
+        other.drawn = torch.rand(1)
+    assert model.prompt_learner.made == literal.prompt_learner.made == 2
+    assert len(seen) == 2
+    assert torch.equal(model.drawn, literal.drawn)
+    assert_same(model.prompt_learner.state_dict(), literal.prompt_learner.state_dict())
+
+
 # undone, copied, sent
 
 
@@ -490,9 +533,7 @@ def test_compiled_models_stay_right():
     literal = coop()
     model = fastfpl.accelerate(copy.deepcopy(literal))
     compiled = torch.compile(model, backend="eager")
-    assert_same(
-        {"logits": compiled(images()).detach()}, {"logits": literal(images()).detach()}
-    )
+    assert_same({"logits": compiled(images()).detach()}, {"logits": literal(images()).detach()})
     assert any(call.startswith("fast") for call in how(model))
     compiled(images()).sum().backward()
     assert model.prompt_learner.ctx.grad is not None
@@ -635,7 +676,9 @@ def test_reports_say_what_and_why():
 def test_what_is_no_model_is_refused():
     with pytest.raises(KindError, match=r"model must be a torch\.nn\.Module; got int"):
         fastfpl.accelerate(3)
-    with pytest.raises(KindError, match="model must hold a CoOp-style text encoder .*; got Linear"):
+    with pytest.raises(
+        KindError, match=r"model must hold a CoOp-style text encoder .*; got Linear"
+    ):
         fastfpl.accelerate(nn.Linear(2, 2))
     for function in (fastfpl.restore, fastfpl.explain):
         with pytest.raises(KindError, match=r"must be a torch\.nn\.Module; got str"):

@@ -155,8 +155,8 @@ def _recognised(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, str]]:
                     if isinstance(kind, Text):
                         prove(kind, module)
                     yield path, module, kind.name, ""
-                except Instead as reason:
-                    yield path, module, kind.name, str(reason)
+                except Instead as instead:
+                    yield path, module, kind.name, str(instead)
                 break
         for name, gate, reason in gates(module):
             yield f"{path}.{name}".lstrip("."), gate, "gate over experts", reason

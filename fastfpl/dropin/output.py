@@ -32,7 +32,9 @@ def _class(base: Any) -> Any:
             if fill is not None:
                 self[_FIELD] = getattr(fill(), _FIELD)
                 # keys come in the order of the fields
-                for name in (f.name for f in fields(self) if OrderedDict.__contains__(self, f.name)):
+                for name in (
+                    f.name for f in fields(self) if OrderedDict.__contains__(self, f.name)
+                ):
                     OrderedDict.move_to_end(self, name)
             return self.__dict__.get(_FIELD)
 
@@ -52,11 +54,11 @@ def _class(base: Any) -> Any:
 
         def __iter__(self) -> Iterator[str]:
             self._whole()
-            return super().__iter__()
+            return iter(list(super().keys()))
 
         def __len__(self) -> int:
             self._whole()
-            return super().__len__()
+            return len(list(super().keys()))
 
         def __contains__(self, key: object) -> bool:
             return key == _FIELD or super().__contains__(key)

@@ -26,10 +26,10 @@ class Diagonal:
         return getattr(_whole(self), name)
 
     def __matmul__(self, other: Any) -> Any:
-        return torch.matmul(self, other)  # type: ignore[call-overload]  # through the function below
+        return self.__torch_function__(torch.matmul, (), (self, other))
 
     def __rmatmul__(self, other: Any) -> Any:
-        return torch.matmul(other, self)
+        return self.__torch_function__(torch.matmul, (), (other, self))
 
     @classmethod
     def __torch_function__(
@@ -139,7 +139,11 @@ def gates(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
         sizes = {size for m in linears for size in (m.in_features, m.out_features)}
         heads = any("head" in key and type(value) is int for key, value in vars(child).items())
         if len(linears) == 4 and len(sizes) == 1 and heads:
-            yield name, child, (
-                "its output, one row for every pair of image and class, is multiplied with the "
-                "image features outside of it; fastfpl.ops.gate_experts does both at once"
+            yield (
+                name,
+                child,
+                (
+                    "its output, one row for every pair of image and class, is multiplied with the "
+                    "image features outside of it; fastfpl.ops.gate_experts does both at once"
+                ),
             )

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastfpl.dropin.swap import Instead, Kind, State, refuse, register
+from fastfpl.dropin.swap import HOOKS, Instead, Kind, State, hooked, refuse, register
 
 __all__ = ["LEARNER", "Sharing", "note_of", "sharing_by_value", "still_holds"]
 
 _NOTE = "_fastfpl_sharing"
+# a learner that counts its calls has a new mode every time
+_MOST_MODES = 64
 
 
 class Sharing(NamedTuple):
@@ -34,7 +37,8 @@ class Sharing(NamedTuple):
     def grouped(self, rows: Tensor) -> Tensor:
         """Bring (R, ...) into groups: (G, R / G, ...)."""
         ordered = rows if self.order is None else rows[list(self.order)]
-        return ordered.unflatten(0, (self.groups, -1))
+        grouped: Tensor = ordered.unflatten(0, (self.groups, -1))
+        return grouped
 
     def ungrouped(self, rows: Tensor) -> Tensor:
         """Undo `grouped`."""
@@ -109,9 +113,7 @@ class Learner(Kind):
 
     def examine(self, module: nn.Module) -> bool:
         """Recognise by the buffers ``token_prefix`` (C, 1, W) and ``token_suffix`` (C, ..., W)."""
-        prefix, suffix = (
-            getattr(module, name, None) for name in ("token_prefix", "token_suffix")
-        )
+        prefix, suffix = (getattr(module, name, None) for name in ("token_prefix", "token_suffix"))
         if not isinstance(prefix, Tensor) or not isinstance(suffix, Tensor):
             return False
         if prefix.dim() != 3 or suffix.dim() != 3 or prefix.shape[2] != suffix.shape[2]:
@@ -128,8 +130,9 @@ class Learner(Kind):
     ) -> Any:
         """Answer with the original's prompts and note on each what its rows share."""
         result = original(*args, **kwargs)
-        made = [t for t in _flat(result) if t.dim() == 3 and t.requires_grad]
-        if not made:
+        made = _flat(result)
+        if not any(t.dim() == 3 and t.requires_grad for t in made):
+            state.calls["the original, nothing to learn from its prompts"] += 1
             return result
         key = _mode(module)
         claims = state.memory.get(key)
@@ -138,12 +141,15 @@ class Learner(Kind):
                 claims = _probe(module, type(module)._fastfpl_base, args, kwargs)
             except Instead as reason:
                 claims = str(reason)
+            if len(state.memory) >= _MOST_MODES:
+                state.memory.clear()
             state.memory[key] = claims
         if isinstance(claims, str):
-            state.calls[claims] += 1
+            state.calls[f"the original, no row known to be shared: {claims}"] += 1
             return result
-        for tensor, claim in zip(_flat(result), claims, strict=True):
-            if tensor.dim() == 3 and claim is not None:
+        for tensor, claim in zip(made, claims, strict=True):
+            if claim is not None:
+                state.calls[f"the original, {claim.shared} leading rows known to be shared"] += 1
                 setattr(tensor, _NOTE, (claim, tensor._version))
         return result
 
@@ -183,17 +189,22 @@ def _probe(
     learned = dict(_learned(module))
     if not learned:
         refuse("the prompt learner's learned tensors are not its parameters")
+    if any(hooked(inner) for inner in list(module.modules())[1:]):
+        refuse("a module inside the prompt learner has a hook, which a trial would fire")
     generator = torch.Generator().manual_seed(0)
     draws = {
         name: torch.randn(p.shape, generator=generator).to(p).requires_grad_()
         for name, p in learned.items()
     }
-    module.__class__, swapped = base, type(module)
-    try:
-        with torch.enable_grad(), torch.random.fork_rng(devices=[]):
-            results = _flat(torch.func.functional_call(module, draws, args, kwargs))
-    finally:
-        module.__class__ = swapped
+    # a shallow copy without hooks, so that the trial leaves no trace on the module
+    trial = copy.copy(module)
+    trial.__class__ = base
+    for name in HOOKS:
+        trial.__dict__[name] = type(trial.__dict__[name])()
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    devices = sorted({p.device.index or 0 for p in learned.values() if p.device.type == "cuda"})
+    with torch.enable_grad(), torch.random.fork_rng(devices=devices):
+        results = _flat(torch.func.functional_call(trial, {**draws, **buffers}))
     claims: list[Sharing | None] = []
     known = {id(draw) for draw in draws.values()}
     for prompts in results:

@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 __all__ = [
+    "HOOKS",
     "Instead",
     "Kind",
     "State",
+    "hooked",
     "is_swapped",
     "kind_of",
     "named",
@@ -25,6 +27,7 @@ __all__ = [
 ]
 
 _STATE = "_fastfpl"
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Instead(Exception):
@@ -85,7 +88,7 @@ def register(kind: Kind) -> Kind:
 def _run(kind: str, base: type, method: str, module: Any, args: Any, kwargs: Any) -> Any:
     original = functools.partial(getattr(base, method), module)
     state: State = module.__dict__[_STATE]
-    if torch.jit.is_tracing():
+    if torch._C._get_tracing_state() is not None:  # torch.jit.trace
         return original(*args, **kwargs)
     try:
         return _KINDS[kind].run(module, state, original, args, kwargs)
@@ -120,7 +123,7 @@ def _subclass(base: type, kind_name: str) -> type:
 
     def reduced(self: Any, protocol: Any) -> Any:
         # the class has no name to be found by: it is made again from its base
-        _, _, *rest = base.__reduce_ex__(self, protocol)
+        _, _, *rest = getattr(base, "__reduce_ex__")(self, protocol)  # noqa: B009 - typeshed
         return (_rebuilt, (base, kind_name), *rest)
 
     own = {
@@ -136,7 +139,7 @@ def _subclass(base: type, kind_name: str) -> type:
 
 
 def _rebuilt(base: type, kind_name: str) -> Any:
-    cls = _subclass(base, kind_name)
+    cls: Any = _subclass(base, kind_name)
     return cls.__new__(cls)
 
 
@@ -164,7 +167,8 @@ def kind_of(module: nn.Module) -> Kind:
 def swap(module: nn.Module, kind: Kind) -> State:
     """Exchange the class of a module; parameters, buffers, hooks and names stay where they are."""
     module.__dict__[_STATE] = State()
-    module.__class__ = _subclass(type(module), kind.name)
+    base: Any = type(module)
+    module.__class__ = _subclass(base, kind.name)
     return state_of(module)
 
 
@@ -172,6 +176,11 @@ def swap_back(module: nn.Module) -> None:
     """Give a module its class back."""
     module.__class__ = type(module)._fastfpl_base  # type: ignore[attr-defined]
     del module.__dict__[_STATE]
+
+
+def hooked(module: nn.Module) -> bool:
+    """Tell whether a module has a hook that its call would fire."""
+    return any(getattr(module, name) for name in HOOKS)
 
 
 def refuse(reason: str) -> NoReturn:

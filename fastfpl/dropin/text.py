@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from torch.nn import functional as F
 from fastfpl.dropin import tower as towers
 from fastfpl.dropin.output import lazy_output
 from fastfpl.dropin.sharing import NOTHING, Sharing, note_of, sharing_by_value, still_holds
-from fastfpl.dropin.swap import Instead, Kind, State, refuse, register
+from fastfpl.dropin.swap import Kind, State, hooked, refuse, register
 from fastfpl.ops.embedded import encode_embedded
+from fastfpl.reference.text import TextTower
 
 __all__ = ["KINDS", "prove"]
 
@@ -101,7 +103,7 @@ def _kinds_agree(x: Tensor, weight: Tensor) -> None:
 
 
 def _states(
-    live: towers.TextTower, prompts: Tensor, ends: list[int], sharing: Sharing
+    live: TextTower, prompts: Tensor, ends: list[int], sharing: Sharing
 ) -> tuple[Tensor, str]:
     """Encode (R, L, W) with EOTs at ``ends`` into states (R, W); say how."""
     shared = min(sharing.shared, *ends)
@@ -120,11 +122,8 @@ def _project(holder: Any, states: Tensor) -> Tensor:
     projection = holder.text_projection
     if projection is None:
         return states
-    features: Tensor
-    if isinstance(projection, nn.Module):
-        features = projection(states)
-    else:
-        features = states @ projection
+    module = isinstance(projection, nn.Module)
+    features: Tensor = projection(states) if module else states @ projection
     return features
 
 
@@ -149,6 +148,14 @@ def _has_tower(module: Any) -> bool:
     )
 
 
+def _check_mask(module: Any) -> None:
+    if hasattr(module, "attn_mask") and module.attn_mask is None:
+        refuse(
+            "its text tower is bidirectional (it has no attention mask), so that neither a shared "
+            "prefix nor a cut is exact"
+        )
+
+
 class Prompts(Text):
     """CoOp's text encoder: ``forward(prompts, tokenized_prompts)`` over CLIP's parts."""
 
@@ -162,6 +169,8 @@ class Prompts(Text):
         needed = len(_takes(type(module).forward))
         if needed > 2:
             refuse(f"its forward takes {needed} arguments, not prompts and tokenized prompts alone")
+        if needed == 2:
+            _check_mask(module)
         return needed == 2
 
     def example(self, module: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -197,7 +206,9 @@ class Prompts(Text):
             refuse("the prompts do not have the text tower's length and width")
         dtype = getattr(module, "dtype", None)
         dtype = dtype if isinstance(dtype, torch.dtype) else None
-        kind = torch.promote_types(prompts.dtype, dtype or live.positional.dtype)
+        if dtype is not None:
+            live = replace(live, positional=live.positional.to(dtype))
+        kind = torch.promote_types(prompts.dtype, live.positional.dtype)
         _kinds_agree(prompts.to(kind), weight)
         ends = tokens.argmax(dim=-1).tolist()
         limit = max(ends) + 1
@@ -265,6 +276,7 @@ class Clip(_Tokens):
             refuse("it has no token_embedding of its own")
         if "encode_text" in vars(module):
             refuse("its encode_text was replaced")
+        _check_mask(module)
         self.pooling(module)
         return True
 
@@ -304,6 +316,7 @@ class TextModule(_Tokens):
             return False
         if getattr(module, "output_tokens", False):
             refuse("it returns the states of all tokens")
+        _check_mask(module)
         self.pooling(module)
         return True
 
@@ -423,7 +436,7 @@ class Projected(Transformers):
         """Encode token ids and project."""
         from transformers.models.clip.modeling_clip import CLIPTextModelOutput
 
-        if towers.hooked(module.text_model):
+        if hooked(module.text_model):
             refuse("a module inside the text tower has a hook, which must fire")
         inner, how = super().fast(module.text_model, state, args, kwargs)
         features = module.text_projection(inner.pooler_output)
@@ -456,8 +469,8 @@ def _pooling(rule: Any, eos: Any) -> tuple[str, int | None]:
     return rule, eos if rule == "eos" else None
 
 
-def _ends(ids: Tensor, rule: str, eos: int | None) -> list[int]:
-    found = ids if rule == "argmax" else (ids == eos).int()
+def _ends(ids: Tensor, rule: str, eos: Any) -> list[int]:
+    found = ids if rule == "argmax" else ids.eq(eos).int()
     ends: list[int] = found.argmax(dim=-1).tolist()
     return ends
 
@@ -483,9 +496,10 @@ def _example_ids(
     length: int, count: int, end: int, device: torch.device
 ) -> tuple[tuple[Tensor], tuple[Tensor]]:
     """Draw ids below ``end``, then pad with 0; the second with other padding."""
+    if not 2 < end < count:
+        refuse(f"it pools at the token {end} of a vocabulary of {count}")
     generator = torch.Generator().manual_seed(0)
-    top = max(2, min(end, count - 1))
-    ids = torch.randint(1, top, (3, length), generator=generator)
+    ids = torch.randint(1, end, (3, length), generator=generator)
     ids[:, :2] = ids[:1, :2]
     other = ids.clone()
     for row, padded, place in zip(ids, other, _places(length), strict=True):
@@ -494,6 +508,6 @@ def _example_ids(
     return (ids.to(device),), (other.to(device),)
 
 
-KINDS: tuple[Text, ...] = tuple(
-    register(kind) for kind in (Prompts(), Clip(), TextModule(), Transformers(), Projected())
-)  # type: ignore[assignment]  # register returns what it is given
+KINDS: tuple[Text, ...] = (Prompts(), Clip(), TextModule(), Transformers(), Projected())
+for _kind in KINDS:
+    register(_kind)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as hooks
+from torch.nn.modules.module import _has_any_global_hook
 
 from fastfpl.clip.towers import (
     activation_of,
@@ -16,13 +16,11 @@ from fastfpl.clip.towers import (
     layer_weights,
     resblock_weights,
 )
-from fastfpl.dropin.swap import refuse
+from fastfpl.dropin.swap import hooked, refuse
 from fastfpl.errors import FastfplError
 from fastfpl.reference.text import TextTower
 
-__all__ = ["Layers", "Resblocks", "hooked", "read"]
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+__all__ = ["Layers", "Resblocks", "read"]
 
 
 class Resblocks:
@@ -183,7 +181,7 @@ def read(family: Family, holder: Any, memory: dict[Any, Any], around: Iterable[A
     norm = family.norm(holder)
     mask = getattr(holder, "attn_mask", None)
     parts = (*(p for b in blocks for p in family.parts(b)), norm, mask)
-    masks = tuple(p._version for p in parts if isinstance(p, Tensor))
+    masks = tuple(p._version for p in parts if isinstance(p, Tensor) and not p.is_inference())
     seen = memory.get("tower")
     if seen is None or seen[1] != masks or not _same(seen[0], parts):
         seen = (parts, masks, *_inspect(family, holder, blocks, norm))
@@ -194,7 +192,7 @@ def read(family: Family, holder: Any, memory: dict[Any, Any], around: Iterable[A
             refuse("a forward inside the text tower was replaced")
         if hooked(module):
             refuse("a module inside the text tower has a hook, which must fire")
-    if hooks._has_any_global_hook():
+    if _has_any_global_hook():
         refuse("there is a hook on all modules, which must fire")
     if any(family.dropout(b) for b in blocks):
         refuse("the text tower is in training mode with attention dropout")
@@ -226,11 +224,6 @@ def read(family: Family, holder: Any, memory: dict[Any, Any], around: Iterable[A
         )
 
 
-def hooked(module: nn.Module) -> bool:
-    """Tell whether a module has a hook that its call would fire."""
-    return any(getattr(module, name) for name in _HOOKS)
-
-
 def _same(before: tuple[Any, ...], now: tuple[Any, ...]) -> bool:
     return len(before) == len(now) and all(a is b for a, b in zip(before, now, strict=True))
 
@@ -243,7 +236,7 @@ def _inspect(
         refuse("its text tower has no layer")
     try:
         family.check(holder, blocks)
-        found = {
+        found: dict[str, set[Any]] = {
             "heads": {family.heads(b) for b in blocks},
             "activation": {activation_of(family.activation(b)) for b in blocks},
             "eps": {n.eps for b in blocks for n in (getattr(b, x) for x in family.norms)}

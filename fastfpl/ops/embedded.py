@@ -90,13 +90,15 @@ def _packing(ends: tuple[int, ...], shared: int, device: torch.device) -> _Packi
     """Pack the rows of prompts; ``tokens`` are rows of the prompts cut behind the last EOT."""
     length = max(ends) + 1
     count = len(ends)
-    layout = PromptLayout(
-        tokens=torch.arange(count * length, device=device).view(count, length),
-        slots=torch.zeros(count, 0, dtype=torch.int64, device=device),
-        eot=torch.tensor(ends, device=device),
-        shared=shared,
-    )
-    return _pack(layout, shared)
+    # kept beyond this call: a tensor made in inference mode could not be saved for a backward pass
+    with torch.inference_mode(False):
+        layout = PromptLayout(
+            tokens=torch.arange(count * length, device=device).view(count, length),
+            slots=torch.zeros(count, 0, dtype=torch.int64, device=device),
+            eot=torch.tensor(ends, device=device),
+            shared=shared,
+        )
+        return _pack(layout, shared)
 
 
 def _encode_packed(tower: TextTower, prompts: Tensor, eot: Tensor, shared: int) -> Tensor:
