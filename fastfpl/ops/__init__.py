@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastfpl.ops.attention import prefix_attention
     from fastfpl.ops.embedded import encode_embedded
     from fastfpl.ops.faces import Face
     from fastfpl.ops.gate import Gate, gate_experts
@@ -18,6 +19,7 @@ __all__ = [
     "encode_embedded",
     "encode_text",
     "gate_experts",
+    "prefix_attention",
     "transport_logits",
     "transport_plan",
 ]
@@ -27,6 +29,7 @@ _HOME = {
     "encode_embedded": "fastfpl.ops.embedded",
     "encode_text": "fastfpl.ops.text",
     "gate_experts": "fastfpl.ops.gate",
+    "prefix_attention": "fastfpl.ops.attention",
     "transport_logits": "fastfpl.ops.transport",
     "transport_plan": "fastfpl.ops.transport",
 }
