@@ -461,9 +461,7 @@ def test_a_limit_bounds_what_lives_and_changes_nothing(name: str) -> None:
     tower = random_tower(width=64, heads=2, depth=3, dim=8)
     names = [f"{'x' * (i % 8)}{i}" for i in range(40)]
     layout = ClassPrompts(WordsClip(tower), names).layout(4)
-    ctx = torch.randn(
-        2, 4, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    )
+    ctx = torch.randn(2, 4, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     with face(name):
         living(tower, layout, ctx, None)  # constants of the tower and of the classes
         features, gradient, whole = living(tower, layout, ctx, None)
