@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastfpl.errors import InputError, KindError
+from fastfpl.errors import InputError, KindError, NotSupported
 from fastfpl.ops.embedded import encode_embedded
 from fastfpl.ops.faces import face
+from fastfpl.ops.memory import memory_limit
 from tests.test_text import random_tower
 from tests.truth import assert_as_good_as_eager, fenced
 
@@ -135,3 +136,5 @@ def test_bad_input_is_refused():
         encode_embedded(tower, prompts[:, :20], eot)
     with pytest.raises(InputError, match="shared must be from 0 to 3; got 4"):
         encode_embedded(tower, prompts, eot, shared=4)
+    with memory_limit(1 << 30), pytest.raises(NotSupported, match="torch: it keeps to no memory"):
+        encode_embedded(tower, prompts, eot)

@@ -17,6 +17,7 @@ from fastfpl.dropin.output import lazy_output
 from fastfpl.dropin.sharing import NOTHING, Sharing, note_of, sharing_by_value, still_holds
 from fastfpl.dropin.swap import Kind, State, hooked, refuse, register
 from fastfpl.ops.embedded import encode_embedded
+from fastfpl.ops.memory import current_limit
 from fastfpl.reference.text import TextTower
 
 __all__ = ["KINDS", "prove"]
@@ -93,6 +94,8 @@ def _plain(tensor: Tensor, weight: Tensor) -> None:
         refuse("a transform of torch.func is active, which cannot look at values")
     if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
         refuse("a CUDA graph is being captured, which cannot look at values")
+    if current_limit() is not None:
+        refuse("a memory limit is set, which this pass does not keep")
     if tensor.device != weight.device:
         refuse(f"the input is on {tensor.device} and the text tower on {weight.device}")
 

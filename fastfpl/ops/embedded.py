@@ -7,13 +7,12 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastfpl.errors import InputError, KindError
 from fastfpl.ops.faces import Face, choose
-from fastfpl.ops.text import PromptLayout, TextTower, _pack, _Packing
+from fastfpl.ops.memory import current_limit
+from fastfpl.ops.text import PromptLayout, TextTower, _pack, _Packing, packed_states
 from fastfpl.reference import embedded as reference
-from fastfpl.reference.text import activate, block_norm
 from fastfpl.shapes import check_shapes
 
 __all__ = ["FACES", "encode_embedded"]
@@ -52,6 +51,8 @@ def encode_embedded(tower: TextTower, prompts: Tensor, eot: Tensor, *, shared: i
         If a shape, an EOT position or ``shared`` is out of range.
     KindError
         If ``prompts`` is not floating point or not on the tower's device.
+    NotSupported
+        Inside `fastfpl.ops.memory.memory_limit`: this pass keeps to none.
 
     Notes
     -----
@@ -119,49 +120,21 @@ def _encode_packed(tower: TextTower, prompts: Tensor, eot: Tensor, shared: int) 
 
 def _encode_pass(tower: TextTower, packing: _Packing, flat: Tensor) -> Tensor:
     """Run groups of embedded rows (G, C L', W) and return their EOT states (G, C, W)."""
-    groups, shared, bins, span = len(flat), packing.shared, packing.bins, packing.span
-    heads, width = tower.heads, tower.width
-    size = width // heads
+    shared = packing.shared
     positional = tower.positional.to(flat.dtype)
     x = flat.index_select(1, packing.tokens) + positional[packing.positions]
     if shared:
         x = torch.cat((flat[:, :shared] + positional[:shared], x), dim=1)
-    bias: Tensor | None = None
-    for depth, block in enumerate(tower.blocks):
-        h = block_norm(x, block.ln_1_w, block.ln_1_b, tower.eps)
-        qkv = F.linear(h, block.qkv_w, block.qkv_b)
-        if bias is None:
-            hidden = ~packing.mask.expand(groups, -1, -1, -1, -1)
-            hidden = hidden.reshape(groups * bins, 1, span, shared + span)
-            bias = torch.zeros(hidden.shape, dtype=qkv.dtype, device=x.device)
-            bias.masked_fill_(hidden, float("-inf"))
-        own = qkv[:, shared:].view(groups, bins, span, 3, heads, size)
-        lead = qkv[:, None, :shared, width:].expand(-1, bins, -1, -1)
-        kv = torch.cat((lead.unflatten(-1, (2, heads, size)), own[:, :, :, 1:]), dim=2)
-        q = own[:, :, :, 0].reshape(groups * bins, span, heads, size).transpose(1, 2)
-        k, v = kv.view(groups * bins, shared + span, 2, heads, size).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        mixed = mixed.transpose(1, 2).reshape(groups, bins * span, width)
-        if depth == len(tower.blocks) - 1:
-            # only the EOT rows reach the features
-            mixed, x = mixed[:, packing.eot_rows], x[:, shared + packing.eot_rows]
-        elif shared:
-            q, k, v = (
-                part.unflatten(-1, (heads, size)).transpose(1, 2)
-                for part in qkv[:, :shared].chunk(3, dim=-1)
-            )
-            first = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            mixed = torch.cat((first.transpose(1, 2).flatten(2), mixed), dim=1)
-        x = x + F.linear(mixed, block.out_w, block.out_b)
-        h = block_norm(x, block.ln_2_w, block.ln_2_b, tower.eps)
-        h = activate(F.linear(h, block.fc_w, block.fc_b), tower.activation)
-        x = x + F.linear(h, block.proj_w, block.proj_b)
-    return block_norm(x, tower.ln_w, tower.ln_b, tower.eps)
+    return packed_states(tower, packing, x)
+
+
+def _against_limit(*_: object) -> list[str]:
+    return ["it keeps to no memory limit"] if current_limit() is not None else []
 
 
 FACES = {
     "encode_embedded": (
-        Face("torch", _encode_packed),
-        Face("reference", reference.encode_embedded),
+        Face("torch", _encode_packed, against=_against_limit),
+        Face("reference", reference.encode_embedded, against=_against_limit),
     )
 }
