@@ -507,3 +507,18 @@ def test_weights_that_change_in_place_are_seen() -> None:
             torch.testing.assert_close(after, encode_text(tower, layout, ctx), rtol=0, atol=1e-12)
         assert not torch.allclose(after, before)
         before = after
+
+
+@pytest.mark.parametrize("name", ["cpu", "torch", "reference"])
+def test_the_gradient_of_a_plain_sum(name: str) -> None:
+    """An expanded scalar comes back from it, which is not contiguous."""
+    tower = random_tower()
+    classes = ClassPrompts(WordsClip(tower), NAMES)  # type: ignore[arg-type]  # its text side
+    grads = []
+    for weight in (torch.ones(()), torch.ones(len(NAMES), tower.dim, dtype=torch.float64)):
+        leaf = torch.full((4, 24), 0.5, dtype=torch.float64, requires_grad=True)
+        with face(name):
+            features = encode_text(tower, classes.layout(4), leaf)
+        (features.sum() if weight.dim() == 0 else (features * weight).sum()).backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(grads[0], grads[1])

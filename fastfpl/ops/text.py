@@ -260,22 +260,34 @@ def _embed(tower: TextTower, packing: _Packing, ctx: Tensor, class_specific: boo
 
 
 def _encode_pass(tower: TextTower, packing: _Packing, ctx: Tensor, class_specific: bool) -> Tensor:
-    groups, shared, bins, span = ctx.shape[0], packing.shared, packing.bins, packing.span
+    x = packed_states(tower, packing, _embed(tower, packing, ctx, class_specific))
+    features = x @ tower.projection
+    if tower.projection_b is not None:
+        features = features + tower.projection_b
+    return unit_length(features)
+
+
+def packed_states(tower: TextTower, packing: _Packing, x: Tensor) -> Tensor:
+    """Run embedded rows (G, shared + R, W); return EOT states after the last norm (G, C, W).
+
+    Plain operations, so that autocast and autograd see them as they see the literal pass.
+    """
+    groups, shared, bins, span = len(x), packing.shared, packing.bins, packing.span
     heads, width = tower.heads, tower.width
     size = width // heads
-    x = _embed(tower, packing, ctx, class_specific)
-    mask = packing.mask.expand(groups, -1, -1, -1, -1).reshape(
-        groups * bins, 1, span, shared + span
-    )
-    bias = torch.zeros(mask.shape, dtype=tower.dtype, device=x.device)
-    bias.masked_fill_(~mask, float("-inf"))
+    bias: Tensor | None = None
     for depth, block in enumerate(tower.blocks):
         last = depth == len(tower.blocks) - 1
         h = block_norm(x, block.ln_1_w, block.ln_1_b, tower.eps)
         qkv = F.linear(h, block.qkv_w, block.qkv_b)
+        if bias is None:  # in the dtype of the products, which autocast chooses
+            hidden = ~packing.mask.expand(groups, -1, -1, -1, -1)
+            hidden = hidden.reshape(groups * bins, 1, span, shared + span)
+            bias = torch.zeros(hidden.shape, dtype=qkv.dtype, device=x.device)
+            bias.masked_fill_(hidden, float("-inf"))
         own = qkv[:, shared:].view(groups, bins, span, 3, heads, size)
         lead = qkv[:, None, :shared, width:].expand(-1, bins, -1, -1)
-        kv = torch.cat((lead.view(groups, bins, shared, 2, heads, size), own[:, :, :, 1:]), dim=2)
+        kv = torch.cat((lead.unflatten(-1, (2, heads, size)), own[:, :, :, 1:]), dim=2)
         q = own[:, :, :, 0].reshape(groups * bins, span, heads, size).transpose(1, 2)
         k, v = kv.view(groups * bins, shared + span, 2, heads, size).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
@@ -283,23 +295,18 @@ def _encode_pass(tower: TextTower, packing: _Packing, ctx: Tensor, class_specifi
         if last:
             # only the EOT rows reach the features
             mixed, x = mixed[:, packing.eot_rows], x[:, shared + packing.eot_rows]
-        else:
+        elif shared:
             q, k, v = (
-                part.view(groups, shared, heads, size).transpose(1, 2)
+                part.unflatten(-1, (heads, size)).transpose(1, 2)
                 for part in qkv[:, :shared].chunk(3, dim=-1)
             )
             first = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            first = first.transpose(1, 2).reshape(groups, shared, width)
-            mixed = torch.cat((first, mixed), dim=1)
+            mixed = torch.cat((first.transpose(1, 2).flatten(2), mixed), dim=1)
         x = x + F.linear(mixed, block.out_w, block.out_b)
         h = block_norm(x, block.ln_2_w, block.ln_2_b, tower.eps)
         h = activate(F.linear(h, block.fc_w, block.fc_b), tower.activation)
         x = x + F.linear(h, block.proj_w, block.proj_b)
-    x = block_norm(x, tower.ln_w, tower.ln_b, tower.eps)
-    features = x @ tower.projection
-    if tower.projection_b is not None:
-        features = features + tower.projection_b
-    return unit_length(features)
+    return block_norm(x, tower.ln_w, tower.ln_b, tower.eps)
 
 
 def _against_cpu(tower: TextTower, *_: object) -> list[str]:
