@@ -9,6 +9,10 @@
 namespace fastfpl {
 namespace {
 
+// Numbers of a vector.
+template <class Real>
+constexpr int64_t kLanes = sizeof(Lanes<Real>) / sizeof(Real);
+
 // Rows of a product that are accumulated at once: with two vectors each, 8 sums hide the latency
 // of a multiply-add and still fit the registers of AVX2.
 constexpr int kRows = 4;
@@ -18,19 +22,19 @@ template <class Real, int N, int V, bool kAdd>
 FASTFPL_INLINE void product(const Real* a, int64_t a_row, int64_t a_depth, const Real* x,
                             int64_t x_row, int64_t depth, Real* out, int64_t out_row) {
   using Vector = Lanes<Real>;
-  constexpr int64_t kLanes = gate_lanes<Real>();
+  constexpr int64_t lanes = kLanes<Real>;
   Vector sum[N][V];
 #pragma GCC unroll 8
   for (int r = 0; r < N; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
       sum[r][v] = Vector{};
-      if (kAdd) load_lanes(out + r * out_row + v * kLanes, sum[r][v]);
+      if (kAdd) load_lanes(out + r * out_row + v * lanes, sum[r][v]);
     }
   for (int64_t t = 0; t < depth; ++t) {
     Vector row[V];
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) load_lanes(x + t * x_row + v * kLanes, row[v]);
+    for (int v = 0; v < V; ++v) load_lanes(x + t * x_row + v * lanes, row[v]);
 #pragma GCC unroll 8
     for (int r = 0; r < N; ++r)
 #pragma GCC unroll 8
@@ -39,7 +43,7 @@ FASTFPL_INLINE void product(const Real* a, int64_t a_row, int64_t a_depth, const
 #pragma GCC unroll 8
   for (int r = 0; r < N; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) store_lanes(out + r * out_row + v * kLanes, sum[r][v]);
+    for (int v = 0; v < V; ++v) store_lanes(out + r * out_row + v * lanes, sum[r][v]);
 }
 
 // The same for any number of rows, in pieces of about equal size.
@@ -67,7 +71,7 @@ FASTFPL_INLINE void products(int64_t rows, const Real* a, int64_t a_row, int64_t
 template <class Real, int V>
 FASTFPL_INLINE void project(const Gate& g, const Real* q, const Real* z, const Real* k,
                             const Real* v, Real* score, Real* value) {
-  constexpr int64_t J = V * gate_lanes<Real>();
+  constexpr int64_t J = V * kLanes<Real>;
   const int64_t row = 2 * g.heads * g.width;
   products<Real, V, false>(g.experts, k, row, 1, q, g.images, g.width, score, J);
   products<Real, V, false>(g.experts, v, row, 1, z, g.images, g.width, value, J);
@@ -77,7 +81,7 @@ template <class Real, int V>
 FASTFPL_INLINE void mix(const Gate& g, const Real* q, const Real* z, const Real* k, const Real* v,
                         Real* logits, Real* stats, Real* FASTFPL_RESTRICT score,
                         Real* FASTFPL_RESTRICT value) {
-  constexpr int64_t J = V * gate_lanes<Real>();
+  constexpr int64_t J = V * kLanes<Real>;
   project<Real, V>(g, q, z, k, v, score, value);
   const Real scale = Real(g.scale);
   Real high[J], sum[J], mean[J];
@@ -115,9 +119,9 @@ FASTFPL_INLINE void mix(const Gate& g, const Real* q, const Real* z, const Real*
 template <class Real>
 FASTFPL_INLINE void forward(const Real* qz, const Real* kv, Real* logits, Real* stats,
                             const Gate& g, int64_t begin, int64_t end, Real* scratch) {
-  constexpr int64_t kLanes = gate_lanes<Real>();
+  constexpr int64_t lanes = kLanes<Real>;
   const int64_t B = g.images, side = g.heads * g.width;
-  Real *score = scratch, *value = scratch + g.experts * 2 * kLanes;
+  Real *score = scratch, *value = scratch + g.experts * 2 * lanes;
   for (int64_t c = begin; c < end; ++c) {
     const Real* client = qz + c / g.classes * 2 * side * B;
     Real* out = logits + c * B;
@@ -127,7 +131,7 @@ FASTFPL_INLINE void forward(const Real* qz, const Real* kv, Real* logits, Real* 
       const Real *q = client + h * g.width * B, *z = q + side * B;
       Real* kept = stats ? stats + (c * g.heads + h) * 3 * B : nullptr;
       int64_t b = 0;
-      for (; b + 2 * kLanes <= B; b += 2 * kLanes)
+      for (; b + 2 * lanes <= B; b += 2 * lanes)
         mix<Real, 2>(g, q + b, z + b, k, v, out + b, kept ? kept + b : nullptr, score, value);
       if (b < B)
         mix<Real, 1>(g, q + b, z + b, k, v, out + b, kept ? kept + b : nullptr, score, value);
@@ -141,7 +145,7 @@ FASTFPL_INLINE void unmix(const Gate& g, const Real* q, const Real* z, const Rea
                           const Real* stats, const Real* d_logits, Real* d_q, Real* d_z,
                           const Real* q_rows, const Real* z_rows, int64_t padded, Real* d_k,
                           Real* d_v, Real* FASTFPL_RESTRICT score, Real* FASTFPL_RESTRICT value) {
-  constexpr int64_t kLanes = gate_lanes<Real>(), J = V * kLanes;
+  constexpr int64_t lanes = kLanes<Real>, J = V * lanes;
   project<Real, V>(g, q, z, k, v, score, value);
   const Real scale = Real(g.scale);
   const Real *high = stats, *inverse = stats + g.images, *mean = stats + 2 * g.images;
@@ -160,7 +164,7 @@ FASTFPL_INLINE void unmix(const Gate& g, const Real* q, const Real* z, const Rea
   }
   if (!d_k) return;
   int64_t i = 0;
-  for (; i + 2 * kLanes <= padded; i += 2 * kLanes) {
+  for (; i + 2 * lanes <= padded; i += 2 * lanes) {
     products<Real, 2, true>(g.experts, score, J, 1, q_rows + i, padded, J, d_k + i, padded);
     products<Real, 2, true>(g.experts, value, J, 1, z_rows + i, padded, J, d_v + i, padded);
   }
@@ -175,11 +179,11 @@ template <class Real>
 FASTFPL_INLINE void backward(const Real* d_logits, const Real* qz, const Real* rows, const Real* kv,
                              const Real* stats, Real* d_qz, Real* d_kv, int64_t chunks,
                              const Gate& g, int64_t begin, int64_t end, Real* scratch) {
-  constexpr int64_t kLanes = gate_lanes<Real>();
+  constexpr int64_t lanes = kLanes<Real>;
   const int64_t B = g.images, E = g.experts, side = g.heads * g.width;
-  const int64_t padded = (g.width + kLanes - 1) / kLanes * kLanes;
-  Real *score = scratch, *value = score + E * 2 * kLanes;
-  Real *d_k = value + E * 2 * kLanes, *d_v = d_k + E * padded;
+  const int64_t padded = gate_padded(g.width, sizeof(Real));
+  Real *score = scratch, *value = score + E * 2 * lanes;
+  Real *d_k = value + E * 2 * lanes, *d_v = d_k + E * padded;
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     const int64_t u = chunk / chunks, i = chunk % chunks;
     const int64_t first = u * g.classes + g.classes * i / chunks;
@@ -199,7 +203,7 @@ FASTFPL_INLINE void backward(const Real* d_logits, const Real* qz, const Real* r
         const Real* by = d_logits + c * B;
         Real* into = d_kv ? d_k : nullptr;
         int64_t b = 0;
-        for (; b + 2 * kLanes <= B; b += 2 * kLanes)
+        for (; b + 2 * lanes <= B; b += 2 * lanes)
           unmix<Real, 2>(g, q + b, z + b, k, v, kept + b, by + b, of(d_q, b), of(d_z, b),
                          of(q_rows, b * padded), of(z_rows, b * padded), padded, into, d_v, score,
                          value);
@@ -238,7 +242,7 @@ FASTFPL_GATE(double)
 template <class Real>
 int64_t threads_for(const Gate& g, int64_t times) {
   const double vectors = double(g.clients) * double(g.classes) * double(g.experts) *
-                         double(g.heads) * double(g.images / gate_lanes<Real>());
+                         double(g.heads) * double(g.images / kLanes<Real>);
   const double microseconds = double(times) * vectors * double(2 * g.width + 20) / 3000;
   return std::max<int64_t>(1, std::min(g.threads, int64_t(microseconds / 20)));
 }
@@ -246,7 +250,7 @@ int64_t threads_for(const Gate& g, int64_t times) {
 // A scratch area of `size` numbers a thread, each of whole cache lines.
 template <class Real, class Work>
 void with_scratch(int64_t threads, int64_t count, int64_t size, const Work& work) {
-  const int64_t line = gate_lanes<Real>(), stride = (size + line - 1) / line * line;
+  const int64_t line = kLanes<Real>, stride = (size + line - 1) / line * line;
   std::vector<Real> memory(threads * stride + line);
   Real* scratch = memory.data();
   while (reinterpret_cast<uintptr_t>(scratch) % 64) ++scratch;
@@ -259,7 +263,7 @@ void with_scratch(int64_t threads, int64_t count, int64_t size, const Work& work
 
 template <class Real>
 void gate_fwd(const Real* qz, const Real* kv, Real* logits, Real* stats, const Gate& g) {
-  const int64_t size = 4 * g.experts * gate_lanes<Real>();
+  const int64_t size = 4 * g.experts * kLanes<Real>;
   with_scratch<Real>(threads_for<Real>(g, 1), g.clients * g.classes, size,
                      [&](int64_t begin, int64_t end, Real* scratch) {
                        forward_range(qz, kv, logits, stats, g, begin, end, scratch);
@@ -269,8 +273,8 @@ void gate_fwd(const Real* qz, const Real* kv, Real* logits, Real* stats, const G
 template <class Real>
 void gate_bwd(const Real* d_logits, const Real* qz, const Real* rows, const Real* kv,
               const Real* stats, Real* d_qz, Real* d_kv, int64_t chunks, const Gate& g) {
-  const int64_t lanes = gate_lanes<Real>();
-  const int64_t padded = (g.width + lanes - 1) / lanes * lanes;
+  const int64_t lanes = kLanes<Real>;
+  const int64_t padded = gate_padded(g.width, sizeof(Real));
   const int64_t size = g.experts * (4 * lanes + 2 * padded);
   with_scratch<Real>(threads_for<Real>(g, 3), g.clients * chunks, size,
                      [&](int64_t begin, int64_t end, Real* scratch) {

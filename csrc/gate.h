@@ -8,15 +8,16 @@ namespace fastfpl {
 
 struct Gate {
   int64_t clients, classes, experts, heads, width;  // U, C, E, H, d = D / H
-  int64_t images;                                   // B, a multiple of gate_lanes<Real>()
+  int64_t images;                                   // B, padded
   double scale;
   int64_t threads;
 };
 
-// Numbers of one vector: what images are padded to, and d in the rows of gate_bwd.
-template <class Real>
-constexpr int64_t gate_lanes() {
-  return 64 / int64_t(sizeof(Real));
+// The next multiple of a vector's numbers, of so many bytes each: what images are padded to with
+// zeros, and d in the rows of gate_bwd.
+constexpr int64_t gate_padded(int64_t count, int64_t bytes) {
+  const int64_t lanes = 64 / bytes;
+  return (count + lanes - 1) / lanes * lanes;
 }
 
 // logit_cb = sum_h sum_e softmax_e(scale q_hb . k_ceh) (z_hb . v_ceh).

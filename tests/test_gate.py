@@ -31,7 +31,7 @@ def problem(
 
 def both(image: Tensor, experts: Tensor, gate: Gate) -> dict[str, list[Tensor]]:
     found = {}
-    for name in ("torch", "cpu", "reference"):
+    for name in ("torch", "cpu", "triton", "reference"):
         leaves = [image.clone(), experts.clone(), *(t.clone() for t in gate.tensors().values())]
         for leaf in leaves:
             leaf.requires_grad_()
@@ -58,7 +58,7 @@ def test_forward_and_every_gradient(
     lead: tuple[int, ...], B: int, C: int, E: int, D: int, heads: int
 ) -> None:
     found = both(*problem(lead, B, C, E, D, heads))
-    for mine, true in zip(found["cpu"], found["reference"], strict=True):
+    for mine, true in zip(found["triton"], found["reference"], strict=True):
         torch.testing.assert_close(mine, true, rtol=1e-10, atol=1e-12)
 
 

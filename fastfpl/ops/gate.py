@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastfpl.errors import InputError, KindError
-from fastfpl.ops import native
+from fastfpl.ops import launch, native
 from fastfpl.ops.faces import Face, choose
 from fastfpl.reference import gate as reference
 from fastfpl.reference.gate import Gate
@@ -276,9 +276,10 @@ def _cpu_backward(
     classes, padded = kv.shape[1], by_number.shape[-1]
     by_class = qz.new_zeros(clients, classes, padded)
     by_class[..., :images] = d_logits.mT
+    chunks = max(1, min(classes, _PARTS))
     parts = rows = d_kv = None
     if of_images:
-        parts = qz.new_zeros(clients, max(1, min(classes, _PARTS)), *by_number.shape[1:])
+        parts = qz.new_zeros(clients, chunks, *by_number.shape[1:])
     if of_experts:
         line = _LANES[qz.itemsize]
         rows = qz.new_zeros(clients, 2, heads, padded, -(-width // line) * line)
@@ -286,7 +287,8 @@ def _cpu_backward(
         d_kv = torch.empty_like(kv)
     if of_images or of_experts:
         native.load("gate_bwd").gate_bwd(
-            by_class, by_number, rows, kv, kept, parts, d_kv, scale, torch.get_num_threads()
+            *(by_class, by_number, rows, kv, kept, parts, d_kv, scale),
+            *(chunks, torch.get_num_threads()),
         )
     d_qz = None
     if parts is not None:
@@ -303,8 +305,25 @@ def _against_cpu(image: Tensor, experts: Tensor, gate: Gate) -> list[str]:
     return reasons
 
 
+def _triton(image: Tensor, experts: Tensor, gate: Gate) -> Tensor:
+    from fastfpl.kernels.gate import gate_bwd, gate_fwd
+
+    return _run(_Fused(gate_fwd, gate_bwd), image, experts, gate)
+
+
+def _against_triton(image: Tensor, experts: Tensor, gate: Gate) -> list[str]:
+    from fastfpl.kernels.gate import WIDEST
+
+    reasons = launch.against("gate_experts", image=image)
+    width = image.shape[-1] // gate.heads
+    if width > WIDEST:
+        reasons.append(f"heads have {width} numbers, at most {WIDEST}")
+    return reasons
+
+
 FACES = {
     "gate_experts": (
+        Face("triton", _triton, launch.missing, _against_triton),
         Face(
             "cpu",
             functools.partial(_run, _Fused(_cpu_forward, _cpu_backward)),
