@@ -31,12 +31,19 @@ def _dot(a, b, ACC: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _tile(base, o, count, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Load rows ``o`` of D numbers each, ``stride`` apart, and the same of the other side."""
+def _load(base, o, count, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Load rows ``o`` of D numbers each, ``stride`` apart."""
     d = tl.arange(0, BLOCK_D)
-    at = o[:, None] * stride + d[None, :]
     mask = (o < count)[:, None] & (d < D)[None, :]
-    return tl.load(base + at, mask=mask, other=0.0), at, mask
+    return tl.load(base + o[:, None] * stride + d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _store(base, x, o, count, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Store rows as `_load` loads them."""
+    d = tl.arange(0, BLOCK_D)
+    mask = (o < count)[:, None] & (d < D)[None, :]
+    tl.store(base + o[:, None] * stride + d[None, :], x.to(base.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -72,15 +79,15 @@ def _gate_fwd_kernel(
     for i in range(HEADS):
         h = part * HEADS + i
         p_q = qz + u * B * (2 * H * D) + h * D
-        q, _, _ = _tile(p_q, b, B, 2 * H * D, D, BLOCK_D)
-        z, _, _ = _tile(p_q + H * D, b, B, 2 * H * D, D, BLOCK_D)
+        q = _load(p_q, b, B, 2 * H * D, D, BLOCK_D)
+        z = _load(p_q + H * D, b, B, 2 * H * D, D, BLOCK_D)
         high = tl.full((BLOCK_B, BLOCK_C), float("-inf"), ACC)
         weight = tl.zeros((BLOCK_B, BLOCK_C), ACC)
         value = tl.zeros((BLOCK_B, BLOCK_C), ACC)
         for e in range(E):
             p_k = kv + (u * C * E + e) * (2 * H * D) + h * D
-            k, _, _ = _tile(p_k, c, C, E * 2 * H * D, D, BLOCK_D)
-            v, _, _ = _tile(p_k + H * D, c, C, E * 2 * H * D, D, BLOCK_D)
+            k = _load(p_k, c, C, E * 2 * H * D, D, BLOCK_D)
+            v = _load(p_k + H * D, c, C, E * 2 * H * D, D, BLOCK_D)
             s = _dot(q, tl.trans(k), ACC, PRECISION) * scale
             a = _dot(z, tl.trans(v), ACC, PRECISION)
             # of the two exponentials of an online softmax one is always exp(0)
@@ -137,16 +144,16 @@ def _gate_bwd_kv_kernel(
     u = program // (tiles_c * E * H)
     c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     place = (u * C * E + e) * (2 * H * D) + h * D
-    k, at_k, mask_k = _tile(kv + place, c, C, E * 2 * H * D, D, BLOCK_D)
-    v, _, _ = _tile(kv + place + H * D, c, C, E * 2 * H * D, D, BLOCK_D)
+    k = _load(kv + place, c, C, E * 2 * H * D, D, BLOCK_D)
+    v = _load(kv + place + H * D, c, C, E * 2 * H * D, D, BLOCK_D)
     d_k = tl.zeros((BLOCK_C, BLOCK_D), ACC)
     d_v = tl.zeros((BLOCK_C, BLOCK_D), ACC)
     p_q = qz + u * B * (2 * H * D) + h * D
     first = program * 0
     while first < B:
         b = first + tl.arange(0, BLOCK_B)
-        q, _, _ = _tile(p_q, b, B, 2 * H * D, D, BLOCK_D)
-        z, _, _ = _tile(p_q + H * D, b, B, 2 * H * D, D, BLOCK_D)
+        q = _load(p_q, b, B, 2 * H * D, D, BLOCK_D)
+        z = _load(p_q + H * D, b, B, 2 * H * D, D, BLOCK_D)
         inside = (b < B)[:, None] & (c < C)[None, :]
         by = tl.load(d_logits + (u * B + b)[:, None] * C + c[None, :], mask=inside, other=0.0)
         at = ((u * H + h) * B + b)[:, None] * C + c[None, :]
@@ -165,8 +172,8 @@ def _gate_bwd_kv_kernel(
         d_k += _dot(tl.trans(d_score).to(q.dtype), q, ACC, PRECISION)
         d_v += _dot(tl.trans(d_value).to(z.dtype), z, ACC, PRECISION)
         first += BLOCK_B
-    tl.store(d_kv + place + at_k, d_k.to(d_kv.dtype.element_ty), mask=mask_k)
-    tl.store(d_kv + place + H * D + at_k, d_v.to(d_kv.dtype.element_ty), mask=mask_k)
+    _store(d_kv + place, d_k, c, C, E * 2 * H * D, D, BLOCK_D)
+    _store(d_kv + place + H * D, d_v, c, C, E * 2 * H * D, D, BLOCK_D)
 
 
 @triton.jit
@@ -199,8 +206,8 @@ def _gate_bwd_qz_kernel(
     clients = tl.num_programs(0).to(tl.int64) // (parts * tiles_b * H)
     b = i_b * BLOCK_B + tl.arange(0, BLOCK_B)
     p_q = qz + u * B * (2 * H * D) + h * D
-    q, at_q, mask_q = _tile(p_q, b, B, 2 * H * D, D, BLOCK_D)
-    z, _, _ = _tile(p_q + H * D, b, B, 2 * H * D, D, BLOCK_D)
+    q = _load(p_q, b, B, 2 * H * D, D, BLOCK_D)
+    z = _load(p_q + H * D, b, B, 2 * H * D, D, BLOCK_D)
     d_q = tl.zeros((BLOCK_B, BLOCK_D), ACC)
     d_z = tl.zeros((BLOCK_B, BLOCK_D), ACC)
     tiles = tl.cdiv(C, BLOCK_C)
@@ -215,15 +222,15 @@ def _gate_bwd_qz_kernel(
         b_mean = tl.load(mean + at, mask=inside, other=0.0)
         for e in range(E):
             p_k = kv + (u * C * E + e) * (2 * H * D) + h * D
-            k, _, _ = _tile(p_k, c, C, E * 2 * H * D, D, BLOCK_D)
-            v, _, _ = _tile(p_k + H * D, c, C, E * 2 * H * D, D, BLOCK_D)
+            k = _load(p_k, c, C, E * 2 * H * D, D, BLOCK_D)
+            v = _load(p_k + H * D, c, C, E * 2 * H * D, D, BLOCK_D)
             d_score, d_value = _weights(q, z, k, v, b_lse, b_mean, by, scale, ACC, PRECISION)
             d_q += _dot(d_score.to(k.dtype), k, ACC, PRECISION)
             d_z += _dot(d_value.to(v.dtype), v, ACC, PRECISION)
         i_c += 1
     p_out = d_qz + (part * clients + u) * B * (2 * H * D) + h * D
-    tl.store(p_out + at_q, d_q.to(d_qz.dtype.element_ty), mask=mask_q)
-    tl.store(p_out + H * D + at_q, d_z.to(d_qz.dtype.element_ty), mask=mask_q)
+    _store(p_out, d_q, b, B, 2 * H * D, D, BLOCK_D)
+    _store(p_out + H * D, d_z, b, B, 2 * H * D, D, BLOCK_D)
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -231,26 +238,36 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def _constants(qz: Tensor, kv: Tensor, blocks: tuple[int, int] | None) -> dict[str, object]:
-    """Choose the blocks by the sizes, and what else all kernels are compiled for."""
+    """Choose the blocks by the sizes, and what else all kernels are compiled for.
+
+    float32 is multiplied as cuBLAS multiplies it in the products round the kernels: exactly, or on
+    the matrix units in TF32 where torch allows that.
+    """
     images, heads, width = qz.shape[1], *qz.shape[3:]
     classes, experts = kv.shape[1:3]
+    tf32 = qz.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    # 16 is the least a product on the matrix units takes
+    padded = max(16, triton.next_power_of_2(width))
     if blocks is None:
-        # 16 is the least a product on the matrix units takes
+        # the largest that leave registers over, found by compiling for all cards
+        units, wide = tf32 or qz.itemsize == 2, padded > 32
+        most_b = 32 if units or not wide else 16
+        most_c = 32 if units and not wide else 16
         blocks = (
-            min(64, max(16, triton.next_power_of_2(images))),
-            min(32, max(16, triton.next_power_of_2(classes))),
+            min(most_b, max(16, triton.next_power_of_2(images))),
+            min(most_c, max(16, triton.next_power_of_2(classes))),
         )
-    exact = torch.get_float32_matmul_precision() == "highest"
     return {
         "E": experts,
         "H": heads,
         "D": width,
         "ACC": tl.float64 if qz.dtype == torch.float64 else tl.float32,
-        "PRECISION": "ieee" if qz.dtype != torch.float32 else "tf32x3" if exact else "tf32",
+        "PRECISION": "tf32" if tf32 else "ieee",
         "BLOCK_B": blocks[0],
         "BLOCK_C": blocks[1],
-        "BLOCK_D": max(16, triton.next_power_of_2(width)),
+        "BLOCK_D": padded,
         "num_warps": 4,
+        "num_stages": 2,
     }
 
 
