@@ -248,9 +248,9 @@ def _constants(qz: Tensor, kv: Tensor, blocks: tuple[int, int] | None) -> dict[s
     tf32 = qz.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     # 16 is the least a product on the matrix units takes
     padded = max(16, triton.next_power_of_2(width))
+    units, wide = tf32 or qz.itemsize == 2, padded > 32
     if blocks is None:
-        # the largest that leave registers over, found by compiling for all cards
-        units, wide = tf32 or qz.itemsize == 2, padded > 32
+        # the largest that spill no register on any card
         most_b = 32 if units or not wide else 16
         most_c = 32 if units and not wide else 16
         blocks = (
@@ -266,8 +266,8 @@ def _constants(qz: Tensor, kv: Tensor, blocks: tuple[int, int] | None) -> dict[s
         "BLOCK_B": blocks[0],
         "BLOCK_C": blocks[1],
         "BLOCK_D": padded,
-        "num_warps": 4,
-        "num_stages": 2,
+        "num_warps": 8 if wide and not units else 4,
+        "num_stages": 1 if qz.dtype == torch.float64 else 2,
     }
 
 

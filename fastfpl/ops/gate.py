@@ -190,14 +190,16 @@ class _Gate(torch.autograd.Function):
             of_experts or of_w_k or of_w_v,
         )
         grads: dict[str, Tensor] = {}
-        by_image = d_logits.sum(dim=-1, keepdim=True)
+        # sums of few numbers over all images and classes: float64 costs nothing here
+        by_image = d_logits.sum(dim=-1, keepdim=True, dtype=torch.float64)
         if of_b_v or of_w_o or of_b_o:
-            grads["b_o"] = (image.mT @ by_image)[..., 0]
-            grads["b_v"] = (grads["b_o"][:, None] @ w_o)[:, 0]
+            d_b_out = image.mT.double() @ by_image
+            grads["b_o"] = d_b_out[..., 0].to(image.dtype)
+            grads["b_v"] = (w_o.mT.double() @ d_b_out)[..., 0].to(image.dtype)
         if d_qz is not None:
             d_qz = d_qz.view(clients, images, 2 * width)
             if of_image:
-                grads["image"] = torch.baddbmm(by_image * b_out.mT, d_qz, w_qz)
+                grads["image"] = torch.baddbmm(by_image.to(image.dtype) * b_out.mT, d_qz, w_qz)
             if of_w_q and of_w_o:
                 grads["w_q"], d_z = (d_qz.mT @ image).split(width, dim=1)
                 grads["w_o"] = torch.baddbmm(d_z.mT, grads["b_o"][..., None], b_v[:, None])
