@@ -157,8 +157,8 @@ def _torch(
         q_own = q[:, shared:][:, at]
         own_mask = real[:, None] & causal
     mask = torch.cat((own_mask.new_ones(*own_mask.shape[:2], before), own_mask), dim=-1)
-    own = F.scaled_dot_product_attention(split(q_own), k_all, v_all, attn_mask=mask[:, None])
-    own = own.transpose(2, 3).flatten(-2)
+    mixed = F.scaled_dot_product_attention(split(q_own), k_all, v_all, attn_mask=mask[:, None])
+    own: Tensor = mixed.transpose(2, 3).flatten(-2)
     if last_only:
         return own[:, :, 0]
     lead_mask = torch.ones(shared, before, dtype=torch.bool, device=qkv.device)
