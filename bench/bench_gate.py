@@ -116,7 +116,7 @@ def faced(name: str) -> Run:
 
 def with_sdpa(image: Tensor, experts: Tensor, gate: Gate) -> Tensor:
     """The literal attention through torch's fused one: outputs (C, B, D) of every client."""
-    clients, classes = experts.shape[:2]
+    classes = experts.shape[1]
 
     def split(x: Tensor) -> Tensor:
         return x.unflatten(-1, (gate.heads, -1)).transpose(-3, -2)

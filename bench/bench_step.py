@@ -20,17 +20,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.bench_text import BEFORE, NAMES, SLOTS, WIDTH, operations, tower
+from bench.bench_text import NAMES, SLOTS, WIDTH, operations, tower
 from bench.bench_transport import published
 from bench.clock import checked
-from fastfpl.federation.cohort import CohortSGD
 from fastfpl.features import TextFeatures
+from fastfpl.federation.cohort import CohortSGD
 from fastfpl.methods import Batch, Method, State, Task, find_method
 from fastfpl.ops.faces import recorded_faces
 from fastfpl.ops.text import encode_text
 from fastfpl.ops.tower import rows_of
 from fastfpl.prompts import ClassPrompts
-from fastfpl.reference import fedpgp as literal_fedpgp
 from fastfpl.reference import rounds as literal_rounds
 from fastfpl.reference import text as literal_text
 from fastfpl.reference.gate import Gate
@@ -54,7 +53,6 @@ def classes(dtype: torch.dtype) -> ClassPrompts:
         tokenize=lambda texts: [tokenizer.encode(t) for t in texts],
     )
     plain = [" ".join(name.split()) for name in NAMES.split(",")]
-    assert CLASSES <= len(plain) * len(BEFORE)
     return ClassPrompts(clip, plain[:CLASSES])
 
 

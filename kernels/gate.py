@@ -303,9 +303,7 @@ def gate_fwd(
     out = qz.new_empty((parts, clients, images, classes), dtype=wide)
     stats = ()
     if wanted:
-        stats = tuple(
-            qz.new_empty((clients, heads, images, classes), dtype=wide) for _ in range(2)
-        )
+        stats = tuple(qz.new_empty((clients, heads, images, classes), dtype=wide) for _ in range(2))
     if out.numel():
         _gate_fwd_kernel[(clients * tiles * parts,)](
             qz,
@@ -357,7 +355,5 @@ def gate_bwd(
         d_kv = torch.empty_like(kv)
         programs = clients * heads * experts * tiles_c
         if programs:
-            _gate_bwd_kv_kernel[(programs,)](
-                *given, d_kv, images, classes, scale, **constants
-            )
+            _gate_bwd_kv_kernel[(programs,)](*given, d_kv, images, classes, scale, **constants)
     return d_qz, d_kv

@@ -123,7 +123,7 @@ def test_errs_at_most_twice_as_much_as_eager(
     found = step(name, [x.to(device) for x in leaves_of(image, experts, gate)], gate)
     eager, exact = true_step(size, dtype)
     for what, true in exact.items():
-        # the torch face sums biases of values through its rounded z, which is as far as float32 goes
+        # the torch face sums the biases of values through its rounded z, in float32 alone
         if what == "logits" or (name in COMPILED and what != "b_k"):
             assert_as_good_as_eager(found[what].cpu(), eager[what], true, name=what)
     # a bias of keys changes no softmax: what eager finds is rounding

@@ -53,9 +53,16 @@ def gate_experts(image: Tensor, experts: Tensor, gate: Gate) -> Tensor:
 
     Notes
     -----
-    Differentiable in: image, experts, all eight tensors of the gate. Deterministic: yes on CPU.
-    Accumulates in the dtype of the inputs, float32 inside 16-bit matrix products.
-    Memory of the fast face: H B C E scores, no (B, C, D).
+    Differentiable in: image, experts, all eight tensors of the gate; once in the triton and cpu
+    faces. A bias of keys changes no softmax, so the gradient of b_k is zero there, and rounding
+    in the others. Deterministic: yes, whatever the number of threads; no atomics on a GPU.
+    Accumulates in float32, in float64 for float64. On a GPU float32 is multiplied exactly, or in
+    TF32 where ``torch.set_float32_matmul_precision`` allows that. The C++ face takes float32 and
+    float64, the kernels heads of at most 128 numbers.
+    Memory of the triton and cpu faces: the projections of images and experts, and where a gradient
+    is wanted two or three numbers an image, class and head; no (B, C, D) and no H B C E. The torch
+    face keeps H B C E scores and values.
+
     Source: Luo et al. 2025 (pFedMoAP, ICLR), equations 8 to 10.
     """
     op = "fastfpl.ops.gate_experts"
@@ -258,9 +265,7 @@ def _cpu_forward(qz: Tensor, kv: Tensor, scale: float, wanted: bool) -> tuple[Te
     by_number[..., :images] = qz.permute(0, 2, 3, 4, 1)
     logits = qz.new_empty(clients, classes, padded)
     stats = qz.new_empty(clients, classes, heads, 3, padded) if wanted else None
-    native.load("gate_fwd").gate_fwd(
-        by_number, kv, logits, stats, scale, torch.get_num_threads()
-    )
+    native.load("gate_fwd").gate_fwd(by_number, kv, logits, stats, scale, torch.get_num_threads())
     return logits[..., :images].mT, () if stats is None else (by_number, stats)
 
 
