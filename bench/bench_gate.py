@@ -68,8 +68,11 @@ def problem(size: Size) -> tuple[Tensor, Tensor, Gate]:
     tensors = {
         n: torch.stack([g.tensors()[n] for g in gates]).to(DEVICE) for n in Gate.tensor_names()
     }
-    gate = Gate(**tensors, heads=size.H, scale=10.0)
-    return image.to(DEVICE), F.normalize(experts, dim=-1).to(DEVICE), gate
+    image, experts = image.to(DEVICE), F.normalize(experts, dim=-1).to(DEVICE)
+    if size.U == 1:  # no leading dimension, which the literal form walks through
+        image, experts = image[0], experts[0]
+        tensors = {n: t[0] for n, t in tensors.items()}
+    return image, experts, Gate(**tensors, heads=size.H, scale=10.0)
 
 
 class Step:
@@ -84,7 +87,7 @@ class Step:
         named = dict(zip(Gate.tensor_names(), self._leaves[1:], strict=True))
         self._gate = replace(gate, **named)
         weight = torch.linspace(-1, 2, size.U * size.B * size.C, dtype=dtype, device=DEVICE)
-        self._weight = weight.view(size.U, size.B, size.C)
+        self._weight = weight.view(*image.shape[:-1], size.C)
         self.gradients: tuple[Tensor, ...] = ()
 
     def __call__(self) -> Tensor:
@@ -115,20 +118,21 @@ def faced(name: str) -> Run:
 
 
 def with_sdpa(image: Tensor, experts: Tensor, gate: Gate) -> Tensor:
-    """The literal attention through torch's fused one: outputs (C, B, D) of every client."""
-    classes = experts.shape[1]
+    """The literal attention through torch's fused one: outputs (..., C, B, D)."""
 
     def split(x: Tensor) -> Tensor:
         return x.unflatten(-1, (gate.heads, -1)).transpose(-3, -2)
 
-    q = split(image @ gate.w_q.mT + gate.b_q[:, None])
-    k = split(experts @ gate.w_k.mT[:, None] + gate.b_k[:, None, None])
-    v = split(experts @ gate.w_v.mT[:, None] + gate.b_v[:, None, None])
-    q = q[:, None].expand(-1, classes, -1, -1, -1)
+    def linear(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return x @ w.mT.unsqueeze(-3) + b[..., None, None, :]
+
+    q = split(linear(image.unsqueeze(-3), gate.w_q, gate.b_q))
+    k = split(linear(experts, gate.w_k, gate.b_k))
+    v = split(linear(experts, gate.w_v, gate.b_v))
+    q = q.expand(*k.shape[:-2], *q.shape[-2:])
     mixed = F.scaled_dot_product_attention(q, k, v, scale=gate.scale)
-    mixed = mixed.transpose(-3, -2).flatten(-2)
-    out = mixed @ gate.w_o.mT[:, None] + gate.b_o[:, None, None]
-    return torch.einsum("ubd,ucbd->ubc", image, out)
+    out = linear(mixed.transpose(-3, -2).flatten(-2), gate.w_o, gate.b_o)
+    return torch.einsum("...bd,...cbd->...bc", image, out)
 
 
 @functools.cache
