@@ -565,7 +565,8 @@ class _Encode(torch.autograd.Function):
             if tape is None:
                 _, tape = one.forward(call.gather(contexts[g], c, one.rows), keep=True)
             assert tape is not None
-            wanted = d_features[g, c].reshape(-1, call.tower.dim)
+            # the gradient of a plain sum is an expanded scalar
+            wanted = d_features[g, c].reshape(-1, call.tower.dim).contiguous()
             call.scatter(one.backward(wanted, tape), d_contexts[g], c, one.rows)
             del tape
         return d_contexts, None
