@@ -273,7 +273,7 @@ def test_settings_refuse_unknown_keys_and_wrong_types() -> None:
 
 def test_ctrl_c_leaves_a_resumable_run(tmp_path: Path) -> None:
     program = (
-        "import sys; from fastfpl.cli import main; import fastfpl.federation.rounds as r\n"
+        "import sys; from fastfpl.cli import main; import fastfpl.federation.experiment as r\n"
         "old = r.save_checkpoint\n"
         "def stop(*a):\n    old(*a)\n    raise KeyboardInterrupt\n"
         "r.save_checkpoint = stop\nmain(sys.argv[1:])\n"

@@ -9,12 +9,12 @@ import torch
 from torch.nn import functional as F
 
 import fastfpl
-import fastfpl.federation.rounds
+import fastfpl.federation.preparation
 import fastfpl.methods.fedapt as module
 from fastfpl.config import make_settings
 from fastfpl.data import Dataset, Split, load_dataset
-from fastfpl.federation import Federation
 from fastfpl.federation.cohort import stack
+from fastfpl.federation.preparation import prepare
 from fastfpl.methods import check_options
 from fastfpl.methods.fedapt import key_weights
 from fastfpl.prompts import ClassPrompts
@@ -622,7 +622,7 @@ def tinted():
     split = Tinted(whole.train, 240), Tinted(whole.test, 120)
     patch = pytest.MonkeyPatch()
     patch.setattr(
-        fastfpl.federation.rounds,
+        fastfpl.federation.preparation,
         "load_dataset",
         lambda name, root, **more: Dataset("tinted", whole.classnames, domains, *split),
     )
@@ -632,7 +632,7 @@ def tinted():
 
 def test_a_run_learns_which_domain_an_image_is_of(cache):
     settings = {**TINTED, "partition": "domain", "clients": 3, "lr": 0.2, "rounds": 12}
-    federation = Federation.prepare(
+    federation = prepare(
         make_settings({"method": "fedapt", **settings}), model=small_clip(), cache=cache
     )
     assert len(federation.method.keys) == 3
@@ -655,7 +655,7 @@ def test_a_domain_that_is_left_out_has_no_key(target, method, cache):
     settings |= {"partition": "domain-dirichlet", "clients": 4, "sampling": "domain", "rounds": 2}
     if method == "fedapt-unsupervised":
         settings |= {"augment": "views:1", "options": {"pseudo_rounds": 1, "threshold": 0.0}}
-    federation = Federation.prepare(
+    federation = prepare(
         make_settings({"method": method, **settings}), model=small_clip(), cache=cache
     )
     assert federation.client_domains == (0, 0, 1, 1)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastfpl
-import fastfpl.federation.rounds
+import fastfpl.federation.preparation
 import fastfpl.methods.base
 from fastfpl.config import Settings, make_settings
 from fastfpl.data import load_dataset
@@ -477,7 +477,7 @@ def one_digits():
         return sets[name]
 
     patch = pytest.MonkeyPatch()
-    patch.setattr(fastfpl.federation.rounds, "load_dataset", load)
+    patch.setattr(fastfpl.federation.preparation, "load_dataset", load)
     yield
     patch.undo()
 

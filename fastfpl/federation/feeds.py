@@ -18,10 +18,15 @@ from fastfpl.errors import InputError
 from fastfpl.features import FeatureKey, Features, FeatureStore
 from fastfpl.seeds import seed_for
 
-__all__ = ["Eye", "Feed", "Observer", "evaluation_feed", "training_feed"]
+__all__ = ["Eye", "Feed", "Observer", "evaluation_feed", "silent", "training_feed"]
 
 #: ``observer(what, done, total)`` is told of every long step.
 Observer = Callable[[str, int, int], None]
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Report to nobody."""
+
 
 Indices = npt.NDArray[np.int64]
 
