@@ -12,7 +12,7 @@ import click
 import yaml
 
 from fastfpl import __version__
-from fastfpl.config import Settings, for_methods, load_preset, load_yaml, preset_names
+from fastfpl.config import Bytes, Settings, for_methods, load_preset, load_yaml, preset_names
 from fastfpl.errors import FastfplError, InputError
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ def _settings_options(command: _Command) -> _Command:
 
 
 def _flag_type(annotation: Any) -> Any:
+    if annotation is Bytes:
+        return click.STRING  # Settings reads it
     parts = [a for a in get_args(annotation) if a is not type(None)]
     if get_origin(annotation) is Literal:
         return click.Choice([str(a) for a in get_args(annotation)])

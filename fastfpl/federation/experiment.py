@@ -20,6 +20,7 @@ from fastfpl.federation.checkpoint import (
     save_checkpoint,
 )
 from fastfpl.federation.feeds import Observer, silent
+from fastfpl.federation.graphs import against
 from fastfpl.federation.lock import alone_in
 from fastfpl.federation.preparation import prepare
 from fastfpl.federation.provenance import provenance
@@ -33,6 +34,7 @@ from fastfpl.federation.result import (
 )
 from fastfpl.federation.rounds import Federation
 from fastfpl.ops.faces import recorded_faces
+from fastfpl.ops.memory import memory_limit
 
 __all__ = ["RoundObserver", "run", "unseen"]
 
@@ -150,7 +152,7 @@ def _play(
 ) -> Result:
     """Play the rounds that are left and save after each."""
     forget_peak_memory()
-    with recorded_faces() as faces:
+    with recorded_faces() as faces, memory_limit(chosen.max_memory):
         federation = prepare(chosen, model=model, cache=cache, observer=observer)
         facts = federation.facts()
         if folder is not None and resume:
@@ -189,13 +191,23 @@ def _play(
     return _result(federation, {op: sorted(names) for op, names in faces.items()})
 
 
+def _unreplayed(federation: Federation) -> list[str]:
+    """Say why no training step was replayed as a CUDA graph."""
+    if federation.graphs is not None:
+        return federation.graphs.reasons
+    return against(federation.settings, federation.method, federation.clip.device)
+
+
 def _result(federation: Federation, faces: dict[str, list[str]]) -> Result:
     settings = federation.settings.model_dump()
     settings["options"] = federation.method.options.model_dump()
     return Result(
         method=federation.settings.method,
         settings=settings,
-        environment=environment(federation.clip.device),
+        environment={
+            **environment(federation.clip.device),
+            "cuda_graphs": "; ".join(_unreplayed(federation)) or "steps are replayed",
+        },
         faces=faces,
         rounds=federation.rounds,
         final=summarise(federation.rounds),

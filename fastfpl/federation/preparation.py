@@ -14,6 +14,7 @@ from fastfpl.errors import InputError, near
 from fastfpl.features import FeatureStore, TextFeatures
 from fastfpl.federation.cohort import stack
 from fastfpl.federation.feeds import Eye, Observer, evaluation_feed, silent, training_feed
+from fastfpl.federation.graphs import step_graphs
 from fastfpl.federation.rounds import Exam, Federation
 from fastfpl.federation.scenarios import Scenario, arrange, personal
 from fastfpl.federation.turns import InTurn, Together
@@ -87,6 +88,7 @@ def prepare(
         )
         for question in scenario.questions
     ]
+    graphs = step_graphs(settings, method, clip.device)
     # a prompt that does not fit shows now, not after the images are encoded
     server = method.server_init()
     down = stack([method.download(server, 0, 0)])
@@ -123,6 +125,7 @@ def prepare(
         observer=observer,
         server=server,
         trainer=_trainer(settings),
+        graphs=graphs,
     )
 
 

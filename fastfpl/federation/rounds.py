@@ -17,6 +17,7 @@ from fastfpl.config import Settings
 from fastfpl.data import Dataset, Shard
 from fastfpl.federation.cohort import Scores, group, score, stack, train, unstack
 from fastfpl.federation.feeds import Feed, Observer
+from fastfpl.federation.graphs import StepGraphs
 from fastfpl.federation.turns import InTurn, Together
 from fastfpl.methods import Method, State
 from fastfpl.seeds import generator
@@ -75,6 +76,8 @@ class Federation:
         Rows of ``result.json``.
     trainer : Together or InTurn
         How the clients of a round train.
+    graphs : StepGraphs or None
+        What replays training steps, if anything does.
     """
 
     settings: Settings
@@ -90,10 +93,11 @@ class Federation:
     clients: dict[int, State] = field(default_factory=dict)
     rounds: list[dict[str, Any]] = field(default_factory=list)
     trainer: Together | InTurn = field(default_factory=Together)
+    graphs: StepGraphs | None = None
 
     def facts(self) -> dict[str, Any]:
         """Say what a checkpoint must agree with: settings that decide figures, weights, data."""
-        loose = {"rounds", "cohort", "threads", "device", "root"}
+        loose = {*("rounds", "cohort", "threads", "device", "root"), *("max_memory", "cuda_graphs")}
         if self.settings.schedule == "cosine-rounds":
             loose.remove("rounds")
         kept = {k: v for k, v in self.settings.model_dump().items() if k not in loose}
@@ -268,6 +272,7 @@ class Federation:
                 lambda what, done, total: self.observer("fine-tuning", done, total),
                 epochs=self.method.tune_epochs,
                 stream="tune",
+                graphs=self.graphs,
             )
             tuned |= dict(zip(members, unstack(outcome.own, len(members)), strict=True))
         return tuned

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -160,6 +160,10 @@ class FedAPT(Method):
         size = max(1, _NUMBERS_PER_PASS // (inputs + classes * tower.dim))
         for some in keys.split(size):
             yield self._encode(ctx.expand(len(some), *ctx.shape), some)
+
+    def scoring_numbers(self, fixed: State, image: Sequence[int]) -> int:
+        """Count the unit-length features and the weights of the keys too."""
+        return super().scoring_numbers(fixed, image) + image[0] + 3 * len(self.keys)
 
     # -- logits and loss -----------------------------------------------------------------------
 
