@@ -124,11 +124,14 @@ class StepGraphs:
     def _step(
         self, cohort: Cohort, shapes: dict[Hashable, _Shape], live: int, batch: Batch
     ) -> None:
+        if self.reasons:
+            cohort.step(live, batch)
+            return
         tensors = _tensors(batch)
         shape = shapes.setdefault((live, _signature(tensors)), _Shape())
         if shape.replay is None:
             captured = sum(other.replay is not None for other in shapes.values())
-            if self.reasons or shape.seen < _BEFORE or captured == _GRAPHS:
+            if shape.seen < _BEFORE or captured == _GRAPHS:
                 self._as_it_is(cohort, shape, live, batch)
                 return
             still = Batch(**{name: t.clone() for name, t in tensors.items()})
@@ -150,7 +153,7 @@ class StepGraphs:
             shape.faces.setdefault(op, set()).update(names)
             for name in names:
                 note_face(op, name)
-        self.reasons = self.reasons or _waiting(faces)
+        self.reasons = _waiting(faces)
         if self.reasons and self._required:
             raise _refusal(self.reasons)
 
