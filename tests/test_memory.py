@@ -27,6 +27,16 @@ OPTIONS = {
 }
 
 
+# what encodes texts beside training and evaluation
+OWN_PASSES = {
+    "pfedmoap": {"_encode_experts"},
+    "fedapt-unsupervised": {"survey"},
+    "promptfl-ft": {"_tuned"},
+    "fedpgp": {"_reference"},
+    "fedtpg": {"_names"},
+}
+
+
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
     """Matrices are too small to share."""
@@ -85,11 +95,7 @@ def test_the_limit_reaches_every_text_pass(method, clip, cache, limits):
     assert current_limit() is None
     asked = set().union(*(names for _, names in limits))
     wanted = {"score"} | ({"step"} if METHODS[method].trains else set())
-    wanted |= {"pfedmoap": {"_encode_experts"}, "fedapt-unsupervised": {"survey"}}.get(
-        method, set()
-    )
-    wanted |= {"promptfl-ft": {"_tuned"}, "fedpgp": {"_reference"}}.get(method, set())
-    assert wanted <= asked
+    assert wanted | OWN_PASSES.get(method, set()) <= asked
     # without a limit the same passes run, without one
     count = len(limits)
     limits.clear()
@@ -98,7 +104,8 @@ def test_the_limit_reaches_every_text_pass(method, clip, cache, limits):
     assert {limit for limit, _ in limits} == {None}
     assert len(limits) == count
     for row, other in zip(figures(result)[:-1], figures(free)[:-1], strict=True):
-        assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        if METHODS[method].trains:
+            assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)
         assert row["clients"] == pytest.approx(other["clients"], abs=0.02)
 
 
@@ -128,7 +135,7 @@ def scored(monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["zeroshot", "pfedmoap", "fedapt", "fedotp"])
-@pytest.mark.parametrize("limit", [1, 20_000, "64 KiB"])
+@pytest.mark.parametrize("limit", [1, 5000, "8 kB"])
 def test_images_are_scored_within_the_limit(method, limit, clip, cache, scored, monkeypatch):
     counts = []
     plain = cohort._at_once
@@ -155,11 +162,10 @@ def test_without_a_limit_64_mib_are_scored_at_once():
     method = World("promptfl").federation().method
     # 197 x 512 numbers: 393 KiB an image
     patches = torch.zeros(1, 1, 197, 512)
-    assert cohort._at_once(method, {}, patches) == (64 << 20) // (
-        patches.nbytes + 2 * len(NAMES) * 4
-    )
+    count = (64 << 20) // (patches.nbytes + 2 * len(NAMES) * 4)
+    assert cohort._at_once(method, {}, patches) == count == 166
     with memory_limit(1 << 40):  # more would not be faster
-        assert cohort._at_once(method, {}, patches) == cohort._at_once(method, {}, patches)
+        assert cohort._at_once(method, {}, patches) == count
     with memory_limit(10 * patches.nbytes):
         assert cohort._at_once(method, {}, patches) == 9
     with memory_limit(1):
