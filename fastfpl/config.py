@@ -16,6 +16,8 @@ from fastfpl.errors import InputError, Missing, near
 from fastfpl.ops.memory import parse_bytes
 
 __all__ = [
+    "PROFILED",
+    "Bytes",
     "Preset",
     "Published",
     "Settings",
@@ -31,6 +33,10 @@ __all__ = [
 
 #: A number of bytes; `make_settings` also reads it from a text such as "2GiB".
 Bytes = Annotated[int, "bytes"]
+
+
+#: What a profile sets by itself: two rounds of one epoch, both evaluated.
+PROFILED = {"rounds": 2, "local_epochs": 1, "evaluate_every": 1}
 
 
 class Settings(BaseModel):

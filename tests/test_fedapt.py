@@ -372,13 +372,16 @@ def test_passes_are_bounded(specific, passes, monkeypatch):
     assert passes == [5, len(image)]
     passes.clear()
     context = world.n_ctx * world.tower.width * (len(NAMES) if specific else 1)
-    monkeypatch.setattr(module, "_NUMBERS_PER_PASS", 3 * (context + len(NAMES) * world.tower.dim))
+    numbers = context + len(NAMES) * world.tower.dim
+    monkeypatch.setattr(
+        module, "_BYTES_PER_PASS", 3 * numbers * federation.method.task.dtype.itemsize
+    )
     parts = answers(federation.method, trained, image)
     assert max(passes) == 3
     assert sum(passes) == 5 + len(image)
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
     passes.clear()
-    monkeypatch.setattr(module, "_NUMBERS_PER_PASS", 1)
+    monkeypatch.setattr(module, "_BYTES_PER_PASS", 1)
     torch.testing.assert_close(answers(federation.method, trained, image), whole)
     assert set(passes) == {1}
 

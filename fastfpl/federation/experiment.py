@@ -36,7 +36,7 @@ from fastfpl.federation.rounds import Federation
 from fastfpl.ops.faces import recorded_faces
 from fastfpl.ops.memory import memory_limit
 
-__all__ = ["RoundObserver", "run", "unseen"]
+__all__ = ["RoundObserver", "run", "threads", "unseen"]
 
 #: ``on_round(label, row)`` is told of every round that ended.
 RoundObserver = Callable[[str, Mapping[str, Any]], None]
@@ -113,7 +113,7 @@ def run(
             raise InputError(f"fastfpl.run: out must be a folder; got the file {folder}")
         held = alone_in(folder)
         old = [] if resume else [folder / RESULT, folder / CHECKPOINT]
-    with held, _threads(chosen.threads):
+    with held, threads(chosen.threads):
         if any(path.exists() for path in old):
             raise InputError(
                 f"fastfpl.run: out must not hold a run already; got {folder}; "
@@ -129,7 +129,7 @@ def run(
 
 
 @contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def threads(count: int | None) -> Iterator[None]:
     """Compute with so many threads, and give the caller back as many as there were."""
     before = torch.get_num_threads()
     if count is not None:

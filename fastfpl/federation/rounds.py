@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.profiler import record_function
 
 from fastfpl.clip import FrozenCLIP
 from fastfpl.config import Settings
@@ -18,6 +19,7 @@ from fastfpl.data import Dataset, Shard
 from fastfpl.federation.cohort import Scores, group, score, stack, train, unstack
 from fastfpl.federation.feeds import Feed, Observer
 from fastfpl.federation.graphs import StepGraphs
+from fastfpl.federation.steps import PHASE
 from fastfpl.federation.turns import InTurn, Together
 from fastfpl.methods import Method, State
 from fastfpl.seeds import generator
@@ -163,10 +165,13 @@ class Federation:
         }
         trained_with: dict[int, State] = {}
         if self.train_feed is not None:
-            trained_with = self._train(round_, self.train_feed, row)
+            with record_function(PHASE + "training"):
+                trained_with = self._train(round_, self.train_feed, row)
         last = round_ == settings.rounds - 1 or not method.trains
         if last or (round_ + 1) % settings.evaluate_every == 0:
-            for exam, scores in zip(self.exams, self._ask(round_, trained_with), strict=True):
+            with record_function(PHASE + "evaluation"):
+                asked = self._ask(round_, trained_with)
+            for exam, scores in zip(self.exams, asked, strict=True):
                 row["exams"][exam.name] = _marks(scores, exam.domains)
             headline = row["exams"][self.exams[0].name]
             row["clients"], row["accuracy"] = headline["clients"], headline["accuracy"]

@@ -10,7 +10,10 @@ from torch.profiler import record_function
 
 from fastfpl.methods import Batch, Method, State
 
-__all__ = ["Cohort", "CohortSGD"]
+__all__ = ["PHASE", "Cohort", "CohortSGD"]
+
+#: What the names of a round's parts begin with in a profile.
+PHASE = "fastfpl: "
 
 
 class CohortSGD:
@@ -131,13 +134,13 @@ class Cohort:
         """Move the first ``live`` clients by one step on a batch with one row for each."""
         leaves = {k: v[:live].detach().requires_grad_() for k, v in self.trained.items()}
         constants = {k: v[:live] for k, v in self.fixed.items()}
-        with record_function("fastfpl: text"):
+        with record_function(PHASE + "text"):
             text = self.method.text(leaves, constants)
-        with record_function("fastfpl: loss"):
+        with record_function(PHASE + "loss"):
             loss, residual = self.method.measured_loss(text, leaves, constants, batch)
-        with record_function("fastfpl: gradients"):
+        with record_function(PHASE + "gradients"):
             gradients = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True)
-        with torch.no_grad(), record_function("fastfpl: update"):
+        with torch.no_grad(), record_function(PHASE + "update"):
             # before the step: the leaves share storage with what SGD moves
             for name, value in self.method.after_step(text, leaves, constants, batch).items():
                 self._own(name)[:live].copy_(value)

@@ -11,7 +11,15 @@ if TYPE_CHECKING:
     from fastfpl.ops.text import encode_text
     from fastfpl.ops.transport import transport_logits, transport_plan
 
-__all__ = ["Gate", "all_faces", "encode_text", "gate_experts", "transport_logits", "transport_plan"]
+__all__ = [
+    "Gate",
+    "all_faces",
+    "encode_text",
+    "gate_experts",
+    "op_file",
+    "transport_logits",
+    "transport_plan",
+]
 
 _HOME = {
     "Gate": "fastfpl.ops.gate",
@@ -28,6 +36,11 @@ def all_faces() -> dict[str, tuple[Face, ...]]:
     for home in dict.fromkeys(_HOME.values()):
         faces |= importlib.import_module(home).FACES
     return faces
+
+
+def op_file(op: str) -> str:
+    """Return the name that all files of an op have, e.g. ``"text"`` for ``encode_text``."""
+    return _HOME[op].rpartition(".")[2]
 
 
 def __getattr__(name: str) -> Any:
