@@ -476,8 +476,8 @@ def doctor() -> None:
     console.print(faces)
     blind = list(unchecked())
     click.echo("cannot be checked here:" if blind else "everything can be checked here")
-    for op, name, reason in blind:
-        click.echo(f"  {op}, {name}: {reason}")
+    for what in blind:
+        click.echo(f"  {what}")
 
 
 @_cli.group()

@@ -24,7 +24,7 @@ from fastfpl.config import (
     preset_names,
 )
 from fastfpl.errors import InputError, Missing
-from fastfpl.ops import all_faces, launch, op_file
+from fastfpl.ops import all_faces, launch
 from fastfpl.ops.faces import Face
 from fastfpl.report import machine
 
@@ -313,32 +313,37 @@ def test_doctor_says_what_cannot_be_checked(
 ) -> None:
     one = Face("triton", print, missing=lambda: ["no card"])
     monkeypatch.setattr(
-        machine, "all_faces", lambda: {"encode_text": (one, replace(one, name="reference"))}
+        machine,
+        "all_faces",
+        lambda: {
+            "encode_text": tuple(replace(one, name=n) for n in ("triton", "cpu", "reference"))
+        },
     )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    text = "@pytest.mark.gpu\n@pytest.mark.slow\ndef test_a():\n    pass\n\n\ndef test_b():\n    pass\n"
+    text = "@pytest.mark.gpu\n@pytest.mark.slow\ndef test_a(): ...\n\n\ndef test_b(): ...\n"
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_text.py").write_text(text)
     monkeypatch.setattr(machine, "__file__", str(tmp_path / "fastfpl" / "report" / "machine.py"))
     out = doctor_says(capsys, monkeypatch)
     for what in launch.UNFAITHFUL:
         assert f"\n  encode_text, triton: {what}: the interpreter does it otherwise" in out
-    assert "\n  encode_text, all: tests marked gpu, 1 of test_text.py\n" in out
-    assert "reference:" not in out
+    assert "\n  encode_text, reference: tensors on a CUDA device\n" in out
+    assert "encode_text, cpu" not in out
+    assert "\n  1 tests of test_text.py, which are marked gpu\n" in out
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert "encode_text, triton: all of it: torch sees no" in doctor_says(capsys, monkeypatch)
+    assert "\n  encode_text, triton: all of it\n" in doctor_says(capsys, monkeypatch)
     # an installed copy has no tests; with a card nothing is left out
     (tmp_path / "tests" / "test_text.py").unlink()
     assert "marked gpu" not in doctor_says(capsys, monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert machine.gpu_tests("text") == []
     assert list(machine.unchecked()) == []
 
 
-def test_every_op_has_a_file_that_doctor_can_name() -> None:
-    for op in all_faces():
-        assert (Path(__file__).parent / f"test_{op_file(op)}.py").is_file()
+def test_doctor_counts_this_houses_gpu_tests() -> None:
+    found = machine.gpu_tests()
+    assert {"test_graphs.py", "test_steps.py"} <= set(found)
+    assert "test_no_step_waits_for_a_gpu" in found["test_steps.py"]
 
 
 @pytest.mark.parametrize("method", ["pfedmoap", "zeroshot"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +118,8 @@ def profile(
         federation.round()
         device = federation.clip.device
         cuda = device.type == "cuda"
+        # its messages about libraries of absent GPUs are nobody's
+        os.environ.setdefault("KINETO_LOG_LEVEL", "5")
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
         forget_peak_memory()
         begin = time.perf_counter()

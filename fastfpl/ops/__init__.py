@@ -16,7 +16,6 @@ __all__ = [
     "all_faces",
     "encode_text",
     "gate_experts",
-    "op_file",
     "transport_logits",
     "transport_plan",
 ]
@@ -36,11 +35,6 @@ def all_faces() -> dict[str, tuple[Face, ...]]:
     for home in dict.fromkeys(_HOME.values()):
         faces |= importlib.import_module(home).FACES
     return faces
-
-
-def op_file(op: str) -> str:
-    """Return the name that all files of an op have, e.g. ``"text"`` for ``encode_text``."""
-    return _HOME[op].rpartition(".")[2]
 
 
 def __getattr__(name: str) -> Any:

@@ -46,11 +46,11 @@ def missing() -> list[str]:
 
 def unproven(name: str) -> list[str]:
     """Say what of the faces called ``name`` cannot be checked on this machine."""
-    if name not in ("cuda", "triton") or torch.cuda.is_available():
+    if name == "cpu" or torch.cuda.is_available():
         return []
     if name == "triton" and interpreted():
         return [f"{what}: the interpreter does it otherwise than a GPU" for what in UNFAITHFUL]
-    return ["all of it: torch sees no CUDA device"]
+    return ["all of it" if name in ("cuda", "triton") else "tensors on a CUDA device"]
 
 
 def against(op: str, **tensors: Tensor) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from fastfpl.ops import all_faces, launch, op_file
+from fastfpl.ops import all_faces, launch
 
 __all__ = ["gpu_tests", "machine_facts", "unchecked"]
 
@@ -61,25 +61,27 @@ def _flags() -> set[str]:
     return set()
 
 
-def unchecked() -> Iterator[tuple[str, str, str]]:
-    """Yield op, face and what of it no test can see on this machine."""
+def unchecked() -> Iterator[str]:
+    """Yield, op by op and face by face, what no test can see on this machine, and what skips."""
     for op, faces in sorted(all_faces().items()):
         for face in faces:
             for reason in launch.unproven(face.name):
-                yield op, face.name, reason
-        skipped = [] if torch.cuda.is_available() else gpu_tests(op_file(op))
-        if skipped:
-            yield op, "all", f"tests marked gpu, {len(skipped)} of test_{op_file(op)}.py"
+                yield f"{op}, {face.name}: {reason}"
+    if not torch.cuda.is_available():
+        for file, names in gpu_tests().items():
+            yield f"{len(names)} tests of {file}, which are marked gpu"
 
 
-def gpu_tests(file: str) -> list[str]:
-    """Name the tests of one op's file that need a GPU; none where the tests are not installed."""
-    path = Path(__file__).parents[2] / "tests" / f"test_{file}.py"
-    if not path.is_file():
-        return []
-    return [
-        node.name
-        for node in ast.parse(path.read_text(encoding="utf-8")).body
-        if isinstance(node, ast.FunctionDef)
-        and any("pytest.mark.gpu" in ast.unparse(mark) for mark in node.decorator_list)
-    ]
+def gpu_tests() -> dict[str, list[str]]:
+    """Name the tests that need a GPU by their file; none where the tests are not installed."""
+    found = {}
+    for path in sorted((Path(__file__).parents[2] / "tests").glob("test_*.py")):
+        names = [
+            node.name
+            for node in ast.parse(path.read_text(encoding="utf-8")).body
+            if isinstance(node, ast.FunctionDef)
+            and any("pytest.mark.gpu" in ast.unparse(mark) for mark in node.decorator_list)
+        ]
+        if names:
+            found[path.name] = names
+    return found
