@@ -21,6 +21,7 @@ from fastfpl.federation.cohort import group, learning_rate, stack, unstack
 from fastfpl.federation.result import summarise
 from fastfpl.federation.steps import CohortSGD
 from fastfpl.methods import METHODS
+from fastfpl.ops import gate, text, transport
 from tests.worlds import GATE, TINY_RUN, Feed, World, drawn, figures, small_clip
 
 F32, F64 = torch.float32, torch.float64
@@ -743,3 +744,27 @@ def test_settings_come_alone_or_as_keywords(clip):
         fastfpl.run(settings, model=clip, lr=0.1)
     with pytest.raises(InputError, match="out must name the folder to resume"):
         fastfpl.run(settings, model=clip, resume=True)
+
+
+@pytest.mark.parametrize("method", ["zeroshot", "pfedmoap", "fedotp", "fedapt", "promptfl-ft"])
+def test_a_result_names_every_face_that_ran(method, clip, cache, monkeypatch):
+    ran = {}
+
+    def watched(op, one):
+        def run(*arguments):
+            ran.setdefault(op, set()).add(one.name)
+            return one.run(*arguments)
+
+        return replace(one, run=run)
+
+    for home in (text, gate, transport):
+        for op, faces in home.FACES.items():
+            monkeypatch.setitem(home.FACES, op, tuple(watched(op, one) for one in faces))
+    settings = {**TINY_RUN, "options": TINY_OPTIONS.get(method, {})}
+    result = fastfpl.run(method, model=clip, cache=cache, **settings)
+    assert {op: set(names) for op, names in result.faces.items()} == ran
+    own = {"pfedmoap": {"gate_experts"}, "fedotp": {"transport_logits"}}
+    assert set(ran) == {"encode_text"} | own.get(method, set())
+    with fastfpl.face("reference", "encode_text"):
+        named = fastfpl.run(method, model=clip, cache=cache, **settings).faces
+    assert named["encode_text"] == ["reference"]
