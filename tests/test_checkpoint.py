@@ -187,7 +187,9 @@ def test_rounds_of_a_schedule_over_rounds_may_not(play, tmp_path):
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("change", [{"cohort": 1}, {"device": "cpu"}])
+@pytest.mark.parametrize(
+    "change", [{"cohort": 1}, {"device": "cpu"}, {"max_memory": "1MiB"}, {"cuda_graphs": "off"}]
+)
 def test_what_decides_no_figure_may_change(play, whole, tmp_path, change):
     with pytest.raises(Stop):
         play(tmp_path, on_round=stop_after(2))

@@ -271,8 +271,8 @@ def test_graphs_that_must_be_are_refused_on_the_cpu(clip, cache):
     sentence = r"cuda_graphs must be auto or off .*; got 'on', but the run is on cpu, not on a CUDA"
     with pytest.raises(NotSupported, match=sentence):
         fastfpl.run("promptfl", model=clip, cache=cache, cuda_graphs="on", **TINY_RUN)
-    with pytest.raises(NotSupported, match="got 'on', but zeroshot trains nothing"):
-        fastfpl.run("zeroshot", model=clip, cache=cache, cuda_graphs="on", **TINY_RUN)
+    # in a comparison all methods have the same settings; where there is no step, none is refused
+    fastfpl.run("zeroshot", model=clip, cache=cache, cuda_graphs="on", **TINY_RUN)
     with pytest.raises(InputError, match="cuda_graphs is refused"):
         fastfpl.run("promptfl", model=clip, cuda_graphs="maybe", **TINY_RUN)
 

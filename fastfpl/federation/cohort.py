@@ -248,16 +248,13 @@ def train(
         where = f"in round {round_}, epoch {epoch}"
         _refuse_losses(mean, members, where, settings.lr)
         _refuse_residuals(cohort, members, where)
-    with torch.no_grad():
-        upload, kept = method.finish(cohort.trained, cohort.fixed, own)
-        # copies: the tensors of a replayed cohort are those of the next one too
-        return Trained(
-            _rows(upload, back),
-            _rows(kept, back),
-            mean[back],
-            seen,
-            _rows(cohort.sgd.buffers, back),
-        )
+    upload, kept = method.finish(cohort.trained, cohort.fixed, own)
+    sides = [upload, kept, cohort.sgd.buffers]
+    if graphs is not None:
+        # the tensors of a replayed cohort are those of the next one too
+        sides = [{name: tensor.clone() for name, tensor in state.items()} for state in sides]
+    upload, kept, buffers = (_rows(state, back) for state in sides)
+    return Trained(upload, kept, mean[back], seen, buffers)
 
 
 def _play(
@@ -275,9 +272,11 @@ def _tell(observer: Observer, before: int, total: int, done: int) -> None:
     observer("training", before + done, total)
 
 
-def _rows(state: State, order: Sequence[int]) -> State:
-    """Copy the rows of a stacked state in another order."""
-    return {name: tensor[list(order)] for name, tensor in state.items()}
+def _rows(state: State, order: list[int]) -> State:
+    """Put the rows of a stacked state into another order."""
+    if order == sorted(order):
+        return dict(state)
+    return {name: tensor[order] for name, tensor in state.items()}
 
 
 def _refuse_losses(mean: Tensor, members: Sequence[int], where: str, lr: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,6 +30,9 @@ def silent(what: str, done: int, total: int) -> None:
 
 
 Indices = npt.NDArray[np.int64]
+
+# batches of features on their way to a device
+_AHEAD = 4
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
@@ -71,6 +75,7 @@ class Feed:
         self._stores = stores
         self._encode = encode
         self._strong = strong
+        self._copies: deque[torch.cuda.Event] = deque()
 
     def labels(self, indices: Indices) -> Tensor:
         """Labels of images, any shape, int64."""
@@ -113,7 +118,19 @@ class Feed:
                 parts = torch.stack([view[at] for view in source])
                 features = parts[torch.from_numpy(which), torch.arange(len(flat))]
             features = moved(features, self._device)
+            self._stay_near()
         return features.reshape(*indices.shape, *features.shape[1:])
+
+    def _stay_near(self) -> None:
+        """Let the host be a few batches ahead of a CUDA device, not an epoch of pinned memory."""
+        if self._device.type != "cuda":
+            return
+        event = torch.cuda.Event()
+        event.record()
+        self._copies.append(event)
+        if len(self._copies) > _AHEAD:
+            # the device has the work of the batches since then
+            self._copies.popleft().synchronize()
 
 
 @dataclass(frozen=True, eq=False)

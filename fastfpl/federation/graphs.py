@@ -186,11 +186,9 @@ def against(settings: Settings, method: Method, device: torch.device) -> list[st
     """Say why no step of a run can be captured; an empty list if that shows in its steps."""
     if settings.cuda_graphs == "off":
         return ["cuda_graphs is off"]
-    if not method.trains:
-        return [f"{method.name} trains nothing"]
     if device.type != "cuda":
         return [f"the run is on {device}, not on a CUDA device"]
-    return []
+    return [] if method.trains else [f"{method.name} trains nothing"]
 
 
 def step_graphs(settings: Settings, method: Method, device: torch.device) -> StepGraphs | None:
@@ -199,11 +197,11 @@ def step_graphs(settings: Settings, method: Method, device: torch.device) -> Ste
     Raises
     ------
     NotSupported
-        If ``cuda_graphs`` is on and no step can be captured.
+        If ``cuda_graphs`` is on, there are steps, and none can be captured.
     """
     reasons = against(settings, method, device)
     required = settings.cuda_graphs == "on"
-    if reasons and required:
+    if reasons and required and method.trains:
         raise _refusal(reasons)
     return None if reasons else StepGraphs(CudaCapture(device), required=required)
 
