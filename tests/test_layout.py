@@ -48,7 +48,7 @@ LATE = {
     "flwr",
 }
 # Files of ops/ and csrc/ that are no op.
-NO_OP = {"__init__", "faces", "launch", "memory", "native", "bindings"}
+NO_OP = {"__init__", "faces", "launch", "memory", "native", "tower", "bindings"}
 
 
 def imports(tree: ast.Module) -> Iterator[tuple[int, str, bool]]:

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastfpl.ops.attention import prefix_attention
     from fastfpl.ops.faces import Face
     from fastfpl.ops.gate import Gate, gate_experts
     from fastfpl.ops.text import encode_text
@@ -16,6 +17,7 @@ __all__ = [
     "all_faces",
     "encode_text",
     "gate_experts",
+    "prefix_attention",
     "transport_logits",
     "transport_plan",
 ]
@@ -24,6 +26,7 @@ _HOME = {
     "Gate": "fastfpl.ops.gate",
     "encode_text": "fastfpl.ops.text",
     "gate_experts": "fastfpl.ops.gate",
+    "prefix_attention": "fastfpl.ops.attention",
     "transport_logits": "fastfpl.ops.transport",
     "transport_plan": "fastfpl.ops.transport",
 }
