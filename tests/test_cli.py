@@ -364,7 +364,7 @@ def test_profile_writes_a_trace_and_prints_where_the_time_goes(
     steps = {"pfedmoap": 2, "zeroshot": 0}[method]
     for phase in ("text", "loss", "gradients", "update"):
         assert sum(name == f"fastfpl: {phase}" for name in names) == steps, phase
-    assert "aten::addmm" in names
+    assert any(str(name).startswith("aten::") for name in names)
     assert [path.name for path in (tmp_path / "p").iterdir()] == ["trace.json"]
     # what is printed is what was seen
     lines = out.splitlines()
@@ -377,8 +377,8 @@ def test_profile_writes_a_trace_and_prints_where_the_time_goes(
     assert 30 < sum(shares) <= 100.5
     assert "GPU" not in out
     assert re.search(r"^peak memory \d{2,} MiB$", out, re.MULTILINE)
-    assert "encode_text by torch" in out
-    assert ("gate_experts by torch" in out) == (method == "pfedmoap")  # the second round's
+    assert "encode_text by " in out
+    assert ("gate_experts by " in out) == (method == "pfedmoap")  # the second round's
     assert lines[-1].endswith("trace.json")
 
 

@@ -22,7 +22,6 @@ from fastfpl.federation.feeds import Feed
 from fastfpl.federation.steps import Cohort
 from fastfpl.methods import METHODS, FedOTP, PromptFL
 from fastfpl.ops import native
-from fastfpl.ops.transport import Convergence
 from fastfpl.released import as_released
 from tests.worlds import GATE, NAMES, SIZES, TINY_RUN, World, small_clip
 
@@ -205,7 +204,7 @@ def encode_stub(tower, layout, ctx, *, class_specific=False):
 
 def transport_stub(patches, prompts, *, info, **options):
     logits = torch.einsum("ubpd,ucnd->ubc", patches, prompts)
-    return logits, Convergence(logits.long(), logits.detach())
+    return logits, SimpleNamespace(residual=logits.detach())
 
 
 def numberless(method, federation, round_):
@@ -327,9 +326,10 @@ def test_the_furthest_residual_is_found():
     second[0, 0, 1] = 0.4
     second[1, 0, 5] = torch.nan
     body._note(2, second, SimpleNamespace(mask=mask[:2], positions=positions[:2]))
-    assert body.furthest() == [(0.5, 5, 4), (float("inf"), 2, 5), (0.0, 0, 0)]
+    assert body.beyond(0.01) == [(0, 0.5, 5, 4), (1, float("inf"), 2, 5)]
+    assert body.beyond(0.5) == [(1, float("inf"), 2, 5)]  # what is at its tolerance has ended
     body.begin({"ctx": 1.0})
-    assert [value for value, *_ in body.furthest()] == [0.0] * 3
+    assert body.beyond(0.01) == []
 
 
 def test_the_batch_stop_waits_for_no_device(monkeypatch):

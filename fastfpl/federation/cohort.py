@@ -291,15 +291,14 @@ def _refuse_losses(mean: Tensor, members: Sequence[int], where: str, lr: float) 
 
 def _refuse_residuals(cohort: Cohort, members: Sequence[int], where: str) -> None:
     wanted = cohort.method.tolerance
-    if wanted is None:
-        return
-    for client, (residual, image, number) in zip(members, cohort.furthest(), strict=True):
-        if residual > wanted.tol:
-            name = cohort.method.task.classes.names[number]
-            raise NotConverged(
-                f"fastfpl.run: {wanted.rule}; got a residual of {residual:.1e} for training "
-                f"image {image} and class {name!r} of client {client} {where}; {wanted.cure}"
-            )
+    found = [] if wanted is None else cohort.beyond(wanted.tol)
+    if wanted is not None and found:
+        u, residual, image, number = found[0]
+        name = cohort.method.task.classes.names[number]
+        raise NotConverged(
+            f"fastfpl.run: {wanted.rule}; got a residual of {residual:.1e} for training image "
+            f"{image} and class {name!r} of client {members[u]} {where}; {wanted.cure}"
+        )
 
 
 def _batches(

@@ -83,7 +83,7 @@ class Cohort:
 
     Clients stand in the order of their steps, those with most first: whoever still has images in a
     step is among the first ``live``, and a step works on views of them. Nothing in a step looks at
-    a number on the device; `losses` and `furthest` are read after an epoch.
+    a number on the device; `losses` and `beyond` do, after an epoch.
 
     Parameters
     ----------
@@ -173,13 +173,15 @@ class Cohort:
         total = self._total.cpu()
         return total / torch.tensor(steps, dtype=total.dtype)
 
-    def furthest(self) -> list[tuple[float, int, int]]:
-        """Return each client's furthest residual of the epoch, with image and class."""
+    def beyond(self, tol: float) -> list[tuple[int, float, int, int]]:
+        """Wait for the epoch and list the clients with a residual above ``tol``.
+
+        Each with its furthest one, and this one's image and class.
+        """
+        furthest, where = self._furthest.cpu(), self._where.cpu()
         return [
-            (value, image, number)
-            for value, (image, number) in zip(
-                self._furthest.tolist(), self._where.tolist(), strict=True
-            )
+            (u, furthest[u].item(), *where[u].tolist())
+            for u in (furthest > tol).nonzero()[:, 0].tolist()
         ]
 
     # -- for steps that are replayed -----------------------------------------------------------
