@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastfpl.errors import InputError, KindError, NotConverged
-from fastfpl.ops import native
+from fastfpl.ops import launch, native
 from fastfpl.ops.faces import Face, choose
 from fastfpl.reference import transport as reference
 from fastfpl.shapes import check_shapes
@@ -32,10 +32,47 @@ _KEPT = 1 << 26
 
 
 class Convergence(NamedTuple):
-    """How a transport problem ended: iterations (int64) and residual, one a problem."""
+    """How transport problems ended: iterations (int64) and residual, one a problem.
+
+    Nothing here waits for a device but `check`. A training loop asks for ``info``, keeps
+    ``worst = ended.worst(worst)`` from step to step and checks it where it reads the loss anyway.
+    """
 
     iterations: Tensor
     residual: Tensor
+
+    def worst(self, before: Convergence | None = None) -> Convergence:
+        """Return the most iterations and the largest residual, of ``before`` too, as scalars.
+
+        A residual of NaN, the mark of a similarity that was not finite, is the largest of all.
+        """
+        parts = [self] if before is None else [self, before]
+        largest = (
+            torch.cat([x.new_zeros(1), *(part[i].detach().flatten() for part in parts)]).amax()
+            for i, x in enumerate(self)
+        )
+        return Convergence(*largest)
+
+    def check(self, tol: float, op: str = _LOGITS) -> None:
+        """Raise where a problem ended above ``tol``; the only method that reads the numbers.
+
+        Raises
+        ------
+        NotConverged
+            With how many problems ended above, the most iterations and the largest residual.
+        InputError
+            If a residual is NaN: a similarity / eps was not finite.
+        """
+        if bool((self.residual <= tol).all()):
+            return
+        if bool(self.residual.isnan().any()):
+            raise InputError(f"{op}: similarity / eps must be finite; got a residual of nan")
+        over = int((self.residual > tol).sum())
+        raise NotConverged(
+            f"{op}: {over} of {self.residual.numel()} problems ended above tol={tol:g} after at "
+            f"most {int(self.iterations.max())} iterations; the largest residual is "
+            f"{float(self.residual.max()):.1e}; raise max_iter, eps or tol"
+        )
 
 
 @overload
@@ -252,7 +289,9 @@ def transport_logits(
     logits, iterations, residual = face.run(*arguments)
     if info:
         return logits, Convergence(iterations, residual)
-    _refuse_unconverged(_LOGITS, iterations, residual, tol)
+    if not bool((residual <= tol).all()):
+        _check_products(patches, prompts, residual, float(eps))
+        Convergence(iterations, residual).check(tol)
     return logits
 
 
@@ -276,28 +315,17 @@ def _check_options(op: str, eps: float, mass: float, max_iter: int, tol: float) 
         raise InputError(f"{op}: max_iter must be at least 1; got {max_iter!r}")
 
 
-def _refuse_unconverged(op: str, iterations: Tensor, residual: Tensor, tol: float) -> None:
-    if bool((residual <= tol).all()):
-        return
-    over = int((~(residual <= tol)).sum())
-    raise NotConverged(
-        f"{op}: {over} of {residual.numel()} problems ended above tol={tol:g} after at most "
-        f"{int(iterations.max())} iterations; the largest residual is {float(residual.max()):.1e}; "
-        "raise max_iter, eps or tol"
-    )
-
-
 # opaque to torch.compile: faces, threads and refusals happen when it runs, not when it is traced
 @torch.library.custom_op("fastfpl::transport_plan", mutates_args=())
 def _solve(
     sim: Tensor, eps: float, mass: float, balanced: bool, max_iter: int, tol: float, strict: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    arguments = (sim.to(_wide(sim)), eps, mass, balanced, max_iter, tol)
-    plan, iterations, residual = choose("transport_plan", FACES["transport_plan"], *arguments).run(
-        *arguments
-    )
-    if strict:
-        _refuse_unconverged(_PLAN, iterations, residual, tol)
+    arguments = (sim, eps, mass, balanced, max_iter, tol)
+    face = choose("transport_plan", FACES["transport_plan"], *arguments)
+    plan, iterations, residual = face.run(*arguments)
+    if strict and not bool((residual <= tol).all()):
+        _check_similarities(sim.to(_wide(sim)), eps, _refuse_similarity)
+        Convergence(iterations, residual).check(tol, _PLAN)
     return plan.to(sim.dtype), iterations, residual
 
 
@@ -340,6 +368,25 @@ def _refuse_product(
     )
 
 
+def _check_similarities(sim: Tensor, eps: float, refuse: _Refuse) -> None:
+    good = (sim * (4 / eps)).isfinite()
+    if not bool(good.all()):
+        refuse(sim, eps, int((~good).flatten().nonzero()[0]))
+
+
+def _check_products(patches: Tensor, prompts: Tensor, residual: Tensor, eps: float) -> None:
+    """Form the similarities of the first problem whose residual is NaN, and refuse them."""
+    lead, bad = tuple(patches.shape[:-3]), residual.isnan().flatten(0, -3).nonzero()
+    if len(bad):
+        u, b, c = (int(i) for i in bad[0])
+        wide = _wide(patches, prompts)
+        x, t = patches.flatten(0, -4)[u, b] if lead else patches[b], prompts
+        t = t.flatten(0, -4)[u, c] if lead else t[c]
+        sim = reference.similarities(x.detach().to(wide)[None], t.detach().to(wide)[None])
+        refuse = functools.partial(_refuse_product, lead, (u, b, c))
+        _check_similarities(sim[None], eps, refuse)
+
+
 def _reference(
     sim: Tensor,
     eps: float,
@@ -349,9 +396,8 @@ def _reference(
     tol: float,
     refuse: _Refuse = _refuse_similarity,
 ) -> _Solved:
-    good = (sim * (4 / eps)).isfinite()
-    if not bool(good.all()):
-        refuse(sim, eps, int((~good).flatten().nonzero()[0]))
+    sim = sim.to(_wide(sim))
+    _check_similarities(sim, eps, refuse)
     return reference.transport_plan(sim, eps, mass, balanced, max_iter, tol)
 
 
@@ -364,7 +410,7 @@ def _cpu(
     tol: float,
     refuse: _Refuse = _refuse_similarity,
 ) -> _Solved:
-    sim = sim.resolve_neg().contiguous()
+    sim = sim.to(_wide(sim)).resolve_neg().contiguous()
     plan = torch.empty_like(sim)
     iterations = sim.new_empty(sim.shape[:-2], dtype=torch.int64)
     residual = sim.new_empty(sim.shape[:-2])
@@ -374,6 +420,35 @@ def _cpu(
     if first_bad >= 0:
         refuse(sim, eps, first_bad)
     return plan, iterations, residual
+
+
+def _triton(sim: Tensor, *options: Any) -> _Solved:
+    from fastfpl.kernels.transport import transport_plan_fwd
+
+    flat = sim.resolve_neg().reshape(-1, *sim.shape[-2:])
+    plan, iterations, residual = transport_plan_fwd(flat, *options)
+    lead = sim.shape[:-2]
+    return plan.view(sim.shape), iterations.view(lead), residual.view(lead)
+
+
+def _against_triton(sim: Tensor, *_: object) -> list[str]:
+    return launch.against("transport_plan", sim=sim) + _beyond_kernels(*sim.shape[-2:])
+
+
+def _against_triton_logits(patches: Tensor, prompts: Tensor, *_: object) -> list[str]:
+    reasons = launch.against("transport_logits", patches=patches)
+    return reasons + _beyond_kernels(patches.shape[-2], prompts.shape[-2])
+
+
+def _beyond_kernels(n_patches: int, n_prompts: int) -> list[str]:
+    from fastfpl.kernels.transport import MOST_PATCHES, MOST_PROMPTS
+
+    reasons = []
+    if n_patches > MOST_PATCHES:
+        reasons.append(f"P = {n_patches} patches, at most {MOST_PATCHES}")
+    if n_prompts > MOST_PROMPTS:
+        reasons.append(f"N = {n_prompts} prompts, at most {MOST_PROMPTS}")
+    return reasons
 
 
 def _against_cpu(sim: Tensor, *_: object) -> list[str]:
@@ -525,13 +600,69 @@ class _Logits(torch.autograd.Function):
         )
 
 
+def _triton_logits(patches: Tensor, prompts: Tensor, *options: Any) -> _Solved:
+    """Score in one launch, all clients together."""
+    lead = patches.shape[:-3]
+    clients = math.prod(lead)
+    x = patches.resolve_neg().reshape(clients, *patches.shape[-3:])
+    t = prompts.resolve_neg().reshape(clients, *prompts.shape[-3:])
+    wanted = torch.is_grad_enabled() and (x.requires_grad or t.requires_grad)
+    logits, iterations, residual = _Triton.apply(x, t, wanted, *options)
+    shape = (*lead, x.shape[1], t.shape[1])
+    return logits.view(shape), iterations.view(shape), residual.view(shape)
+
+
+class _Triton(torch.autograd.Function):
+    """The kernels; of each plan the few numbers that determine it are kept for the gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        patches: Tensor,
+        prompts: Tensor,
+        keep: bool,
+        eps: float,
+        mass: float,
+        balanced: bool,
+        max_iter: int,
+        tol: float,
+    ) -> _Solved:
+        from fastfpl.kernels.transport import transport_logits_fwd
+
+        logits, iterations, residual, state = transport_logits_fwd(
+            patches, prompts, eps, mass, balanced, max_iter, tol, keep=keep
+        )
+        if state is not None:
+            ctx.save_for_backward(patches, prompts, state)
+        ctx.options = eps, balanced
+        ctx.mark_non_differentiable(iterations, residual)
+        return logits.to(torch.promote_types(patches.dtype, prompts.dtype)), iterations, residual
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_logits: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        from fastfpl.kernels.transport import transport_logits_bwd
+
+        of_patches, of_prompts = ctx.needs_input_grad[:2]
+        gradients = transport_logits_bwd(
+            d_logits.contiguous(),
+            *ctx.saved_tensors,
+            *ctx.options,
+            of_patches=of_patches,
+            of_prompts=of_prompts,
+        )
+        return *gradients, *[None] * 6
+
+
 #: The faces of this file's ops, best first.
 FACES: dict[str, tuple[Face, ...]] = {
     "transport_plan": (
+        Face("triton", _triton, launch.missing, _against_triton),
         Face("cpu", _cpu, functools.partial(native.missing, "transport_plan"), _against_cpu),
         Face("reference", _reference),
     ),
     "transport_logits": (
+        Face("triton", _triton_logits, launch.missing, _against_triton_logits),
         Face(
             "cpu",
             functools.partial(_pieced, _cpu),
