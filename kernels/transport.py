@@ -12,6 +12,7 @@ takes more than max_iter passes.
 from __future__ import annotations
 
 import ctypes
+import math
 
 import torch
 import triton
@@ -55,21 +56,11 @@ def _plus(high, low, x):
 
 
 @triton.jit
-def _minus(high, low, other_high, other_low):
-    return (high - other_high) + (low - other_low)
-
-
-@triton.jit
-def _choose(which, high, low, other_high, other_low):
-    return tl.where(which, high, other_high), tl.where(which, low, other_low)
-
-
-@triton.jit
 def _inside(x, x_low, a, a_low, b, b_low):
     """X where it lies between a and b, else the middle; also where x is NaN or infinite."""
-    middle, middle_low = _plus(a, a_low, _minus(b, b_low, a, a_low) * 0.5)
-    within = (_minus(x, x_low, a, a_low) > 0) & (_minus(b, b_low, x, x_low) > 0)
-    return _choose(within, x, x_low, middle, middle_low)
+    within = ((x - a) + (x_low - a_low) > 0) & ((b - x) + (b_low - x_low) > 0)
+    middle, middle_low = _plus(a, a_low, ((b - a) + (b_low - a_low)) * 0.5)
+    return tl.where(within, x, middle), tl.where(within, x_low, middle_low)
 
 
 # --- one or two prompts: a root in two scalars ----------------------------------------------------
@@ -97,7 +88,16 @@ def _row(z1, z2, g1, g1_low, g2, g2_low, N: tl.constexpr, BALANCED: tl.constexpr
 
 @triton.jit
 def _sums(
-    z1, z2, valid, g1, g1_low, g2, g2_low, N: tl.constexpr, BALANCED: tl.constexpr, AXIS: tl.constexpr
+    z1,
+    z2,
+    valid,
+    g1,
+    g1_low,
+    g2,
+    g2_low,
+    N: tl.constexpr,
+    BALANCED: tl.constexpr,
+    AXIS: tl.constexpr,
 ):
     """Columns of P T; those of the rows below their cap; the product of both in the capped rows."""
     e1, e2, total = _row(
@@ -183,7 +183,7 @@ def _root(
     if BALANCED:
         target = zero + P
     else:
-        # about where a normal distribution leaves mass above: logit(p) / 1.7 is within .02 of probit
+        # about where a normal distribution leaves mass above: logit / 1.7 is within .02 of probit
         mean = tl.sum(z, AXIS) / P
         deviation = tl.sqrt(tl.maximum(tl.sum(z * z, AXIS) / P - mean * mean, 0.0))
         spread = (tl.log(mass) - tl.log(tl.maximum(1 - mass, 1e-30))) / 1.702
@@ -219,13 +219,12 @@ def _root(
             level_gap = tl.log(target / total)
         better = running & (miss <= best)
         best = tl.where(better, miss, best)
-        best_level, best_level_low = _choose(
-            better, level, level_low, best_level, best_level_low
-        )
-        best_share, best_share_low = _choose(
-            better, share, share_low, best_share, best_share_low
-        )
-        best_first, best_second = _choose(better, first, second, best_first, best_second)
+        best_level = tl.where(better, level, best_level)
+        best_level_low = tl.where(better, level_low, best_level_low)
+        best_share = tl.where(better, share, best_share)
+        best_share_low = tl.where(better, share_low, best_share_low)
+        best_first = tl.where(better, first, best_first)
+        best_second = tl.where(better, second, best_second)
         running = running & (polishing == 0) & (passes < max_iter) & (miss > tol / 32)
         # one more step: Newton's last is worth all before it
         polishing = miss <= tol
@@ -236,47 +235,48 @@ def _root(
         rising = running & (tl.abs(level_gap) > enough)
         if N == 2:
             rising = rising & (polishing == 0)
-        low_end, low_end_low = _choose(
-            rising & (level_gap > 0), level, level_low, low_end, low_end_low
-        )
-        high_end, high_end_low = _choose(
-            rising & (level_gap <= 0), level, level_low, high_end, high_end_low
-        )
+        low_end = tl.where(rising & (level_gap > 0), level, low_end)
+        low_end_low = tl.where(rising & (level_gap > 0), level_low, low_end_low)
+        high_end = tl.where(rising & (level_gap <= 0), level, high_end)
+        high_end_low = tl.where(rising & (level_gap <= 0), level_low, high_end_low)
         new, new_low = _plus(level, level_low, newton)
         new, new_low = _inside(new, new_low, low_end, low_end_low, high_end, high_end_low)
-        rising = rising & (_minus(new, new_low, level, level_low) != 0)
+        rising = rising & ((new - level) + (new_low - level_low) != 0)
         # otherwise the total is so near that it cannot change the sign of share_gap
         sharing = running & (rising == 0)
         if N == 2:
-            left, left_low = _choose(sharing & (share_gap > 0), share, share_low, left, left_low)
-            right, right_low = _choose(
-                sharing & (share_gap <= 0), share, share_low, right, right_low
-            )
+            left = tl.where(sharing & (share_gap > 0), share, left)
+            left_low = tl.where(sharing & (share_gap > 0), share_low, left_low)
+            right = tl.where(sharing & (share_gap <= 0), share, right)
+            right_low = tl.where(sharing & (share_gap <= 0), share_low, right_low)
             slope = tl.where(free > 0, free1 * free2 / free, 0.0) + mixed
             step = share_gap * first * second / (total * slope)
             turned, turned_low = _plus(share, share_low, step)
             turned, turned_low = _inside(turned, turned_low, left, left_low, right, right_low)
-            step = _minus(turned, turned_low, share, share_low)
+            step = (turned - share) + (turned_low - share_low)
             stuck = sharing & (step == 0) & (polishing == 0)
             running = running & (stuck == 0)
             sharing = sharing & (stuck == 0)
-            share, share_low = _choose(sharing, turned, turned_low, share, share_low)
+            share = tl.where(sharing, turned, share)
+            share_low = tl.where(sharing, turned_low, share_low)
             if not BALANCED:
                 follow = newton - (free1 - free2) / (2 * free) * step
                 near, near_low = _plus(level, level_low, tl.where(free > 0, follow, 0.0))
                 half = tl.abs(share) * 0.5
-                low_end, low_end_low = _choose(
-                    sharing, bottom - half, zero, low_end, low_end_low
-                )
-                high_end, high_end_low = _choose(sharing, half - low, zero, high_end, high_end_low)
+                low_end = tl.where(sharing, bottom - half, low_end)
+                low_end_low = tl.where(sharing, zero, low_end_low)
+                high_end = tl.where(sharing, half - low, high_end)
+                high_end_low = tl.where(sharing, zero, high_end_low)
                 near, near_low = _inside(
                     near, near_low, low_end, low_end_low, high_end, high_end_low
                 )
-                level, level_low = _choose(sharing, near, near_low, level, level_low)
+                level = tl.where(sharing, near, level)
+                level_low = tl.where(sharing, near_low, level_low)
         else:
             running = running & (sharing == 0)
         if not BALANCED:
-            level, level_low = _choose(rising, new, new_low, level, level_low)
+            level = tl.where(rising, new, level)
+            level_low = tl.where(rising, new_low, level_low)
 
     g1, g1_low = _plus(best_level, best_level_low + best_share_low * 0.5, best_share * 0.5)
     g2, g2_low = _plus(best_level, best_level_low - best_share_low * 0.5, best_share * -0.5)
@@ -291,8 +291,10 @@ def _root(
 
 
 @triton.jit
-def _entries(z, g, g_low, inside, BALANCED: tl.constexpr, P_AXIS: tl.constexpr, N_AXIS: tl.constexpr):
-    """P times the plan that the potentials g give, rows capped: z and the result (.., P, .., N, ..)."""
+def _entries(
+    z, g, g_low, inside, BALANCED: tl.constexpr, P_AXIS: tl.constexpr, N_AXIS: tl.constexpr
+):
+    """P times the plan that potentials g give to z (.., P, .., N, ..), before columns are exact."""
     t = (z + tl.expand_dims(g, P_AXIS)) + tl.expand_dims(g_low, P_AXIS)
     t = tl.where(inside, t, -float("inf"))  # columns of padding
     high = tl.max(t, N_AXIS)
@@ -344,7 +346,8 @@ def _scaling(
         passes += running.to(tl.int32)
         running = running & (miss > tol) & (passes < max_iter)
         new, new_low = _plus(g, g_low, gap)
-        g, g_low = _choose(tl.expand_dims(running, ON), new, new_low, g, g_low)
+        g = tl.where(tl.expand_dims(running, ON), new, g)
+        g_low = tl.where(tl.expand_dims(running, ON), new_low, g_low)
     return g, g_low, mass / N / column, miss, passes
 
 
@@ -402,7 +405,17 @@ def _solve_two(
 
 @triton.jit
 def _plan_of_two(
-    z1, z2, g1, g1_low, g2, g2_low, v1, v2, N: tl.constexpr, BALANCED: tl.constexpr, AXIS: tl.constexpr
+    z1,
+    z2,
+    g1,
+    g1_low,
+    g2,
+    g2_low,
+    v1,
+    v2,
+    N: tl.constexpr,
+    BALANCED: tl.constexpr,
+    AXIS: tl.constexpr,
 ):
     e1, e2, total = _row(
         z1,
@@ -492,7 +505,7 @@ def _transport_plan_fwd_kernel(
         s2 = s1
         if N == 2:
             s2 = tl.load(sim_ptr + at + stride_n, mask=reads, other=0.0).to(ACC)
-        z1, z2, centre, g1, g1_low, g2, g2_low, v1, v2, miss, passes = _solve_two(
+        z1, z2, _, g1, g1_low, g2, g2_low, v1, v2, miss, passes = _solve_two(
             s1, s2, inside_p, there, scale, mass, tol, max_iter, P, N, BALANCED, 1
         )
         t1, t2 = _plan_of_two(z1, z2, g1, g1_low, g2, g2_low, v1, v2, N, BALANCED, 1)
@@ -503,8 +516,20 @@ def _transport_plan_fwd_kernel(
         n = tl.arange(0, BLOCK_N)[None, None, :]
         mask = reads[:, :, None] & (n < N)
         sim = tl.load(sim_ptr + at[:, :, None] + n * stride_n, mask=mask, other=0.0).to(ACC)
-        z, centre, g, g_low, v, miss, passes = _solve_any(
-            sim, inside_p[:, :, None], n < N, there, scale, mass, tol, max_iter, P, N, BALANCED, 1, 2
+        z, _, g, g_low, v, miss, passes = _solve_any(
+            sim,
+            inside_p[:, :, None],
+            n < N,
+            there,
+            scale,
+            mass,
+            tol,
+            max_iter,
+            P,
+            N,
+            BALANCED,
+            1,
+            2,
         )
         t = _entries(z, g, g_low, n < N, BALANCED, 1, 2) * v[:, None, :]
         tl.store(plan_ptr + out[:, :, None] + n, t.to(plan_ptr.dtype.element_ty), mask=mask)
@@ -746,9 +771,7 @@ def _transport_logits_bwd_patches_kernel(
         at = image * classes + c
         by = tl.load(d_logits_ptr + at, mask=c < classes, other=0.0).to(ACC)
         kept = state_ptr + at * (3 * N + 1)
-        weight = _weights(
-            sim, kept, by, c < classes, scale, N, BALANCED, BLOCK_P, BLOCK_N, BLOCK_C
-        )
+        weight = _weights(sim, kept, by, c < classes, scale, N, BALANCED, BLOCK_P, BLOCK_N, BLOCK_C)
         t = tl.load(
             t_rows[:, None] + d[None, :] * t_stride_d,
             mask=t_there[:, None] & (d < D)[None, :],
@@ -884,30 +907,34 @@ def transport_plan_fwd(
     max_iter: int,
     tol: float,
     *,
-    problems_per_program: int | None = None,
+    tile: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Solve (problems, P, N), any strides -> plan, contiguous, iterations and residual (problems,).
 
-    A problem with a similarity that is not finite has a plan and a residual of NaN.
+    A problem with a similarity that is not finite has a plan and a residual of NaN. ``tile``
+    replaces block sizes; BLOCK_G is the problems of a program.
     """
     problems, patches, prompts = sim.shape
     wide = _wide(sim)
     plan = sim.new_empty(sim.shape, dtype=_stored(sim.dtype))
-    iterations = sim.new_empty(problems, dtype=torch.int64)
-    residual = sim.new_empty(problems, dtype=wide)
+    iterations = sim.new_empty((problems,), dtype=torch.int64)
+    residual = sim.new_empty((problems,), dtype=wide)
     if not problems:
         return plan.to(sim.dtype), iterations, residual
-    block_p, block_n = _power(patches), _power(prompts)
-    one = block_p * block_n
+    one = _power(patches) * _power(prompts)
     # One warp up to 64 numbers a lane: its sums are shuffles, nothing waits at a barrier, and a
     # multiprocessor holds as many programs as it may. Small problems share a warp, 8 numbers a
     # lane: where few passes are left to wait for, a second problem costs less than a second warp.
     # The interpreter pays by the program.
     most = 1 << 16 if sim.device.type == "cpu" else 256
-    group = problems_per_program or min(_power(problems), max(1, most // one))
-    size = group * one
+    blocks = {
+        "BLOCK_G": min(_power(problems), max(1, most // one)),
+        "BLOCK_P": _power(patches),
+        "BLOCK_N": _power(prompts),
+    } | (tile or {})
+    size = math.prod(blocks.values())
     with torch.cuda.device_of(sim):
-        _transport_plan_fwd_kernel[(triton.cdiv(problems, group),)](
+        _transport_plan_fwd_kernel[(triton.cdiv(problems, blocks["BLOCK_G"]),)](
             sim,
             plan,
             iterations,
@@ -922,9 +949,7 @@ def transport_plan_fwd(
             N=prompts,
             BALANCED=balanced,
             ACC=_LANGUAGE[wide],
-            BLOCK_G=group,
-            BLOCK_P=block_p,
-            BLOCK_N=block_n,
+            **blocks,
             num_warps=1 if size <= 2048 else 4 if size <= 8192 else 8,
         )
     return plan.to(sim.dtype), iterations, residual
@@ -945,11 +970,14 @@ def _kinds(patches: Tensor, prompts: Tensor) -> dict[str, object]:
 
 
 def _depth(patches: Tensor, prompts: Tensor, rows: int, width: int) -> int:
-    """How many of D numbers of each row a step of the product takes: up to 32 KiB of patches."""
+    """Say how many of D numbers a step of the product takes.
+
+    A line of the cache from each row; less of many rows, whose addresses would take the registers.
+    """
     if patches.device.type == "cpu":
         return max(16, _power(width))
-    size = max(patches.element_size(), prompts.element_size())
-    return min(64, max(16, _power((1 << 15) // (rows * size))))
+    line = 128 // max(patches.element_size(), prompts.element_size())
+    return max(16, min(line, (1 << 13) // rows))
 
 
 def transport_logits_fwd(
@@ -962,7 +990,7 @@ def transport_logits_fwd(
     tol: float,
     *,
     keep: bool,
-    classes_per_program: int | None = None,
+    tile: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Score (U, B, P, D) against (U, C, N, D), any strides.
 
@@ -974,6 +1002,7 @@ def transport_logits_fwd(
     clients, images, n_patches, width = patches.shape
     classes, n_prompts = prompts.shape[1:3]
     wide = _wide(patches, prompts)
+    on_cpu = patches.device.type == "cpu"
     shape = (clients, images, classes)
     logits = patches.new_empty(shape, dtype=wide)
     iterations = patches.new_empty(shape, dtype=torch.int64)
@@ -982,16 +1011,21 @@ def transport_logits_fwd(
     if not logits.numel():
         return logits, iterations, residual, state
     block_p, block_n = max(16, _power(n_patches)), _power(n_prompts)
-    # Eight columns are the least that matrix units take, and eight classes are two problems a lane:
-    # their two dozen scalars then leave room for the tile, 16 or 32 numbers of a thread. Patches
-    # are read again for each block of classes, from the cache: blocks of an image are neighbours.
-    block_c = 8 if block_p * block_n <= 512 else max(1, 4096 // (block_p * block_n))
-    if patches.device.type == "cpu":  # the interpreter pays by the program
-        block_c = 64
-    block_c = classes_per_program or min(block_c, _power(classes))
-    size = block_p * block_n * block_c
+    # Sixteen columns feed the matrix units, and leave a thread 8 to 32 numbers of the tile and the
+    # two dozen scalars of two to four problems. 320 problems are at least 40 programs, 32000 are
+    # 4000, two or three at a time on a multiprocessor. Patches are read again for each block of
+    # classes, from the cache: the blocks of an image are neighbours. The interpreter pays by the
+    # program.
+    columns = 16 if block_p <= 256 else 8
+    blocks = {
+        "BLOCK_P": block_p,
+        "BLOCK_C": min(_power(classes), 64 if on_cpu else max(1, columns // block_n)),
+        "BLOCK_N": block_n,
+        "BLOCK_D": _depth(patches, prompts, block_p, width),
+    } | (tile or {})
+    size = blocks["BLOCK_P"] * blocks["BLOCK_C"] * blocks["BLOCK_N"]
     with torch.cuda.device_of(patches):
-        _transport_logits_fwd_kernel[(clients * images * triton.cdiv(classes, block_c),)](
+        _transport_logits_fwd_kernel[(clients * images * triton.cdiv(classes, blocks["BLOCK_C"]),)](
             patches,
             prompts,
             logits,
@@ -1012,10 +1046,7 @@ def transport_logits_fwd(
             BALANCED=balanced,
             KEEP=keep,
             **_kinds(patches, prompts),
-            BLOCK_P=block_p,
-            BLOCK_C=block_c,
-            BLOCK_N=block_n,
-            BLOCK_D=_depth(patches, prompts, block_p, width),
+            **blocks,
             num_warps=4 if size <= 4096 else 8 if size <= 8192 else 16,
             num_stages=2,
         )
@@ -1032,8 +1063,8 @@ def transport_logits_bwd(
     *,
     of_patches: bool,
     of_prompts: bool,
-    columns_per_program: int | None = None,
     parts: int | None = None,
+    tile: dict[str, int] | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return d_patches and d_prompts where wanted, from d_logits (U, B, C), contiguous.
 
@@ -1048,29 +1079,27 @@ def transport_logits_bwd(
     # 16-bit features are exact in tf32, weights as exact as in float16 without its narrow range
     sixteen = max(patches.element_size(), prompts.element_size()) == 2
     kinds["PRECISION_OUT"] = "tf32" if sixteen else kinds["PRECISION"]
-    block_n = _power(n_prompts)
-    # Similarities are formed again for each block of the output's D: wide blocks save work, and
-    # the accumulators and the features beside them have to fit, in float32 with more parts.
-    block_out = max(16, _power(width)) if on_cpu else min(max(16, _power(width)), 128)
-    block_p = max(16, _power(n_patches)) if on_cpu else min(max(16, _power(n_patches)), 64)
-
-    def blocks(columns: int) -> dict[str, int]:
-        columns = columns_per_program or (256 if on_cpu else columns)
-        return {
-            "BLOCK_P": block_p,
-            "BLOCK_C": min(max(1, columns // block_n), max(_power(classes), -(-16 // block_n))),
-            "BLOCK_N": block_n,
-            "BLOCK_D": _depth(patches, prompts, block_p, width),
-            "BLOCK_OUT": block_out,
-        }
-
-    outs = triton.cdiv(width, block_out)
+    # Similarities are formed again for each block of the output's D, which costs little beside
+    # reading the features; 128 numbers of D, 64 patches or 32 columns fit in 8 warps of any card.
+    block_p, block_n = max(16, _power(n_patches)), _power(n_prompts)
+    block_out = max(16, _power(width))
+    if not on_cpu:
+        block_p, block_out = min(block_p, 64), min(block_out, 128)
+    block_c = max(1, (256 if on_cpu else 32) // block_n)
+    blocks = {
+        "BLOCK_P": block_p,
+        "BLOCK_C": min(block_c, max(_power(classes), -(-16 // block_n))),
+        "BLOCK_N": block_n,
+        "BLOCK_D": _depth(patches, prompts, block_p, width),
+        "BLOCK_OUT": block_out,
+    } | (tile or {})
+    outs = triton.cdiv(width, blocks["BLOCK_OUT"])
     sizes = {"P": n_patches, "N": n_prompts, "D": width, "BALANCED": balanced}
     strides = (*patches.stride(), *prompts.stride())
     with torch.cuda.device_of(patches):
         if of_patches:
             d_patches = patches.new_empty(patches.shape, dtype=_stored(patches.dtype))
-            rows = triton.cdiv(n_patches, block_p)
+            rows = triton.cdiv(n_patches, blocks["BLOCK_P"])
             if d_patches.numel() and not classes:
                 d_patches.zero_()
             elif d_patches.numel():
@@ -1086,14 +1115,13 @@ def transport_logits_bwd(
                     *_two_parts(1 / eps),
                     **sizes,
                     **kinds,
-                    **blocks(32),
-                    num_warps=4,
+                    **blocks,
+                    num_warps=8,
                     num_stages=2,
                 )
             d_patches = d_patches.to(patches.dtype)
         if of_prompts:
-            chosen = blocks(32)
-            programs = clients * triton.cdiv(classes, chosen["BLOCK_C"]) * outs
+            programs = clients * triton.cdiv(classes, blocks["BLOCK_C"]) * outs
             if parts is None:
                 parts = min(images, triton.cdiv(_BUSY, max(programs, 1)))
             per_part = triton.cdiv(images, max(parts, 1))
@@ -1115,8 +1143,8 @@ def transport_logits_bwd(
                     *_two_parts(1 / eps),
                     **sizes,
                     **kinds,
-                    **chosen,
-                    num_warps=4,
+                    **blocks,
+                    num_warps=8,
                     num_stages=2,
                 )
             d_prompts = (sums[0] if parts == 1 else sums.sum(0)).to(prompts.dtype)
