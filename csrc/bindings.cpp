@@ -46,9 +46,9 @@ int64_t transport_plan_of(const fastfpl::View& sim, const fastfpl::View& plan,
 }
 
 int64_t transport_plan(py::handle sim_, py::handle plan_, py::handle iterations_,
-                       py::handle residual_, int64_t classes, double eps, double mass,
-                       bool balanced, int64_t max_iter, double tol, int64_t threads,
-                       py::handle rows_, py::handle columns_, py::handle logits_) {
+                       py::handle residual_, double eps, double mass, bool balanced,
+                       int64_t max_iter, double tol, int64_t threads, py::handle rows_,
+                       py::handle columns_, py::handle logits_, int64_t classes) {
   const char* op = "transport_plan";
   const fastfpl::View sim(op, "sim", sim_), plan(op, "plan", plan_);
   const fastfpl::View iterations(op, "iterations", iterations_),
@@ -78,24 +78,27 @@ int64_t transport_plan(py::handle sim_, py::handle plan_, py::handle iterations_
 }
 
 template <class Real>
-void weigh_plan_of(const fastfpl::View& by, const fastfpl::View& plan, int64_t threads) {
+void weigh_plan_of(const fastfpl::View& plan, const fastfpl::View& by, const fastfpl::View& out,
+                   int64_t threads) {
+  const Real* in = plan.data<Real>();
   const Real* factors = by.data<Real>();
-  Real* in_place = plan.data<Real>();
+  Real* weighted = out.data<Real>();
   const int64_t patches = plan.shape(-3), classes = plan.shape(-2), prompts = plan.shape(-1);
   const int64_t images = plan.size() ? plan.size() / (patches * classes * prompts) : 0;
   py::gil_scoped_release release;
-  fastfpl::weigh_plan(factors, in_place, images, patches, classes, prompts, threads);
+  fastfpl::weigh_plan(in, factors, weighted, images, patches, classes, prompts, threads);
 }
 
-void weigh_plan(py::handle by_, py::handle plan_, int64_t threads) {
+void weigh_plan(py::handle plan_, py::handle by_, py::handle out_, int64_t threads) {
   const char* op = "weigh_plan";
-  const fastfpl::View by(op, "by", by_), plan(op, "plan", plan_);
+  const fastfpl::View plan(op, "plan", plan_), by(op, "by", by_), out(op, "out", out_);
   plan.need_ndim(3);
+  out.need_size(plan.size());
   if (plan.size()) by.need_size(plan.size() / (plan.shape(-3) * plan.shape(-1)));
   if (plan.is<double>())
-    weigh_plan_of<double>(by, plan, threads);
+    weigh_plan_of<double>(plan, by, out, threads);
   else
-    weigh_plan_of<float>(by, plan, threads);
+    weigh_plan_of<float>(plan, by, out, threads);
 }
 
 }  // namespace
@@ -103,9 +106,10 @@ void weigh_plan(py::handle by_, py::handle plan_, int64_t threads) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled faces of fastfpl's ops for the CPU.";
   m.def("transport_plan", &transport_plan, py::arg("sim"), py::arg("plan"), py::arg("iterations"),
-        py::arg("residual"), py::arg("classes"), py::arg("eps"), py::arg("mass"),
-        py::arg("balanced"), py::arg("max_iter"), py::arg("tol"), py::arg("threads"),
-        py::arg("rows") = py::none(), py::arg("columns") = py::none(),
-        py::arg("logits") = py::none());
-  m.def("weigh_plan", &weigh_plan, py::arg("by"), py::arg("plan"), py::arg("threads"));
+        py::arg("residual"), py::arg("eps"), py::arg("mass"), py::arg("balanced"),
+        py::arg("max_iter"), py::arg("tol"), py::arg("threads"), py::arg("rows") = py::none(),
+        py::arg("columns") = py::none(), py::arg("logits") = py::none(), py::arg("classes") = 0);
+  m.def("weigh_plan", &weigh_plan, py::arg("plan"), py::arg("by"), py::arg("out"),
+        py::arg("threads"));
+  m.attr("most_prompts") = fastfpl::kMostPrompts;
 }

@@ -145,29 +145,34 @@ FASTFPL_CLONES int64_t solve_range(const Arrays<double>& arrays, const Transport
 }
 
 template <class Real>
-FASTFPL_INLINE void weigh(const Real* FASTFPL_RESTRICT by, Real* plan, int64_t patches,
-                          int64_t classes, int64_t prompts, int64_t begin, int64_t end) {
+FASTFPL_INLINE void weigh(const Real* FASTFPL_RESTRICT plan, const Real* FASTFPL_RESTRICT by,
+                          Real* FASTFPL_RESTRICT out, int64_t patches, int64_t classes,
+                          int64_t prompts, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {  // (b, p)
     const Real* w = by + r / patches * classes;
-    Real* out = plan + r * classes * prompts;
+    const int64_t at = r * classes * prompts;
     if (prompts == 2) {
 #pragma omp simd
-      for (int64_t c = 0; c < classes; ++c) out[2 * c] *= w[c], out[2 * c + 1] *= w[c];
+      for (int64_t c = 0; c < classes; ++c) {
+        out[at + 2 * c] = plan[at + 2 * c] * w[c];
+        out[at + 2 * c + 1] = plan[at + 2 * c + 1] * w[c];
+      }
     } else {
       for (int64_t c = 0; c < classes; ++c)
-        for (int64_t n = 0; n < prompts; ++n) out[c * prompts + n] *= w[c];
+        for (int64_t n = 0; n < prompts; ++n)
+          out[at + c * prompts + n] = plan[at + c * prompts + n] * w[c];
     }
   }
 }
 
-FASTFPL_CLONES void weigh_range(const float* by, float* plan, int64_t patches, int64_t classes,
-                                int64_t prompts, int64_t begin, int64_t end) {
-  weigh(by, plan, patches, classes, prompts, begin, end);
+FASTFPL_CLONES void weigh_range(const float* plan, const float* by, float* out, int64_t patches,
+                                int64_t classes, int64_t prompts, int64_t begin, int64_t end) {
+  weigh(plan, by, out, patches, classes, prompts, begin, end);
 }
 
-FASTFPL_CLONES void weigh_range(const double* by, double* plan, int64_t patches, int64_t classes,
-                                int64_t prompts, int64_t begin, int64_t end) {
-  weigh(by, plan, patches, classes, prompts, begin, end);
+FASTFPL_CLONES void weigh_range(const double* plan, const double* by, double* out, int64_t patches,
+                                int64_t classes, int64_t prompts, int64_t begin, int64_t end) {
+  weigh(plan, by, out, patches, classes, prompts, begin, end);
 }
 
 }  // namespace
@@ -200,19 +205,20 @@ int64_t transport_plan(const Arrays<Real>& arrays, const Transport& t) {
 }
 
 template <class Real>
-void weigh_plan(const Real* by, Real* plan, int64_t images, int64_t patches, int64_t classes,
-                int64_t prompts, int64_t threads) {
+void weigh_plan(const Real* plan, const Real* by, Real* out, int64_t images, int64_t patches,
+                int64_t classes, int64_t prompts, int64_t threads) {
   const int64_t rows = images * patches;
   const int64_t useful = 1 + rows * classes * prompts / (1 << 16);
   parallel(std::min(threads, useful), rows, [&](int64_t, int64_t begin, int64_t end) {
-    weigh_range(by, plan, patches, classes, prompts, begin, end);
+    weigh_range(plan, by, out, patches, classes, prompts, begin, end);
   });
 }
 
 template int64_t transport_plan<float>(const Arrays<float>&, const Transport&);
 template int64_t transport_plan<double>(const Arrays<double>&, const Transport&);
-template void weigh_plan<float>(const float*, float*, int64_t, int64_t, int64_t, int64_t, int64_t);
-template void weigh_plan<double>(const double*, double*, int64_t, int64_t, int64_t, int64_t,
-                                 int64_t);
+template void weigh_plan<float>(const float*, const float*, float*, int64_t, int64_t, int64_t,
+                                int64_t, int64_t);
+template void weigh_plan<double>(const double*, const double*, double*, int64_t, int64_t, int64_t,
+                                 int64_t, int64_t);
 
 }  // namespace fastfpl

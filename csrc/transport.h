@@ -33,9 +33,9 @@ struct Arrays {
 template <class Real>
 int64_t transport_plan(const Arrays<Real>& arrays, const Transport& t);
 
-// plan[b, p, c, n] *= by[b, c]
+// out[b, p, c, n] = plan[b, p, c, n] * by[b, c]
 template <class Real>
-void weigh_plan(const Real* by, Real* plan, int64_t images, int64_t patches, int64_t classes,
-                int64_t prompts, int64_t threads);
+void weigh_plan(const Real* plan, const Real* by, Real* out, int64_t images, int64_t patches,
+                int64_t classes, int64_t prompts, int64_t threads);
 
 }  // namespace fastfpl
