@@ -572,12 +572,19 @@ def _similarities(
 
 
 @triton.jit
+def _entropy(share):
+    """-x log x of parts of a plan's mass, and 0 of nothing."""
+    return -share * tl.log(tl.where(share > 0, share, 1.0))
+
+
+@triton.jit
 def _transport_logits_fwd_kernel(
     x_ptr,
     t_ptr,
     logits_ptr,
     iterations_ptr,
     residual_ptr,
+    entropy_ptr,
     state_ptr,
     images,
     classes,
@@ -599,6 +606,7 @@ def _transport_logits_fwd_kernel(
     N: tl.constexpr,
     D: tl.constexpr,
     BALANCED: tl.constexpr,
+    MEASURE: tl.constexpr,
     KEEP: tl.constexpr,
     ACC: tl.constexpr,
     DOT: tl.constexpr,
@@ -652,6 +660,12 @@ def _transport_logits_fwd_kernel(
         if N == 2:
             value += t2 * z2
         found = tl.sum(tl.where(inside_p, value, 0.0), 0)
+        if MEASURE:
+            parts = _entropy(t1 / mass)
+            if N == 2:
+                parts += _entropy(t2 / mass)
+            parts = tl.where(inside_p, parts, 0.0)
+            entropy = tl.sum(parts, 0)
         if KEEP:
             kept = state_ptr + at * FIELDS
             tl.store(kept, centre, mask=there)
@@ -670,9 +684,11 @@ def _transport_logits_fwd_kernel(
         z, centre, g, g_low, v, miss, passes = _solve_any(
             sim, valid, inside, there, scale, mass, tol, max_iter, P, N, BALANCED, 0, 1
         )
-        value = _entries(z, g, g_low, inside, BALANCED, 0, 1) * z
-        value = tl.where(inside & valid, value * v[None, :, :], 0.0)
-        found = tl.sum(tl.sum(value, 0), 0)
+        t = _entries(z, g, g_low, inside, BALANCED, 0, 1) * v[None, :, :]
+        t = tl.where(inside & valid, t, 0.0)
+        found = tl.sum(tl.sum(t * z, 0), 0)
+        if MEASURE:
+            entropy = tl.sum(tl.sum(_entropy(t / mass), 0), 0)
         if KEEP:
             kept = state_ptr + at * FIELDS
             tl.store(kept, centre, mask=there)
@@ -680,6 +696,10 @@ def _transport_logits_fwd_kernel(
             tl.store(fields, g, mask=there[None, :] & (n < N))
             tl.store(fields + N, g_low, mask=there[None, :] & (n < N))
             tl.store(fields + 2 * N, v, mask=there[None, :] & (n < N))
+    if MEASURE:
+        most = tl.log(miss * 0 + P * N)
+        entropy = tl.where(most == 0, 1.0, entropy / most)
+        tl.store(entropy_ptr + at, entropy, mask=there)
     # the columns of the plan hold its mass to rounding
     found = centre * mass + found / scale
     tl.store(logits_ptr + at, found.to(logits_ptr.dtype.element_ty), mask=there)
@@ -989,15 +1009,17 @@ def transport_logits_fwd(
     max_iter: int,
     tol: float,
     *,
+    measure: bool,
     keep: bool,
     tile: dict[str, int] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Score (U, B, P, D) against (U, C, N, D), any strides.
 
-    Returns logits, iterations and residual (U, B, C), logits as wide as the sums; and if ``keep``
-    what `transport_logits_bwd` needs to know of each plan, (U, B, C, 3 N + 1): the similarity
-    that z is relative to, then of every column both parts of log v and the factor that makes the
-    column exact. A problem with a similarity that is not finite is NaN in all but its iterations.
+    Returns logits, iterations, residual and if ``measure`` entropy (U, B, C), logits as wide as the
+    sums and the entropy over its largest value, log(P N), or 1 where that is 0; and if ``keep``
+    what `transport_logits_bwd` needs to know of each plan, (U, B, C, 3 N + 1): the similarity that
+    z is relative to, then of every column both parts of log v and the factor that makes the column
+    exact. A problem with a similarity that is not finite is NaN in all but its iterations.
     """
     clients, images, n_patches, width = patches.shape
     classes, n_prompts = prompts.shape[1:3]
@@ -1008,8 +1030,9 @@ def transport_logits_fwd(
     iterations = patches.new_empty(shape, dtype=torch.int64)
     residual = patches.new_empty(shape, dtype=wide)
     state = patches.new_empty((*shape, 3 * n_prompts + 1), dtype=wide) if keep else None
+    entropy = patches.new_empty(shape, dtype=wide) if measure else None
     if not logits.numel():
-        return logits, iterations, residual, state
+        return logits, iterations, residual, entropy, state
     block_p, block_n = max(16, _power(n_patches)), _power(n_prompts)
     # Sixteen columns feed the matrix units, and leave a thread 8 to 32 numbers of the tile and the
     # two dozen scalars of two to four problems. 320 problems are at least 40 programs, 32000 are
@@ -1031,6 +1054,7 @@ def transport_logits_fwd(
             logits,
             iterations,
             residual,
+            entropy,
             state,
             images,
             classes,
@@ -1044,13 +1068,14 @@ def transport_logits_fwd(
             N=n_prompts,
             D=width,
             BALANCED=balanced,
+            MEASURE=measure,
             KEEP=keep,
             **_kinds(patches, prompts),
             **blocks,
             num_warps=4 if size <= 4096 else 8 if size <= 8192 else 16,
             num_stages=2,
         )
-    return logits, iterations, residual, state
+    return logits, iterations, residual, entropy, state
 
 
 def transport_logits_bwd(

@@ -365,24 +365,27 @@ def test_tiles_do_not_change_the_result(prompts, balanced):
 
     x, t = features(2, 35, 5, prompts, 37, (1,))
     options = (0.2, 0.8, balanced, 1000, 1e-11)
-    whole = kernels.transport_logits_fwd(x, t, *options, keep=True)
-    assert whole[3].shape == (1, 2, 5, 3 * prompts + 1)
+    whole = kernels.transport_logits_fwd(x, t, *options, measure=True, keep=True)
+    assert whole[4].shape == (1, 2, 5, 3 * prompts + 1)
     by = weights_of(whole[0])
     every = {"of_patches": True, "of_prompts": True}
-    gradients = kernels.transport_logits_bwd(by, x, t, whole[3], 0.2, balanced, **every)
+    gradients = kernels.transport_logits_bwd(by, x, t, whole[4], 0.2, balanced, **every)
     near = {"rtol": 1e-9, "atol": 1e-12}
     for tile in TILES:
         forward = {name: tile[name] for name in ("BLOCK_C", "BLOCK_D")}
-        part = kernels.transport_logits_fwd(x, t, *options, keep=True, tile=forward)
+        part = kernels.transport_logits_fwd(x, t, *options, measure=True, keep=True, tile=forward)
         for mine, exact in zip(part, whole, strict=True):
             torch.testing.assert_close(mine, exact, **near)
         for parts in (1, 2):
             pieces = kernels.transport_logits_bwd(
-                by, x, t, whole[3], 0.2, balanced, parts=parts, tile=tile, **every
+                by, x, t, whole[4], 0.2, balanced, parts=parts, tile=tile, **every
             )
             for mine, exact in zip(pieces, gradients, strict=True):
                 torch.testing.assert_close(mine, exact, **near)
-    logits, *_, state = kernels.transport_logits_fwd(x, t, *options, keep=False)
+    logits, _, _, entropy, state = kernels.transport_logits_fwd(
+        x, t, *options, measure=False, keep=False
+    )
+    assert entropy is None
     assert state is None
     assert torch.equal(logits, whole[0])
     sim = similar(5, 35, prompts)
@@ -480,6 +483,37 @@ def test_only_the_wanted_gradients_are_formed(device):
 
 
 @DEVICE
+@pytest.mark.parametrize("prompts", [1, 2, 3])
+def test_how_even_the_plans_are(prompts, device):
+    pair = features(2, 7, 3, prompts, 6)
+    for options in ({"eps": 0.1, "mass": 0.7}, {"eps": 0.3, "balanced": True}):
+        _, ended = scored(*pair, device, tol=1e-9, **options)
+        with fastfpl.face("reference"):
+            _, exact = transport_logits(*pair, info=True, tol=1e-9, **options)
+        torch.testing.assert_close(ended.entropy, exact.entropy, rtol=1e-6, atol=1e-9)
+    _, ended = scored(pair[0][:, :1], pair[1][:, :1], device)
+    assert torch.equal(ended.entropy, torch.ones(2, 3).double())
+
+
+@INTERPRETED
+def test_gradients_through_the_plan_are_for_other_faces():
+    pair = features(2, 3, 2, 2, 4)
+    with (
+        fastfpl.face("triton"),
+        pytest.raises(NotSupported, match="triton: gradients through the plan: cpu, torch faces"),
+    ):
+        transport_logits(*pair, plan_gradient=True)
+    # a plan alone is differentiated by torch, whoever solved it
+    by, found = torch.linspace(-1, 1, 42).double().view(3, 7, 2), []
+    for face in ("triton", "reference"):
+        sim = similar(3, 7, 2).requires_grad_()
+        with fastfpl.face(face):
+            plan = transport_plan(sim, mass=0.7, tol=1e-11, plan_gradient=True)
+        found.append(torch.autograd.grad((plan * by).sum(), sim)[0])
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-9)
+
+
+@DEVICE
 def test_logits_of_any_view(device):
     patches, prompts = (x.to(device) for x in features(2, 6, 3, 2, 8, (2, 1)))
     wide = torch.full((2, 1, 2, 6, 16), math.nan, device=device).double()
@@ -520,7 +554,9 @@ def test_reads_and_writes_stay_inside(monkeypatch, prompts, dtype):
 
     def run(wall):
         made = []
-        logits, *ended, state = kernels.transport_logits_fwd(wall(x), wall(t), *options, keep=True)
+        logits, *ended, state = kernels.transport_logits_fwd(
+            wall(x), wall(t), *options, measure=True, keep=True
+        )
         made += [logits, *ended, state]
         by = wall(weights_of(logits))
         made += kernels.transport_logits_bwd(by, wall(x), wall(t), wall(state), 0.2, False, **every)
@@ -539,7 +575,7 @@ def test_reads_and_writes_stay_inside(monkeypatch, prompts, dtype):
 
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
     walled = run(fenced)
-    assert len(made) == 9
+    assert len(made) == 10
     for tensor in made:
         assert_fences_hold(tensor)
     for mine, exact in zip(walled, plain, strict=True):
@@ -657,11 +693,14 @@ def test_a_step_with_info_reads_nothing(prompts, device):
 
 
 def test_the_worst_of_several_steps():
-    first = Convergence(torch.tensor([[3, 9]]), torch.tensor([[1e-6, 2e-6]]))
-    second = Convergence(torch.tensor([4]), torch.tensor([5e-3]))
+    first = Convergence(
+        torch.tensor([[3, 9]]), torch.tensor([[1e-6, 2e-6]]), torch.tensor([[0.25, 0.75]])
+    )
+    second = Convergence(torch.tensor([4]), torch.tensor([5e-3]), torch.tensor([0.5]))
     worst = second.worst(first.worst())
     assert (int(worst.iterations), worst.iterations.dtype) == (9, torch.int64)
     assert float(worst.residual) == pytest.approx(5e-3)
+    assert float(worst.entropy) == 0.25
     assert worst.iterations.shape == worst.residual.shape == ()
     worst.check(1e-2)
     with pytest.raises(
@@ -670,12 +709,13 @@ def test_the_worst_of_several_steps():
         r"iterations; the largest residual is 5.0e-03; raise max_iter, eps or tol",
     ):
         worst.check(1e-3)
-    nan = Convergence(torch.tensor([0, 7]), torch.tensor([math.nan, 0.0])).worst(worst)
+    nan = Convergence(torch.tensor([0]), torch.tensor([math.nan]), torch.tensor([math.nan]))
+    nan = nan.worst(worst)
     assert nan.residual.isnan()
     with pytest.raises(InputError, match=r"similarity / eps must be finite; got a residual of nan"):
         nan.check(1e-2)
-    none = Convergence(torch.zeros(0, 3, dtype=torch.int64), torch.zeros(0, 3)).worst()
-    assert (int(none.iterations), float(none.residual)) == (0, 0.0)
+    none = Convergence(torch.zeros(0, 3).long(), torch.zeros(0, 3), torch.zeros(0, 3)).worst()
+    assert [float(x) for x in none] == [0, 0, 1]
     none.check(1e-9)
 
 
@@ -713,7 +753,9 @@ def launches():
                 options = (0.1, 0.8, balanced, 100, 1e-3)
                 x = torch.empty(1, 32, patches, width, device="meta", dtype=dtype)
                 t = torch.empty(1, 100, prompts, width, device="meta", dtype=dtype)
-                logits, *_, state = kernels.transport_logits_fwd(x, t, *options, keep=True)
+                logits, *_, state = kernels.transport_logits_fwd(
+                    x, t, *options, measure=True, keep=True
+                )
                 kernels.transport_logits_bwd(
                     logits, x, t, state, 0.1, balanced, of_patches=True, of_prompts=True
                 )
