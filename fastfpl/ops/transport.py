@@ -149,7 +149,8 @@ def transport_plan(
     plan_gradient : bool
         Let gradients flow through the plan; see Notes.
     info : bool
-        Also return the `Convergence`, and then raise nothing where it was not reached.
+        Also return the `Convergence`, and then raise nothing where it was not reached; nothing is
+        then read from a GPU (see Notes).
 
     Returns
     -------
@@ -187,12 +188,18 @@ def transport_plan(
     float64. Memory: the plan, and a few times P N numbers a thread; the reference face some ten
     copies of ``sim``.
 
+    Without ``info`` the host waits for the residuals, and names what was wrong. With it the Triton
+    face never waits: a problem that has not converged is as far as it came, and one whose
+    similarities were not finite is NaN, in its residual too. The other faces refuse it either way.
+
     The residual bounds the marginals, not the distance to the limit. The published iteration
     (``face("reference")``) is slow for small eps: at eps=.01 it takes hundreds of steps and stops
     10 to 20 residuals from its limit, more as mass nears 1. The C++ face, for N up to 16, finds
     the same limit by Newton steps, 3 to 10 for similarities as CLIP makes them: on two scalars for
     N of 1 or 2, for more on the shares of the columns, with the level of all of them found exactly
-    at each. Below about 1e-6 float32 cannot tell residuals from rounding.
+    at each. The Triton face, for N up to 16 and P up to 1024, takes the same steps on two scalars
+    for N of 1 or 2 and the published ones for more, all in registers. Below about 1e-6 float32
+    cannot tell residuals from rounding.
 
     Source: Li et al. 2024 (FedOTP), arXiv 2403.00041; partial transport by scaling: Benamou et al.
     2015, arXiv 1412.5154.
@@ -269,7 +276,7 @@ def transport_logits(
         Let gradients flow through the plans as well, as `transport_plan` says; FedOTP does not.
     info : bool
         Also return the `Convergence` of every pair of image and class, and then raise nothing where
-        it was not reached.
+        it was not reached; nothing is then read from a GPU (see Notes).
 
     Returns
     -------
@@ -299,7 +306,18 @@ def transport_logits(
     Above that the backward pass solves them again.
 
     The C++ face is that of `transport_plan`; the torch face takes any N and device with the
-    published iteration.
+    published iteration. The Triton face forms similarities, plans and logits in one launch, and
+    keeps 3 N + 1 numbers of each plan, from which the backward pass builds it again; both sum in a
+    fixed order, and neither writes anything of the size of the plans.
+
+    A step that must not wait for a GPU asks for ``info`` and looks at the numbers later::
+
+        logits, ended = transport_logits(patches, prompts, tol=1e-3, info=True)
+        worst = ended.worst(worst)  # None before the first step
+        ...
+        worst.check(1e-3)  # where the epoch's loss is read: raises what each step would have
+
+    In between, pairs whose similarities were not finite have logits of NaN.
 
     Source: Li et al. 2024 (FedOTP), arXiv 2403.00041; Chen et al. 2023 (PLOT), arXiv 2210.01253.
     """
