@@ -36,6 +36,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning"),
 ]
 INTERPRETED = pytest.mark.skipif(not launch.interpreted(), reason="kernels are compiled here")
 DEVICE = pytest.mark.parametrize(
