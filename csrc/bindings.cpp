@@ -2,6 +2,7 @@
 // runs without the interpreter's lock.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "attention.h"
@@ -214,35 +215,75 @@ void unit_bwd(py::handle d_f_, py::handle f_, py::handle norm_, py::handle d_y_,
 template <class Real>
 int64_t transport_plan_of(const fastfpl::View& sim, const fastfpl::View& plan,
                           const fastfpl::View& iterations, const fastfpl::View& residual,
+                          const Perhaps& rows,
+                          const Perhaps& columns,
+                          const Perhaps& logits,
                           const fastfpl::Transport& t) {
-  const Real* in = sim.data<Real>();
-  Real* out = plan.data<Real>();
-  int64_t* count = iterations.data<int64_t>();
-  Real* miss = residual.data<Real>();
+  const fastfpl::Arrays<Real> arrays{sim.data<Real>(),
+                                     rows.data<Real>(),
+                                     columns.data<Real>(),
+                                     plan.data<Real>(),
+                                     logits.data<Real>(),
+                                     iterations.data<int64_t>(),
+                                     residual.data<Real>()};
   py::gil_scoped_release release;
-  return fastfpl::transport_plan(in, out, count, miss, t);
+  return fastfpl::transport_plan(arrays, t);
 }
 
 int64_t transport_plan(py::handle sim_, py::handle plan_, py::handle iterations_,
                        py::handle residual_, double eps, double mass, bool balanced,
-                       int64_t max_iter, double tol, int64_t threads) {
+                       int64_t max_iter, double tol, int64_t threads, py::handle rows_,
+                       py::handle columns_, py::handle logits_, int64_t classes) {
   const char* op = "transport_plan";
   const fastfpl::View sim(op, "sim", sim_), plan(op, "plan", plan_);
   const fastfpl::View iterations(op, "iterations", iterations_),
       residual(op, "residual", residual_);
-  sim.need_ndim(2);
-  const int64_t patches = sim.shape(-2), prompts = sim.shape(-1);
+  sim.need_ndim(classes > 0 ? 3 : 2);
+  const int64_t patches = sim.shape(classes > 0 ? -3 : -2), prompts = sim.shape(-1);
   if (patches < 1) fastfpl::refuse(op, "sim", "have patches", std::to_string(patches));
-  if (prompts < 1 || prompts > 2)
-    fastfpl::refuse(op, "sim", "have 1 or 2 prompts", std::to_string(prompts));
+  if (prompts < 1 || prompts > fastfpl::kMostPrompts)
+    fastfpl::refuse(op, "sim", "have 1 to " + std::to_string(fastfpl::kMostPrompts) + " prompts",
+                    std::to_string(prompts));
   const int64_t problems = sim.size() / (patches * prompts);
   plan.need_size(sim.size());
   iterations.need_size(problems);
   residual.need_size(problems);
-  const fastfpl::Transport t{problems, patches,  prompts,  eps,    mass,
-                             tol,      balanced, max_iter, threads};
-  return sim.is<double>() ? transport_plan_of<double>(sim, plan, iterations, residual, t)
-                          : transport_plan_of<float>(sim, plan, iterations, residual, t);
+  const Perhaps rows(op, "rows", rows_, problems * patches);
+  const Perhaps columns(op, "columns", columns_, problems * prompts);
+  const Perhaps logits(op, "logits", logits_, problems);
+  if (classes > 0 && sim.size() && sim.shape(-2) != classes)
+    fastfpl::refuse(op, "sim", "have " + std::to_string(classes) + " classes",
+                    std::to_string(sim.shape(-2)));
+  const int64_t each = std::max<int64_t>(classes, 1);
+  const fastfpl::Transport t{problems / each, each, patches,  prompts,  eps,
+                             mass,            tol,  balanced, max_iter, threads};
+  return sim.is<double>()
+             ? transport_plan_of<double>(sim, plan, iterations, residual, rows, columns, logits, t)
+             : transport_plan_of<float>(sim, plan, iterations, residual, rows, columns, logits, t);
+}
+
+template <class Real>
+void weigh_plan_of(const fastfpl::View& plan, const fastfpl::View& by, const fastfpl::View& out,
+                   int64_t threads) {
+  const Real* in = plan.data<Real>();
+  const Real* factors = by.data<Real>();
+  Real* weighted = out.data<Real>();
+  const int64_t patches = plan.shape(-3), classes = plan.shape(-2), prompts = plan.shape(-1);
+  const int64_t images = plan.size() ? plan.size() / (patches * classes * prompts) : 0;
+  py::gil_scoped_release release;
+  fastfpl::weigh_plan(in, factors, weighted, images, patches, classes, prompts, threads);
+}
+
+void weigh_plan(py::handle plan_, py::handle by_, py::handle out_, int64_t threads) {
+  const char* op = "weigh_plan";
+  const fastfpl::View plan(op, "plan", plan_), by(op, "by", by_), out(op, "out", out_);
+  plan.need_ndim(3);
+  out.need_size(plan.size());
+  if (plan.size()) by.need_size(plan.size() / (plan.shape(-3) * plan.shape(-1)));
+  if (plan.is<double>())
+    weigh_plan_of<double>(plan, by, out, threads);
+  else
+    weigh_plan_of<float>(plan, by, out, threads);
 }
 
 // Sizes of qz (U, 2, H, d, B) and kv (U, C, E, 2, H, d), which must agree.
@@ -324,12 +365,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("activation_bwd", &activation_bwd);
   m.def("unit_fwd", &unit_fwd);
   m.def("unit_bwd", &unit_bwd);
-  m.def("transport_plan", &transport_plan, py::arg("sim"), py::arg("plan"), py::arg("iterations"),
-        py::arg("residual"), py::arg("eps"), py::arg("mass"), py::arg("balanced"),
-        py::arg("max_iter"), py::arg("tol"), py::arg("threads"));
   m.def("gate_fwd", &gate_fwd, py::arg("qz"), py::arg("kv"), py::arg("logits"), py::arg("stats"),
         py::arg("scale"), py::arg("threads"));
   m.def("gate_bwd", &gate_bwd, py::arg("d_logits"), py::arg("qz"), py::arg("rows"), py::arg("kv"),
         py::arg("stats"), py::arg("d_qz"), py::arg("d_kv"), py::arg("scale"), py::arg("chunks"),
         py::arg("threads"));
+  m.def("transport_plan", &transport_plan, py::arg("sim"), py::arg("plan"), py::arg("iterations"),
+        py::arg("residual"), py::arg("eps"), py::arg("mass"), py::arg("balanced"),
+        py::arg("max_iter"), py::arg("tol"), py::arg("threads"), py::arg("rows") = py::none(),
+        py::arg("columns") = py::none(), py::arg("logits") = py::none(), py::arg("classes") = 0);
+  m.def("weigh_plan", &weigh_plan, py::arg("plan"), py::arg("by"), py::arg("out"),
+        py::arg("threads"));
+  m.attr("most_prompts") = fastfpl::kMostPrompts;
 }

@@ -11,7 +11,7 @@ namespace {
 
 // Numbers of a vector.
 template <class Real>
-constexpr int64_t kLanes = sizeof(Lanes<Real>) / sizeof(Real);
+constexpr int64_t kLanes = sizeof(Vector<Real>) / sizeof(Real);
 
 // Rows of a product that are accumulated at once: with two vectors each, 8 sums hide the latency
 // of a multiply-add and still fit the registers of AVX2.
@@ -21,18 +21,18 @@ constexpr int kRows = 4;
 template <class Real, int N, int V, bool kAdd>
 FASTFPL_INLINE void product(const Real* a, int64_t a_row, int64_t a_depth, const Real* x,
                             int64_t x_row, int64_t depth, Real* out, int64_t out_row) {
-  using Vector = Lanes<Real>;
+  using Lane = Vector<Real>;
   constexpr int64_t lanes = kLanes<Real>;
-  Vector sum[N][V];
+  Lane sum[N][V];
 #pragma GCC unroll 8
   for (int r = 0; r < N; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
-      sum[r][v] = Vector{};
+      sum[r][v] = Lane{};
       if (kAdd) load_lanes(out + r * out_row + v * lanes, sum[r][v]);
     }
   for (int64_t t = 0; t < depth; ++t) {
-    Vector row[V];
+    Lane row[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) load_lanes(x + t * x_row + v * lanes, row[v]);
 #pragma GCC unroll 8

@@ -75,12 +75,12 @@ FASTFPL_INLINE double exp_of_negative(double x) {
 // 64 bytes of numbers with the arithmetic of one, in as many registers as the processor needs.
 #if defined(__GNUC__)
 template <class Real>
-struct LanesOf {
+struct VectorOf {
   typedef Real type __attribute__((vector_size(64)));
 };
 #else
 template <class Real>
-struct LanesOf {
+struct VectorOf {
   struct type {
     Real at[64 / sizeof(Real)];
     type& operator+=(const type& other) {
@@ -95,16 +95,16 @@ struct LanesOf {
 };
 #endif
 template <class Real>
-using Lanes = typename LanesOf<Real>::type;
+using Vector = typename VectorOf<Real>::type;
 
 // By reference: as a value it would be passed differently by each clone.
 template <class Real>
-FASTFPL_INLINE void load_lanes(const Real* from, Lanes<Real>& x) {
+FASTFPL_INLINE void load_lanes(const Real* from, Vector<Real>& x) {
   std::memcpy(&x, from, 64);
 }
 
 template <class Real>
-FASTFPL_INLINE void store_lanes(Real* to, const Lanes<Real>& x) {
+FASTFPL_INLINE void store_lanes(Real* to, const Vector<Real>& x) {
   std::memcpy(to, &x, 64);
 }
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fastfpl.errors import KindError
-from fastfpl.ops import native
+from fastfpl.ops import launch, native
 from fastfpl.ops import tower as engine
 from fastfpl.ops.attention import against_cpu, against_size
 from fastfpl.ops.faces import Face, choose
@@ -313,12 +313,23 @@ def _against_cpu(tower: TextTower, *_: object) -> list[str]:
     return against_cpu("the tower", tower.projection) + against_size(tower.heads, tower.width)
 
 
+def _against_triton(tower: TextTower, *_: object) -> list[str]:
+    reasons = launch.against("encode_text", tower=tower.projection)
+    return reasons + against_size(tower.heads, tower.width)
+
+
 def _against_reference(*_: object) -> list[str]:
     return ["the literal pass keeps to no memory limit"] if current_limit() is not None else []
 
 
 FACES = {
     "encode_text": (
+        Face(
+            "triton",
+            functools.partial(engine.encode, engine.triton_kernels),
+            launch.missing,
+            _against_triton,
+        ),
         Face(
             "cpu",
             functools.partial(engine.encode, engine.cpu_kernels),

@@ -19,11 +19,20 @@ from torch.autograd.function import once_differentiable
 
 from fastfpl.errors import InputError
 from fastfpl.ops import native
-from fastfpl.ops.attention import Launchers, cpu_launchers
+from fastfpl.ops.attention import Launchers, cpu_launchers, triton_launchers
 from fastfpl.ops.memory import current_limit
 from fastfpl.reference.text import Block, PromptLayout, TextTower
 
-__all__ = ["Cut", "Kernels", "Rows", "cpu_kernels", "cut_pass", "encode", "rows_of"]
+__all__ = [
+    "Cut",
+    "Kernels",
+    "Rows",
+    "cpu_kernels",
+    "cut_pass",
+    "encode",
+    "rows_of",
+    "triton_kernels",
+]
 
 # rows of one pass when no gradient is wanted and no limit is set: large enough for full-speed GEMMs
 _ROWS_PER_PASS = 1 << 14
@@ -65,6 +74,21 @@ def cpu_kernels() -> Kernels:
         activation_bwd=_activation_bwd,
         unit_fwd=_unit_fwd,
         unit_bwd=_unit_bwd,
+    )
+
+
+def triton_kernels() -> Kernels:
+    """Return those of fastfpl.kernels."""
+    from fastfpl.kernels import text
+
+    return Kernels(
+        attention=triton_launchers(),
+        norm_fwd=text.norm_fwd,
+        norm_bwd=text.norm_bwd,
+        activation_fwd=text.activation_fwd,
+        activation_bwd=text.activation_bwd,
+        unit_fwd=text.unit_fwd,
+        unit_bwd=text.unit_bwd,
     )
 
 
