@@ -213,18 +213,20 @@ def test_a_part_from_elsewhere_is_seen_in_the_graph():
     assert "depend on a tensor that is no parameter" in str(fastfpl.explain(model))
 
 
-def test_prompts_changed_on_their_way_are_not_taken_for_shared():
+@pytest.mark.parametrize("traceless", [False, True])
+def test_prompts_changed_on_their_way_are_not_taken_for_shared(traceless):
     literal = coop()
 
     class Shifted(Model):
         def texts(self):
             prompts = self.prompt_learner()
-            prompts[1, 2] += 1.0
+            (prompts.data if traceless else prompts)[1, 2] += 1.0
             return [self.text_encoder(prompts, self.tokenized_prompts)]
 
     literal.__class__ = Shifted
     model = fastfpl.accelerate(copy.deepcopy(literal))
     assert_same(step(model, images()), step(literal, images()))
+    assert any("0 leading rows shared, since" in call for call in how(model))
 
 
 def test_switches_of_the_prompt_learner_are_seen():
