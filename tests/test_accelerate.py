@@ -171,6 +171,29 @@ def test_equal_values_are_not_taken_for_one_function():
     assert (grads[0] - grads[1]).abs().max() > 1e-3, "the test must be able to fail"
 
 
+class Interleaved(StackedLearner):
+    """Class after class, all prompts of a class beside each other."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        places = torch.arange(len(self.tokenized_prompts)).view(self.sets, -1).t().flatten()
+        self.places, self.tokenized_prompts = places, self.tokenized_prompts[places]
+
+    def forward(self):
+        return super().forward()[self.places]
+
+
+def test_groups_that_lie_between_each_other():
+    clip = openai_clip()
+    torch.manual_seed(1)
+    literal = Model(clip, Interleaved(clip, COUNTS, sets=2))
+    model = fastfpl.accelerate(copy.deepcopy(literal))
+    assert_same(step(model, images()), step(literal, images()))
+    with torch.no_grad():
+        torch.testing.assert_close(model(images()), literal(images()), rtol=1e-5, atol=1e-5)
+    assert how(model) == ["fast, cut behind the EOT, 5 leading rows shared"]
+
+
 class Foreign(Learner):
     """Its context is a tensor that it does not own as a parameter."""
 
