@@ -194,6 +194,29 @@ def test_groups_that_lie_between_each_other():
     assert how(model) == ["fast, cut behind the EOT, 5 leading rows shared"]
 
 
+class Asking(Learner):
+    """Prompts that depend on what the call hands over, and trials that fail."""
+
+    def forward(self, shift=None):
+        prompts = super().forward()
+        if self.ctx.grad_fn is None and self.ctx.std() > 0.5:
+            raise ValueError("an unlikely context")
+        return prompts if shift is None else prompts + shift
+
+
+def test_arguments_and_failing_trials_share_nothing():
+    clip = openai_clip()
+    learner = fastfpl.accelerate(Model(clip, Asking(clip, COUNTS))).prompt_learner
+    encoder = fastfpl.accelerate(Encoder(clip))
+    shift = torch.zeros(5, 1, 1, requires_grad=True)
+    for prompts in (learner(), learner(shift)):
+        encoder(prompts, learner.tokenized_prompts).sum().backward()
+    assert (shift.grad != 0).all()
+    said = str(fastfpl.explain(learner))
+    assert "a trial of it raised ValueError" in said
+    assert "takes arguments" in said
+
+
 class Foreign(Learner):
     """Its context is a tensor that it does not own as a parameter."""
 
