@@ -4,8 +4,9 @@
 
 #include <optional>
 
-#include "dlpack.h"
 #include "attention.h"
+#include "dlpack.h"
+#include "gate.h"
 #include "text.h"
 #include "transport.h"
 
@@ -244,6 +245,73 @@ int64_t transport_plan(py::handle sim_, py::handle plan_, py::handle iterations_
                           : transport_plan_of<float>(sim, plan, iterations, residual, t);
 }
 
+// Sizes of qz (U, 2, H, d, B) and kv (U, C, E, 2, H, d), which must agree.
+fastfpl::Gate gate_of(const char* op, const View& qz, const View& kv, double scale,
+                      int64_t threads) {
+  qz.need_ndim(5), kv.need_ndim(6);
+  const fastfpl::Gate g{kv.shape(0), kv.shape(1), kv.shape(2), kv.shape(4),
+                        kv.shape(5), qz.shape(4), scale,       threads};
+  const int64_t lanes = fastfpl::gate_padded(1, kv.is<double>() ? 8 : 4);
+  if (g.images % lanes)
+    fastfpl::refuse(op, "qz", "have a multiple of " + std::to_string(lanes) + " images",
+                    std::to_string(g.images));
+  if (g.experts < 1) fastfpl::refuse(op, "kv", "have experts", std::to_string(g.experts));
+  kv.need_size(g.clients * g.classes * g.experts * 2 * g.heads * g.width);
+  qz.need_size(g.clients * 2 * g.heads * g.width * g.images);
+  return g;
+}
+
+template <class Real>
+void gate_fwd_of(const View& qz, const View& kv, const View& logits, const Perhaps& stats,
+                 const fastfpl::Gate& g) {
+  Real *in = qz.data<Real>(), *with = kv.data<Real>();
+  Real *out = logits.data<Real>(), *kept = stats.data<Real>();
+  py::gil_scoped_release release;
+  fastfpl::gate_fwd<Real>(in, with, out, kept, g);
+}
+
+void gate_fwd(py::handle qz_, py::handle kv_, py::handle logits_, py::handle stats_, double scale,
+              int64_t threads) {
+  const char* op = "gate_fwd";
+  const View qz(op, "qz", qz_), kv(op, "kv", kv_), logits(op, "logits", logits_);
+  const fastfpl::Gate g = gate_of(op, qz, kv, scale, threads);
+  const int64_t softmaxes = g.clients * g.classes * g.heads * g.images;
+  const Perhaps stats(op, "stats", stats_, 3 * softmaxes);
+  logits.need_size(g.clients * g.classes * g.images);
+  kv.is<double>() ? gate_fwd_of<double>(qz, kv, logits, stats, g)
+                  : gate_fwd_of<float>(qz, kv, logits, stats, g);
+}
+
+template <class Real>
+void gate_bwd_of(const View& d_logits, const View& qz, const Perhaps& rows, const View& kv,
+                 const View& stats, const Perhaps& d_qz, const Perhaps& d_kv, int64_t chunks,
+                 const fastfpl::Gate& g) {
+  Real *by = d_logits.data<Real>(), *in = qz.data<Real>(), *with = kv.data<Real>();
+  Real *again = rows.data<Real>(), *kept = stats.data<Real>();
+  Real *of_qz = d_qz.data<Real>(), *of_kv = d_kv.data<Real>();
+  py::gil_scoped_release release;
+  fastfpl::gate_bwd<Real>(by, in, again, with, kept, of_qz, of_kv, chunks, g);
+}
+
+void gate_bwd(py::handle d_logits_, py::handle qz_, py::handle rows_, py::handle kv_,
+              py::handle stats_, py::handle d_qz_, py::handle d_kv_, double scale, int64_t chunks,
+              int64_t threads) {
+  const char* op = "gate_bwd";
+  const View d_logits(op, "d_logits", d_logits_), stats(op, "stats", stats_);
+  const View qz(op, "qz", qz_), kv(op, "kv", kv_);
+  const fastfpl::Gate g = gate_of(op, qz, kv, scale, threads);
+  if (chunks < 1) fastfpl::refuse(op, "chunks", "be positive", std::to_string(chunks));
+  d_logits.need_size(g.clients * g.classes * g.images);
+  stats.need_size(3 * g.clients * g.classes * g.heads * g.images);
+  const int64_t padded = fastfpl::gate_padded(g.width, kv.is<double>() ? 8 : 4);
+  const Perhaps rows(op, "rows", rows_, g.clients * 2 * g.heads * g.images * padded);
+  const Perhaps d_qz(op, "d_qz", d_qz_, chunks * qz.size()), d_kv(op, "d_kv", d_kv_, kv.size());
+  if (rows_.is_none() && !d_kv_.is_none())
+    fastfpl::refuse(op, "rows", "come with d_kv", "None");
+  kv.is<double>() ? gate_bwd_of<double>(d_logits, qz, rows, kv, stats, d_qz, d_kv, chunks, g)
+                  : gate_bwd_of<float>(d_logits, qz, rows, kv, stats, d_qz, d_kv, chunks, g);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -259,4 +327,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("transport_plan", &transport_plan, py::arg("sim"), py::arg("plan"), py::arg("iterations"),
         py::arg("residual"), py::arg("eps"), py::arg("mass"), py::arg("balanced"),
         py::arg("max_iter"), py::arg("tol"), py::arg("threads"));
+  m.def("gate_fwd", &gate_fwd, py::arg("qz"), py::arg("kv"), py::arg("logits"), py::arg("stats"),
+        py::arg("scale"), py::arg("threads"));
+  m.def("gate_bwd", &gate_bwd, py::arg("d_logits"), py::arg("qz"), py::arg("rows"), py::arg("kv"),
+        py::arg("stats"), py::arg("d_qz"), py::arg("d_kv"), py::arg("scale"), py::arg("chunks"),
+        py::arg("threads"));
 }

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fastfpl.errors import InputError, KindError
-from fastfpl.ops import native
+from fastfpl.ops import launch, native
 from fastfpl.ops.faces import Face, choose
 from fastfpl.reference import attention as reference
 from fastfpl.shapes import check_shapes
@@ -25,6 +25,7 @@ __all__ = [
     "against_size",
     "cpu_launchers",
     "prefix_attention",
+    "triton_launchers",
 ]
 
 _OP = "fastfpl.ops.prefix_attention"
@@ -197,6 +198,13 @@ def cpu_launchers() -> Launchers:
     return Launchers(_cpu_forward, _cpu_backward)
 
 
+def triton_launchers() -> Launchers:
+    """Return those of the Triton face."""
+    from fastfpl.kernels import attention
+
+    return Launchers(attention.prefix_attention_fwd, attention.prefix_attention_bwd)
+
+
 def _cpu_forward(
     qkv: Tensor,
     bias: Tensor | None,
@@ -294,8 +302,19 @@ def _against_cpu(qkv: Tensor, heads: int, *_: object) -> list[str]:
     return against_cpu("qkv", qkv) + against_size(heads, qkv.shape[-1] // 3)
 
 
+def _against_triton(qkv: Tensor, heads: int, *_: object) -> list[str]:
+    reasons = launch.against("prefix_attention", qkv=qkv)
+    return reasons + against_size(heads, qkv.shape[-1] // 3)
+
+
 FACES = {
     "prefix_attention": (
+        Face(
+            "triton",
+            functools.partial(_run, triton_launchers),
+            launch.missing,
+            _against_triton,
+        ),
         Face(
             "cpu",
             functools.partial(_run, cpu_launchers),

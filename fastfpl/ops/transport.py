@@ -529,7 +529,7 @@ class _Logits(torch.autograd.Function):
 FACES: dict[str, tuple[Face, ...]] = {
     "transport_plan": (
         Face("cpu", _cpu, functools.partial(native.missing, "transport_plan"), _against_cpu),
-        Face("reference", _reference),
+        Face("reference", _reference, waits=True),
     ),
     "transport_logits": (
         Face(
@@ -538,7 +538,7 @@ FACES: dict[str, tuple[Face, ...]] = {
             functools.partial(native.missing, "transport_plan"),
             _against_cpu_logits,
         ),
-        Face("torch", functools.partial(_pieced, _reference)),
-        Face("reference", _reference_logits),
+        Face("torch", functools.partial(_pieced, _reference), waits=True),
+        Face("reference", _reference_logits, waits=True),
     ),
 }

@@ -1,0 +1,314 @@
+"""Kernels compiled ahead of time for every card, without one: do they fit, and does nothing spill.
+
+Three parts. `record` runs launchers without running their kernels, so the papers' full sizes cost
+nothing (give tensors on the device ``meta``), and keeps what was launched. A second process, where
+Triton does not interpret, compiles exactly that. `assert_fits` does both and judges:
+
+    def launches():
+        qkv = torch.empty(1000, 77, 1536, device="meta", dtype=torch.float16)
+        prefix_attention_fwd(qkv, ...)
+
+    def test_the_kernels_fit_every_card():
+        assert_fits(launches)
+
+``python -m tests.aot tests.test_prefix_attention`` prints the table of what the function
+``launches`` of a test file launches; several files may be named.
+
+A kernel that upcasts for the interpreter alone does so under a constant of its module,
+``INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)``; it is False where kernels are
+compiled. A constexpr argument of that name is recorded as False.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+__all__ = ["CARDS", "Launch", "Report", "assert_fits", "compiled", "faults", "record", "table"]
+
+ROOT = Path(__file__).resolve().parent.parent
+
+#: Compute capability -> bytes of shared memory one program may have (NVIDIA's documentation).
+CARDS = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}
+#: Registers one thread may have.
+REGISTERS = 255
+#: Programs that CUDA takes along each axis of a grid.
+GRID = (2**31 - 1, 65_535, 65_535)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One distinct launch: everything that the compiler is told about it."""
+
+    module: str
+    kernel: str
+    signature: tuple[tuple[str, str], ...]  # argument -> "*fp32", "i32" or "constexpr"
+    constants: tuple[tuple[int, Any], ...]  # position -> value, as JSON knows it
+    aligned: tuple[int, ...]  # positions divisible by 16
+    options: tuple[tuple[str, Any], ...]  # num_warps, num_stages
+
+    def __str__(self) -> str:
+        types = [kind for _, kind in self.signature if kind != "constexpr"]
+        seen = list(dict.fromkeys(kind for kind in types if kind.startswith("*")))
+        names = [name for name, _ in self.signature]
+        said = [
+            f"{names[at]}={value['dtype'] if isinstance(value, dict) else value}"
+            for at, value in self.constants
+            if value is not None
+        ]
+        said += [f"{name}={value}" for name, value in self.options]
+        return f"{self.kernel}[{' '.join(seen)}; {', '.join(said)}]"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler made of one launch for one card."""
+
+    launch: Launch
+    card: int
+    registers: int  # of one thread
+    shared: int  # bytes of one program
+    spilled: int  # bytes stored to memory for want of registers
+    failure: str = ""  # why it did not compile, else empty
+
+
+def record(run: Callable[[], object]) -> list[Launch]:
+    """Return the distinct launches that ``run`` makes, in order; no kernel is run."""
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    launches: dict[Launch, None] = {}
+
+    def keep(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launches[_launch(self, args, grid, kwargs)] = None
+
+    with contextlib.ExitStack() as stack:
+        for kind in (InterpretedFunction, JITFunction):
+            stack.enter_context(mock.patch.object(kind, "run", keep))
+        stack.enter_context(_unfilled())
+        run()
+    assert launches, "nothing was launched"
+    return list(launches)
+
+
+@contextlib.contextmanager
+def _unfilled() -> Iterator[None]:
+    """Leave new memory untouched: what nobody reads need not be there."""
+    import torch
+
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = before
+
+
+def _launch(kernel: Any, args: tuple[Any, ...], grid: Any, kwargs: dict[str, Any]) -> Launch:
+    import inspect
+
+    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.runtime.jit import native_specialize_impl  # what a real launch asks
+
+    options = {name: value for name, value in kwargs.items() if name not in kernel.arg_names}
+    named = {name: value for name, value in kwargs.items() if name in kernel.arg_names}
+    parameters = inspect.signature(kernel.fn)
+    bound = parameters.bind(*args, **named)
+    bound.apply_defaults()
+    signature, constants, aligned = [], [], []
+    for at, (name, parameter) in enumerate(parameters.parameters.items()):
+        value = bound.arguments[name]
+        if "constexpr" in str(parameter.annotation):
+            kind, note = "constexpr", False if name == "INTERPRETED" else value
+        else:
+            kind, note = native_specialize_impl(CUDABackend, value, False, True, True)
+        signature.append((name, kind))
+        if kind == "constexpr":
+            constants.append((at, _plain(note)))
+        elif CUDABackend.parse_attr(note or ""):
+            aligned.append(at)
+    _check_grid(kernel.__name__, grid(bound.arguments) if callable(grid) else grid)
+    return Launch(
+        module=kernel.fn.__module__,
+        kernel=kernel.__name__,
+        signature=tuple(signature),
+        constants=tuple(constants),
+        aligned=tuple(aligned),
+        options=tuple(sorted(options.items())),
+    )
+
+
+def _check_grid(kernel: str, grid: tuple[int, ...]) -> None:
+    for axis, (programs, most) in enumerate(zip(grid, GRID, strict=False)):
+        assert 0 <= programs <= most, (
+            f"{kernel}: {programs} programs along axis {axis} of its grid, at most {most}"
+        )
+
+
+def _plain(value: Any) -> Any:
+    import triton.language as tl
+
+    value = value.value if isinstance(value, tl.constexpr) else value
+    return _Dtype(dtype=str(value)) if isinstance(value, tl.dtype) else value
+
+
+class _Dtype(dict[str, str]):
+    """A Triton dtype among the constants; hashable, and JSON."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(self["dtype"])
+
+
+def compiled(launches: Iterable[Launch], cards: Iterable[int] = tuple(CARDS)) -> list[Report]:
+    """Compile every launch for every card in a process of its own, and report."""
+    wanted = list(launches)
+    targets = list(cards)
+    environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
+    paths = [str(ROOT), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    with tempfile.TemporaryDirectory() as folder:
+        order, answer = Path(folder, "order.json"), Path(folder, "answer.json")
+        order.write_text(json.dumps({"launches": [asdict(x) for x in wanted], "cards": targets}))
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.aot", "--compile", str(order), str(answer)],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, f"the compiling process failed:\n{done.stderr[-4000:]}"
+        figures = json.loads(answer.read_text())
+    pairs = [(launch, card) for launch in wanted for card in targets]
+    return [Report(launch, card, **f) for (launch, card), f in zip(pairs, figures, strict=True)]
+
+
+def faults(reports: Iterable[Report]) -> list[str]:
+    """Return a sentence for everything that does not fit its card."""
+    found = []
+    for report in reports:
+        where = f"{report.launch} on sm_{report.card}"
+        if report.failure:
+            found.append(f"{where}: does not compile: {report.failure}")
+            continue
+        if report.spilled:
+            found.append(f"{where}: spills {report.spilled} bytes of registers to memory")
+        if report.registers > REGISTERS:
+            found.append(f"{where}: needs {report.registers} registers, a thread has {REGISTERS}")
+        if report.shared > CARDS[report.card]:
+            found.append(
+                f"{where}: needs {report.shared} bytes of shared memory, "
+                f"the card has {CARDS[report.card]}"
+            )
+    return found
+
+
+def assert_fits(run: Callable[[], object], cards: Iterable[int] = tuple(CARDS)) -> list[Report]:
+    """Record what ``run`` launches, compile it for every card, and refuse what does not fit."""
+    reports = compiled(record(run), cards)
+    found = faults(reports)
+    assert not found, "\n".join(found)
+    return reports
+
+
+def table(reports: Iterable[Report]) -> str:
+    """Lay the reports out in columns: card, registers, shared memory, spills, launch."""
+    lines = ["card     registers  shared  spills  launch"]
+    lines += [
+        f"sm_{r.card:<6}{r.registers:>9}{r.shared:>8}{r.spilled:>8}  {r.launch}"
+        + (f"  FAILS: {r.failure}" if r.failure else "")
+        for r in reports
+    ]
+    return "\n".join(lines)
+
+
+def _compile(launch: dict[str, Any], card: int) -> dict[str, Any]:
+    """Compile one launch; only in the process that does not interpret."""
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.runtime.errors import PTXASError
+
+    def value(x: Any) -> Any:
+        return getattr(tl, _DTYPES.get(x["dtype"], x["dtype"])) if isinstance(x, dict) else x
+
+    kernel = getattr(importlib.import_module(launch["module"]), launch["kernel"])
+    source = ASTSource(
+        kernel,
+        dict(launch["signature"]),
+        {(at,): value(x) for at, x in launch["constants"]},
+        {(at,): [["tt.divisibility", 16]] for at in launch["aligned"]},
+    )
+    options = dict(launch["options"]) | {"enable_fp_fusion": True}
+    strict = options | {"ptx_options": "-warn-spills -Werror"}
+    target = GPUTarget("cuda", card, 32)
+    spilled, failure = 0, ""
+    try:
+        try:
+            result = triton.compile(source, target=target, options=strict)
+        except PTXASError as error:
+            match = re.search(r"(\d+) bytes spill stores", str(error))
+            if match is None:
+                raise
+            spilled = int(match[1])
+            result = triton.compile(source, target=target, options=options)
+    except Exception as error:
+        failure = f"{type(error).__name__}: {' '.join(str(error).split())[-400:]}"
+        return {"registers": 0, "shared": 0, "spilled": 0, "failure": failure}
+    return {
+        "registers": _registers(result.asm["cubin"]),
+        "shared": result.metadata.shared,
+        "spilled": spilled,
+    }
+
+
+_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
+
+
+def _registers(cubin: bytes) -> int:
+    """Ask the tool that Triton brings how many registers a thread of the binary has."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        shown = subprocess.run(
+            [str(tool), "--dump-resource-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    return max(int(count) for count in re.findall(r"REG:(\d+)", shown))
+
+
+def _serve(order: Path, answer: Path) -> None:
+    wanted = json.loads(order.read_text())
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # whole PTX files
+        figures = [_compile(x, card) for x in wanted["launches"] for card in wanted["cards"]]
+    answer.write_text(json.dumps(figures))
+
+
+def _main(arguments: list[str]) -> None:
+    if arguments[:1] == ["--compile"]:
+        _serve(Path(arguments[1]), Path(arguments[2]))
+        return
+    os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported
+    for name in arguments:
+        sys.stdout.write(table(compiled(record(importlib.import_module(name).launches))) + "\n")
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1:])
