@@ -171,6 +171,52 @@ def test_equal_values_are_not_taken_for_one_function():
     assert (grads[0] - grads[1]).abs().max() > 1e-3, "the test must be able to fail"
 
 
+class Interleaved(StackedLearner):
+    """Class after class, all prompts of a class beside each other."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        places = torch.arange(len(self.tokenized_prompts)).view(self.sets, -1).t().flatten()
+        self.places, self.tokenized_prompts = places, self.tokenized_prompts[places]
+
+    def forward(self):
+        return super().forward()[self.places]
+
+
+def test_groups_that_lie_between_each_other():
+    clip = openai_clip()
+    torch.manual_seed(1)
+    literal = Model(clip, Interleaved(clip, COUNTS, sets=2))
+    model = fastfpl.accelerate(copy.deepcopy(literal))
+    assert_same(step(model, images()), step(literal, images()))
+    with torch.no_grad():
+        torch.testing.assert_close(model(images()), literal(images()), rtol=1e-5, atol=1e-5)
+    assert how(model) == ["fast, cut behind the EOT, 5 leading rows shared"]
+
+
+class Asking(Learner):
+    """Prompts that depend on what the call hands over, and trials that fail."""
+
+    def forward(self, shift=None):
+        prompts = super().forward()
+        if self.ctx.grad_fn is None and self.ctx.std() > 0.5:
+            raise ValueError("an unlikely context")
+        return prompts if shift is None else prompts + shift
+
+
+def test_arguments_and_failing_trials_share_nothing():
+    clip = openai_clip()
+    learner = fastfpl.accelerate(Model(clip, Asking(clip, COUNTS))).prompt_learner
+    encoder = fastfpl.accelerate(Encoder(clip))
+    shift = torch.zeros(5, 1, 1, requires_grad=True)
+    for prompts in (learner(), learner(shift)):
+        encoder(prompts, learner.tokenized_prompts).sum().backward()
+    assert (shift.grad != 0).all()
+    said = str(fastfpl.explain(learner))
+    assert "a trial of it raised ValueError" in said
+    assert "takes arguments" in said
+
+
 class Foreign(Learner):
     """Its context is a tensor that it does not own as a parameter."""
 
@@ -213,18 +259,20 @@ def test_a_part_from_elsewhere_is_seen_in_the_graph():
     assert "depend on a tensor that is no parameter" in str(fastfpl.explain(model))
 
 
-def test_prompts_changed_on_their_way_are_not_taken_for_shared():
+@pytest.mark.parametrize("traceless", [False, True])
+def test_prompts_changed_on_their_way_are_not_taken_for_shared(traceless):
     literal = coop()
 
     class Shifted(Model):
         def texts(self):
             prompts = self.prompt_learner()
-            prompts[1, 2] += 1.0
+            (prompts.data if traceless else prompts)[1, 2] += 1.0
             return [self.text_encoder(prompts, self.tokenized_prompts)]
 
     literal.__class__ = Shifted
     model = fastfpl.accelerate(copy.deepcopy(literal))
     assert_same(step(model, images()), step(literal, images()))
+    assert any("0 leading rows shared, since" in call for call in how(model))
 
 
 def test_switches_of_the_prompt_learner_are_seen():

@@ -134,13 +134,17 @@ class Learner(Kind):
         if not any(t.dim() == 3 and t.requires_grad for t in made):
             state.calls["the original, nothing to learn from its prompts"] += 1
             return result
-        key = _mode(module)
+        key = (_mode(module), len(made), bool(args or kwargs))
         claims = state.memory.get(key)
         if claims is None:
             try:
                 claims = _probe(module, type(module)._fastfpl_base, args, kwargs)
             except Instead as reason:
                 claims = str(reason)
+            except Exception as error:
+                claims = f"a trial of it raised {type(error).__name__}"
+            if not isinstance(claims, str) and len(claims) != len(made):
+                claims = "a trial of it returned something else"
             if len(state.memory) >= _MOST_MODES:
                 state.memory.clear()
             state.memory[key] = claims
@@ -172,8 +176,9 @@ def _mode(module: nn.Module) -> tuple[Any, ...]:
         for name, value in sorted(vars(module).items())
         if isinstance(value, bool | int | float | str)
     )
-    learned = tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in _learned(module))
-    return (plain, learned)
+    learned = tuple((name, p.shape, p.dtype) for name, p in _learned(module))
+    buffers = tuple((name, buffer.shape) for name, buffer in module.named_buffers())
+    return (plain, learned, buffers)
 
 
 def _learned(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
