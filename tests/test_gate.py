@@ -468,13 +468,14 @@ def launches() -> None:
         logits, stats = gate_fwd(qz, kv, 10.0, True)
         gate_bwd(logits.to(dtype), qz, kv, stats, 10.0, True, True)
 
-    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    for dtype in (torch.float32, torch.bfloat16):
         step(dtype, 1, 32, 100, 10, 8, 16)
         step(dtype, 1, 128, 1000, 10, 8, 128)
-    step(torch.float32, 16, 16, 1000, 30, 8, 16)
+    step(torch.float16, 1, 32, 100, 10, 8, 16)
+    step(torch.float64, 1, 32, 100, 10, 8, 16)
     gate_fwd(
-        torch.empty(1, 1024, 2, 8, 16, device="meta"),
-        torch.empty(1, 100, 10, 2, 8, 16, device="meta"),
+        torch.empty(16, 128, 2, 8, 16, device="meta"),
+        torch.empty(16, 1000, 30, 2, 8, 16, device="meta"),
         10.0,
         False,
     )
@@ -482,7 +483,6 @@ def launches() -> None:
     torch.set_float32_matmul_precision("high")
     try:
         step(torch.float32, 1, 32, 100, 10, 8, 16)
-        step(torch.float32, 1, 128, 1000, 10, 8, 64)
         step(torch.float32, 1, 128, 1000, 10, 8, 128)
     finally:
         torch.set_float32_matmul_precision(before)
