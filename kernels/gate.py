@@ -266,7 +266,8 @@ def _constants(qz: Tensor, kv: Tensor, blocks: tuple[int, int] | None) -> dict[s
         "BLOCK_B": blocks[0],
         "BLOCK_C": blocks[1],
         "BLOCK_D": padded,
-        "num_warps": 8 if wide and not units else 4,
+        # wide heads in exact float32, and narrow ones in TF32, spill with 4
+        "num_warps": 8 if qz.itemsize > 2 and wide != tf32 else 4,
         "num_stages": 1 if qz.dtype == torch.float64 else 2,
     }
 

@@ -198,6 +198,22 @@ def test_gradients_that_nobody_wants_are_not_computed(name: str, wanted: set[str
 
 
 @pytest.mark.parametrize("name", COMPILED)
+def test_a_gradient_of_logits_may_have_any_strides(name: str) -> None:
+    image, experts, gate = problem(*SIZES["odd"])
+    draw = torch.randn(7, 5, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    for by in (draw.mT, draw[:, :1].mT.expand(5, -1), draw[0, 0].expand(5, 7)):
+        found = []
+        for answers in (name, "reference"):
+            leaves = [x.detach().requires_grad_() for x in leaves_of(image, experts, gate)]
+            mine = replace(gate, **dict(zip(Gate.tensor_names(), leaves[2:], strict=True)))
+            with face(answers):
+                logits = gate_experts(leaves[0], leaves[1], mine)
+            found.append(torch.autograd.grad(logits, leaves, by))
+        for what, one, true in zip(NAMES, *found, strict=True):
+            torch.testing.assert_close(one, true, rtol=1e-10, atol=1e-11, msg=what)
+
+
+@pytest.mark.parametrize("name", COMPILED)
 def test_a_second_derivative_is_refused(name: str) -> None:
     image, experts, gate = problem((), 2, 2, 2, 4, 2)
     with face(name):
