@@ -252,7 +252,7 @@ def _constants(qz: Tensor, kv: Tensor, blocks: tuple[int, int] | None) -> dict[s
     if blocks is None:
         # the largest that spill no register on any card
         most_b = 32 if units or not wide else 16
-        most_c = 32 if units and not wide else 16
+        most_c = 32 if qz.itemsize == 2 and not wide else 16
         blocks = (
             min(most_b, max(16, triton.next_power_of_2(images))),
             min(most_c, max(16, triton.next_power_of_2(classes))),
@@ -266,7 +266,8 @@ def _constants(qz: Tensor, kv: Tensor, blocks: tuple[int, int] | None) -> dict[s
         "BLOCK_B": blocks[0],
         "BLOCK_C": blocks[1],
         "BLOCK_D": padded,
-        "num_warps": 8 if wide and not units else 4,
+        # wide heads in exact float32, and narrow ones in TF32, spill with 4
+        "num_warps": 8 if qz.itemsize > 2 and wide != tf32 else 4,
         "num_stages": 1 if qz.dtype == torch.float64 else 2,
     }
 

@@ -198,6 +198,22 @@ def test_gradients_that_nobody_wants_are_not_computed(name: str, wanted: set[str
 
 
 @pytest.mark.parametrize("name", COMPILED)
+def test_a_gradient_of_logits_may_have_any_strides(name: str) -> None:
+    image, experts, gate = problem(*SIZES["odd"])
+    draw = torch.randn(7, 5, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    for by in (draw.mT, draw[:, :1].mT.expand(5, -1), draw[0, 0].expand(5, 7)):
+        found = []
+        for answers in (name, "reference"):
+            leaves = [x.detach().requires_grad_() for x in leaves_of(image, experts, gate)]
+            mine = replace(gate, **dict(zip(Gate.tensor_names(), leaves[2:], strict=True)))
+            with face(answers):
+                logits = gate_experts(leaves[0], leaves[1], mine)
+            found.append(torch.autograd.grad(logits, leaves, by))
+        for what, one, true in zip(NAMES, *found, strict=True):
+            torch.testing.assert_close(one, true, rtol=1e-10, atol=1e-11, msg=what)
+
+
+@pytest.mark.parametrize("name", COMPILED)
 def test_a_second_derivative_is_refused(name: str) -> None:
     image, experts, gate = problem((), 2, 2, 2, 4, 2)
     with face(name):
@@ -468,13 +484,14 @@ def launches() -> None:
         logits, stats = gate_fwd(qz, kv, 10.0, True)
         gate_bwd(logits.to(dtype), qz, kv, stats, 10.0, True, True)
 
-    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    for dtype in (torch.float32, torch.bfloat16):
         step(dtype, 1, 32, 100, 10, 8, 16)
         step(dtype, 1, 128, 1000, 10, 8, 128)
-    step(torch.float32, 16, 16, 1000, 30, 8, 16)
+    step(torch.float16, 1, 32, 100, 10, 8, 16)
+    step(torch.float64, 1, 32, 100, 10, 8, 16)
     gate_fwd(
-        torch.empty(1, 1024, 2, 8, 16, device="meta"),
-        torch.empty(1, 100, 10, 2, 8, 16, device="meta"),
+        torch.empty(16, 128, 2, 8, 16, device="meta"),
+        torch.empty(16, 1000, 30, 2, 8, 16, device="meta"),
         10.0,
         False,
     )
@@ -482,7 +499,6 @@ def launches() -> None:
     torch.set_float32_matmul_precision("high")
     try:
         step(torch.float32, 1, 32, 100, 10, 8, 16)
-        step(torch.float32, 1, 128, 1000, 10, 8, 64)
         step(torch.float32, 1, 128, 1000, 10, 8, 128)
     finally:
         torch.set_float32_matmul_precision(before)
