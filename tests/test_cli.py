@@ -131,7 +131,9 @@ def test_run_writes_a_result_and_refuses_to_overwrite_it(
         *("accuracy", "last5", "best", "std_over_clients", "macro_f1", "exams", "domains")
     }
     assert result["final"]["accuracy"] == result["rounds"][-1]["accuracy"]
-    assert result["faces"] == {"encode_text": ["torch"], "gate_experts": ["torch"]}
+    # compiled ones where fastfpl._C is built
+    assert set(result["faces"]) == {"encode_text", "gate_experts"}
+    assert all(names in (["cpu"], ["torch"]) for names in result["faces"].values())
     assert result["peak_memory_bytes"] > 1 << 20
     assert not re.search(r"/(home|root|tmp)/", json.dumps(result))
     before = (folder / "result.json").read_bytes()

@@ -726,7 +726,7 @@ def test_where_the_clip_comes_from(cache):
     assert tiny.data["name"] == "digits"
     assert tiny.data["train_images"] == [10, 10, 10, 20]
     assert tiny.settings["n_ctx"] == 4
-    assert tiny.faces["encode_text"] == ["torch"]
+    assert tiny.faces["encode_text"] in (["cpu"], ["torch"])  # compiled where fastfpl._C is built
 
 
 def test_a_run_is_the_same_bit_for_bit(outcome, clip, cache, tmp_path):

@@ -135,9 +135,11 @@ def scored(monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["zeroshot", "pfedmoap", "fedapt", "fedotp"])
-@pytest.mark.parametrize("limit", [1, 5000, "8 kB"])
+@pytest.mark.parametrize("limit", [1, 5000, 8000])
 def test_images_are_scored_within_the_limit(method, limit, clip, cache, scored, monkeypatch):
     counts = []
+    # no text pass stays below these
+    monkeypatch.setattr(cohort, "current_limit", lambda: limit)
     plain = cohort._at_once
 
     def at_once(*arguments):
@@ -146,13 +148,13 @@ def test_images_are_scored_within_the_limit(method, limit, clip, cache, scored, 
         return counts[-1]
 
     monkeypatch.setattr(cohort, "_at_once", at_once)
-    small = run(method, clip, cache, max_memory=limit, rounds=1)
-    bound = parse_bytes("test", limit)
-    assert all(size <= bound or images == 1 for size, images in scored)
+    small = run(method, clip, cache, rounds=1)
+    assert all(size <= limit or images == 1 for size, images in scored)
     assert max(images for _, images in scored) <= max(counts)
     if limit == 1:
         assert set(counts) == {1}
     calls = len(scored)
+    monkeypatch.setattr(cohort, "current_limit", current_limit)
     whole = run(method, clip, cache, rounds=1)
     assert len(scored) < calls
     assert small.rounds[0]["clients"] == whole.rounds[0]["clients"]
@@ -183,7 +185,7 @@ def test_a_gates_scores_count():
     assert gated == (64 << 20) // (4 * (16 + 12 + 3 * 2 * 6 * 3))
 
 
-def test_images_that_stop_together_are_scored_together():
+def test_images_that_stop_together_are_scored_together(monkeypatch):
     world = World("fedotp", options={"max_iter": 3})
     clean = world.federation().method
     method = as_released(type(clean), ["fedotp-batch-stop"])(clean.task, {"max_iter": 3})
@@ -199,8 +201,8 @@ def test_images_that_stop_together_are_scored_together():
     answers = []
     for limit in (1, 10**6, None):
         feed.calls.clear()
-        with memory_limit(limit):
-            answers.append(score(method, [0], down, {}, feed, images)[0].answers.tolist())
+        monkeypatch.setattr(cohort, "current_limit", lambda limit=limit: limit)
+        answers.append(score(method, [0], down, {}, feed, images)[0].answers.tolist())
         assert feed.calls[1:] == ([100, 100, 50] if limit == 1 else feed.calls[1:])
     assert answers[0] == answers[1] == answers[2]
 
@@ -267,10 +269,10 @@ def test_prompts_are_encoded_within_a_limit(clip, limits):
     small = encode_prompts(classes, ctx, max_memory="10 MB")
     assert [limit for limit, _ in limits] == [None, 10**7]
     torch.testing.assert_close(small, whole, rtol=1e-6, atol=1e-7)
-    with memory_limit(77):
+    with memory_limit(77_000):
         encode_prompts(classes, ctx)  # a limit around it holds
-        encode_prompts(classes, ctx, max_memory=88)
-    assert [limit for limit, _ in limits[2:]] == [77, 88]
+        encode_prompts(classes, ctx, max_memory=88_000)
+    assert [limit for limit, _ in limits[2:]] == [77_000, 88_000]
     with pytest.raises(InputError, match=r"^fastfpl\.encode_prompts: max_memory must be positive"):
         encode_prompts(classes, ctx, max_memory=0)
 
