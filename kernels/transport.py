@@ -141,7 +141,7 @@ def _root(
     BALANCED: tl.constexpr,
     AXIS: tl.constexpr,
 ):
-    """Find log v = level ± share/2 as csrc/transport.cpp does, for all problems of a tile at once.
+    """Find log v = level ± share/2 as csrc/transport_pair.h does, for all problems of a tile at once.
 
     The total of the plan rises with level and, along the levels that give the right total, the
     first column rises with share: Newton steps on the logarithms of total and column ratio, each in
