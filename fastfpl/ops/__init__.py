@@ -6,17 +6,27 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastfpl.ops.entropic import sinkhorn
     from fastfpl.ops.faces import Face
     from fastfpl.ops.gate import Gate, gate_experts
     from fastfpl.ops.text import encode_text
     from fastfpl.ops.transport import transport_logits, transport_plan
 
-__all__ = ["Gate", "all_faces", "encode_text", "gate_experts", "transport_logits", "transport_plan"]
+__all__ = [
+    "Gate",
+    "all_faces",
+    "encode_text",
+    "gate_experts",
+    "sinkhorn",
+    "transport_logits",
+    "transport_plan",
+]
 
 _HOME = {
     "Gate": "fastfpl.ops.gate",
     "encode_text": "fastfpl.ops.text",
     "gate_experts": "fastfpl.ops.gate",
+    "sinkhorn": "fastfpl.ops.entropic",
     "transport_logits": "fastfpl.ops.transport",
     "transport_plan": "fastfpl.ops.transport",
 }
