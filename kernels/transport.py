@@ -141,7 +141,7 @@ def _root(
     BALANCED: tl.constexpr,
     AXIS: tl.constexpr,
 ):
-    """Find log v = level ± share/2 as csrc/transport.cpp does, for all problems of a tile at once.
+    """Find log v = level ± share/2 as csrc/transport_pair.h does, for all problems of a tile.
 
     The total of the plan rises with level and, along the levels that give the right total, the
     first column rises with share: Newton steps on the logarithms of total and column ratio, each in
@@ -919,6 +919,11 @@ def _stored(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype
 
 
+def _warps(count: int) -> dict[str, int]:
+    """Let threads have all registers; left alone, ptxas spills a few to reach a round number."""
+    return {"num_warps": count, "maxnreg": min(255, 2048 // count)}
+
+
 def transport_plan_fwd(
     sim: Tensor,
     eps: float,
@@ -970,7 +975,7 @@ def transport_plan_fwd(
             BALANCED=balanced,
             ACC=_LANGUAGE[wide],
             **blocks,
-            num_warps=1 if size <= 2048 else 4 if size <= 8192 else 8,
+            **_warps(1 if size <= 2048 else 4 if size <= 8192 else 8),
         )
     return plan.to(sim.dtype), iterations, residual
 
@@ -1072,7 +1077,7 @@ def transport_logits_fwd(
             KEEP=keep,
             **_kinds(patches, prompts),
             **blocks,
-            num_warps=4 if size <= 4096 else 8 if size <= 8192 else 16,
+            **_warps(4 if size <= 4096 else 8 if size <= 8192 else 16),
             num_stages=2,
         )
     return logits, iterations, residual, entropy, state
@@ -1141,7 +1146,7 @@ def transport_logits_bwd(
                     **sizes,
                     **kinds,
                     **blocks,
-                    num_warps=8,
+                    **_warps(8),
                     num_stages=2,
                 )
             d_patches = d_patches.to(patches.dtype)
@@ -1169,7 +1174,7 @@ def transport_logits_bwd(
                     **sizes,
                     **kinds,
                     **blocks,
-                    num_warps=8,
+                    **_warps(8),
                     num_stages=2,
                 )
             d_prompts = (sums[0] if parts == 1 else sums.sum(0)).to(prompts.dtype)

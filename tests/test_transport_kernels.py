@@ -359,15 +359,14 @@ TILES = [
 
 
 @INTERPRETED
-@BOTH
-@pytest.mark.parametrize("prompts", [1, 2, 3])
+@pytest.mark.parametrize(("prompts", "balanced"), [(1, False), (2, False), (3, True)])
 def test_tiles_do_not_change_the_result(prompts, balanced):
     from fastfpl.kernels import transport as kernels
 
-    x, t = features(2, 35, 5, prompts, 37, (1,))
+    x, t = features(2, 21, 3, prompts, 19, (1,))
     options = (0.2, 0.8, balanced, 1000, 1e-11)
     whole = kernels.transport_logits_fwd(x, t, *options, measure=True, keep=True)
-    assert whole[4].shape == (1, 2, 5, 3 * prompts + 1)
+    assert whole[4].shape == (1, 2, 3, 3 * prompts + 1)
     by = weights_of(whole[0])
     every = {"of_patches": True, "of_prompts": True}
     gradients = kernels.transport_logits_bwd(by, x, t, whole[4], 0.2, balanced, **every)
@@ -389,12 +388,11 @@ def test_tiles_do_not_change_the_result(prompts, balanced):
     assert entropy is None
     assert state is None
     assert torch.equal(logits, whole[0])
-    sim = similar(5, 35, prompts)
+    sim = similar(3, 21, prompts)
     plans = kernels.transport_plan_fwd(sim, *options)
-    for group in (1, 2):
-        pieces = kernels.transport_plan_fwd(sim, *options, tile={"BLOCK_G": group})
-        for mine, exact in zip(pieces, plans, strict=True):
-            torch.testing.assert_close(mine, exact, **near)
+    pieces = kernels.transport_plan_fwd(sim, *options, tile={"BLOCK_G": 2})
+    for mine, exact in zip(pieces, plans, strict=True):
+        torch.testing.assert_close(mine, exact, **near)
 
 
 @DEVICE
@@ -647,6 +645,16 @@ def test_what_is_kept_for_the_backward_pass(device):
         inputs = {x.untyped_storage().data_ptr() for x in leaves}
         own = [x for x in kept if x.untyped_storage().data_ptr() not in inputs]
         assert sum(x.numel() for x in own) == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+def test_two_runs_agree_to_the_bit_at_the_papers_size(dtype):
+    pair = features(32, 196, 100, 2, 512, (2,), dtype=dtype)
+    first, again = (with_gradients(*pair, "cuda", eps=0.05) for _ in range(2))
+    for one, two in zip(first, again, strict=True):
+        assert one.isfinite().all()
+        assert torch.equal(one, two)
 
 
 # --- without waiting for the device ---------------------------------------------------------------

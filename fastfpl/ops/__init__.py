@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastfpl.ops.attention import prefix_attention
     from fastfpl.ops.embedded import encode_embedded
+    from fastfpl.ops.entropic import sinkhorn
     from fastfpl.ops.faces import Face
     from fastfpl.ops.gate import Gate, gate_experts
     from fastfpl.ops.text import encode_text
@@ -20,6 +21,9 @@ __all__ = [
     "encode_text",
     "gate_experts",
     "prefix_attention",
+    "encode_text",
+    "gate_experts",
+    "sinkhorn",
     "transport_logits",
     "transport_plan",
 ]
@@ -30,6 +34,7 @@ _HOME = {
     "encode_text": "fastfpl.ops.text",
     "gate_experts": "fastfpl.ops.gate",
     "prefix_attention": "fastfpl.ops.attention",
+    "sinkhorn": "fastfpl.ops.entropic",
     "transport_logits": "fastfpl.ops.transport",
     "transport_plan": "fastfpl.ops.transport",
 }
