@@ -1,11 +1,11 @@
 """Attention of packed prompts: a shared prefix and ragged suffix segments, both directions.
 
-One rule says what a row sees, by its number in the group: rows up to itself that are of the prefix, or
-not before ``begin``, where its own segment begins (behind the prefix for the prefix' own rows). So a
-tile is any run of rows, and a program walks over the prefix and over the rows from the first
-``begin`` of its tile on. The backward pass asks twice, and keeps two numbers a row and head between:
-a program of queries gives their gradient, a program of keys those of keys and values. Every query
-sees the prefix: its gradient is summed in parts, then over the parts in their order.
+One rule says what a row sees, by its number in the group: rows up to itself that are of the prefix
+or not before ``begin``, where its own segment begins (behind the prefix for the prefix' own rows).
+So a tile is any run of rows, and a program walks over the prefix and over the rows from the first
+``begin`` of its tile on. The backward pass asks twice, and keeps two numbers a row and head in
+between: a program of queries gives their gradient, a program of keys those of keys and values.
+Every query sees the prefix: its gradient is summed in parts, then over the parts in their order.
 
 A head wider than BLOCK_D is worked on in CHUNKS; a program gives the gradient of one of them.
 """
@@ -33,12 +33,11 @@ _PROGRAMS = 1024
 
 @triton.jit
 def _cells(base, rows, keep, chunk, STEP: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Pointers to a chunk of one head in some rows, and which are inside."""
+    """Point to a chunk of one head in some rows; say which cells are inside."""
     d = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
-    if HEAD % BLOCK_D == 0:
-        mask = keep[:, None]
-    else:
-        mask = keep[:, None] & (d < HEAD)[None, :]
+    mask = keep[:, None]
+    if HEAD % BLOCK_D != 0:
+        mask = mask & (d < HEAD)[None, :]
     return base + rows[:, None] * STEP + d[None, :], mask
 
 
@@ -144,7 +143,7 @@ def _token(token, chunk, HEAD: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.cons
 
 @triton.jit
 def _queries(tile, begin, ends, queries, LAST: tl.constexpr, BLOCK: tl.constexpr):
-    """Queries of a tile: their numbers, which exist, their rows and where what they see begins."""
+    """Number the queries of a tile; say which exist, their rows, where what they see begins."""
     query = tile * BLOCK + tl.arange(0, BLOCK)
     live = query < queries
     row = query
@@ -154,8 +153,8 @@ def _queries(tile, begin, ends, queries, LAST: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
-def _keys_of(query, live, row, start, shared, rows):
-    """Bounds of the keys behind the prefix that a tile of queries sees."""
+def _keys_of(live, row, start, shared, rows):
+    """Bound the keys behind the prefix that a tile of queries sees."""
     first = tl.min(tl.where(live, start, rows), 0)
     end = tl.max(tl.where(live, row, -1), 0) + 1
     return tl.maximum(first, shared), end
@@ -163,7 +162,7 @@ def _keys_of(query, live, row, start, shared, rows):
 
 @triton.jit
 def _sees(row, start, key, there, shared):
-    """Which keys (columns) a query (row) sees."""
+    """Say which keys (columns) a query (row) sees."""
     own = (key < shared)[None, :] | (key[None, :] >= start[:, None])
     return own & (key[None, :] <= row[:, None]) & there[None, :]
 
@@ -206,7 +205,7 @@ def _prefix_attention_fwd_kernel(
     pid = pid // (CHUNKS * HEADS)
     group = (pid // tiles).to(tl.int64)
     query, live, row, start = _queries(pid % tiles, begin, ends, queries, LAST, BLOCK_M)
-    first, end = _keys_of(query, live, row, start, shared, rows)
+    first, end = _keys_of(live, row, start, shared, rows)
 
     q = qkv + group * rows * STEP + at
     k = q + WIDTH
@@ -219,9 +218,7 @@ def _prefix_attention_fwd_kernel(
         total = tl.zeros([BLOCK_M], dtype=ACC)
         out = tl.zeros([BLOCK_M, BLOCK_D], dtype=ACC)
     else:
-        top = SCALE * _token_dots(
-            q, q_bias, row, live, sos + at, STEP, BLOCK_M, HEAD, BLOCK_D, ACC
-        )
+        top = SCALE * _token_dots(q, q_bias, row, live, sos + at, STEP, BLOCK_M, HEAD, BLOCK_D, ACC)
         total = tl.full([BLOCK_M], 1.0, dtype=ACC)
         out = tl.zeros([BLOCK_M, BLOCK_D], dtype=ACC)
         out += _token(sos + WIDTH + at, chunk, HEAD, BLOCK_D, ACC)
@@ -282,7 +279,7 @@ def _prefix_attention_bwd_query_kernel(
     pid = pid // (CHUNKS * HEADS)
     group = (pid // tiles).to(tl.int64)
     query, live, row, start = _queries(pid % tiles, begin, ends, queries, LAST, BLOCK_M)
-    first, end = _keys_of(query, live, row, start, shared, rows)
+    first, end = _keys_of(live, row, start, shared, rows)
 
     q = qkv + group * rows * STEP + at
     k = q + WIDTH
@@ -459,7 +456,7 @@ def _prefix_attention_bwd_key_kernel(
         _store(d_q + WIDTH, key, there, chunk, d_k, STEP, HEAD, BLOCK_D)
         _store(d_q + 2 * WIDTH, key, there, chunk, d_v, STEP, HEAD, BLOCK_D)
     else:
-        # (groups, parts, shared, 2, WIDTH)
+        # of every group and part: keys and values of the prefix
         out = partial + (group * parts + part) * shared * (2 * WIDTH) + at
         _store(out, key, there, chunk, d_k, 2 * WIDTH, HEAD, BLOCK_D)
         _store(out + WIDTH, key, there, chunk, d_v, 2 * WIDTH, HEAD, BLOCK_D)
@@ -509,17 +506,19 @@ def prefix_attention_fwd(
     last_only: bool,
     *,
     block: int | None = None,
+    step: int | None = None,
 ) -> Tensor:
     """Mix values: qkv (G, S + R, 3 W) -> (G, S + R, W), or (G, C, W) of the segments' last rows.
 
     ``bias`` (3 W,) is added to ``qkv``; ``sos`` (2, W) holds key and value of a token that every
-    row sees. ``block`` is the number of queries of a tile, by default a function of the sizes.
+    row sees. ``block`` is the number of queries of a tile, ``step`` the keys taken at once; by
+    default both follow from the dtype and ``last_only``.
     """
     groups, rows, triple = qkv.shape
     begin, ends, _ = _tables(shared, starts, last_only, qkv.device)
     queries = len(ends) if last_only else rows
     mixed = qkv.new_empty(groups, queries, triple // 3)
-    settings = _settings(qkv, heads, last_only)
+    settings = _settings(qkv, heads, last_only, step)
     block = block or _block(last_only)
     tiles = triton.cdiv(queries, block)
     programs = tiles * heads * _chunks(settings) * groups
@@ -543,19 +542,21 @@ def prefix_attention_bwd(
     last_only: bool,
     *,
     block: int | None = None,
+    step: int | None = None,
     programs: int = _PROGRAMS,
 ) -> Tensor:
     """Give the gradient with respect to ``qkv``; softmax and all else is computed again.
 
-    ``block`` is the number of queries, and of keys, of a tile; ``programs`` how many there should
-    be at least for the prefix, whose gradient is a sum over all queries.
+    ``block`` is the number of queries, and of keys, of a tile, ``step`` of the others taken at
+    once; ``programs`` how many there should be at least for the prefix, whose gradient is a sum
+    over all queries.
     """
-    groups, rows, triple = qkv.shape
+    groups, rows, _ = qkv.shape
     queries, width = d_mixed.shape[1:]
     if not d_mixed.numel():
         return torch.zeros_like(qkv)
     begin, ends, asked = _tables(shared, starts, last_only, qkv.device)
-    settings = _settings(qkv, heads, last_only)
+    settings = _settings(qkv, heads, last_only, step)
     chunks = _chunks(settings)
     wide = torch.promote_types(qkv.dtype, torch.float32)
     d_qkv = torch.empty_like(qkv)
@@ -570,7 +571,7 @@ def prefix_attention_bwd(
     )
 
     tables = (level, mean, d_mixed, qkv, bias, begin, ends, asked)
-    settings |= {"BLOCK_M": 16, "BLOCK_N": block or _block(False)}
+    settings |= {"BLOCK_M": step or 16, "BLOCK_N": block or _block(False)}
     tiles = triton.cdiv(rows - shared, settings["BLOCK_N"])
     _prefix_attention_bwd_key_kernel[(tiles * heads * chunks * groups,)](
         *(d_qkv, None, *tables, tiles, 1, queries, rows, queries, shared),
@@ -612,7 +613,7 @@ def _block(last_only: bool) -> int:
     return 16 if last_only else 64
 
 
-def _settings(qkv: Tensor, heads: int, last_only: bool) -> dict[str, Any]:
+def _settings(qkv: Tensor, heads: int, last_only: bool, step: int | None) -> dict[str, Any]:
     width = qkv.shape[-1] // 3
     head = width // heads
     half = qkv.dtype in (torch.float16, torch.bfloat16)
@@ -626,7 +627,7 @@ def _settings(qkv: Tensor, heads: int, last_only: bool) -> dict[str, Any]:
         "HEAD": head,
         "SCALE": head**-0.5,
         "LAST": last_only,
-        "BLOCK_N": 32 if half else 16,
+        "BLOCK_N": step or (32 if half else 16),
         "BLOCK_D": max(16, min(64 if half else 32, triton.next_power_of_2(head))),
         "ACC": tl.float64 if qkv.dtype == torch.float64 else tl.float32,
         "PRECISION": precision,

@@ -22,6 +22,9 @@ __all__ = [
     "unit_fwd",
 ]
 
+# from so many rows on a program takes two of them, or four: enough programs are left
+_MANY = (1024, 4096)
+
 
 @triton.jit
 def _place(count, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_W: tl.constexpr):
@@ -255,13 +258,13 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _rows(x: Tensor) -> tuple[tuple[int], dict[str, Any]]:
-    """Programs of whole rows: one row until there are enough programs for the card, then four.
+    """Programs of whole rows: one row until there are enough programs for the card, then more.
 
     16 numbers a thread are two or four loads of 16 bytes, and a row's sum stays inside few warps.
     """
     count, width = x.shape
     block = triton.next_power_of_2(width)
-    rows = 1 if count < 1024 else 2 if count < 4096 else 4
+    rows = 4 if count >= _MANY[1] else 2 if count >= _MANY[0] else 1
     return (triton.cdiv(count, rows),), {
         "count": count,
         "WIDTH": width,

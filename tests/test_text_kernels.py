@@ -11,7 +11,7 @@ from tests.aot import assert_fits
 from tests.truth import assert_as_good_as_eager, assert_fences_hold, fenced
 
 pytest.importorskip("triton", reason="Triton comes with torch for CUDA only")
-from fastfpl.kernels import text  # noqa: E402
+from fastfpl.kernels import text
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -31,14 +31,17 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def judge(name: str, mine: Tensor, eager: Tensor, exact: Tensor) -> None:
-    assert_as_good_as_eager(mine, eager.detach(), exact.detach(), name=name)
+    if mine.dtype == torch.float64:  # eager is the truth
+        torch.testing.assert_close(mine, exact.detach(), rtol=1e-11, atol=1e-12)
+    else:
+        assert_as_good_as_eager(mine, eager.detach(), exact.detach(), name=name)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_norm(shape, dtype, device):
-    count, width = shape
+    width = shape[1]
     x, d_h, d_x = (normal(seed, *shape, dtype=dtype, device=device) for seed in range(3))
     x = fenced(x + 3)  # a mean that must be taken off first
     weight = normal(4, width, dtype=wide(dtype), device=device)
@@ -113,9 +116,10 @@ def test_unit_length(shape, dtype, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("count", [1025, 4098])
-def test_several_rows_a_program(count, device):
-    x = normal(0, count, 20, dtype=torch.float64, device=device)
+@pytest.mark.parametrize("many", [(1, 99), (1, 1)], ids=["two", "four"])
+def test_several_rows_a_program(many, device, monkeypatch):
+    monkeypatch.setattr(text, "_MANY", many)
+    x = normal(0, 7, 20, dtype=torch.float64, device=device)
     weight, bias = (normal(s, 20, dtype=torch.float64, device=device) for s in (1, 2))
     h, _, mean, rstd = text.norm_fwd(x, weight, bias, EPS, None)
     torch.testing.assert_close(h, block_norm(x, weight, bias, EPS), rtol=1e-12, atol=1e-12)
