@@ -143,7 +143,7 @@ def _token(token, chunk, HEAD: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.cons
 
 @triton.jit
 def _queries(tile, begin, ends, queries, LAST: tl.constexpr, BLOCK: tl.constexpr):
-    """Number the queries of a tile; say which exist, their rows, where what they see begins."""
+    """Enumerate the queries of a tile; say which exist, their rows, where what they see begins."""
     query = tile * BLOCK + tl.arange(0, BLOCK)
     live = query < queries
     row = query

@@ -21,8 +21,6 @@ __all__ = [
     "encode_text",
     "gate_experts",
     "prefix_attention",
-    "encode_text",
-    "gate_experts",
     "sinkhorn",
     "transport_logits",
     "transport_plan",

@@ -134,7 +134,8 @@ def _torch(
     classes, longest = at.shape
 
     def split(x: Tensor) -> Tensor:  # (..., rows, W) -> (..., H, rows, d)
-        return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
+        parts: Tensor = x.unflatten(-1, (heads, -1)).transpose(-3, -2)
+        return parts
 
     def behind(x: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor]:
         """SOS and prefix alone, and before every segment."""

@@ -162,7 +162,7 @@ def sinkhorn(
     plan, iterations, residual = _Plan.apply(
         cost, rows, columns, float(reg), partial, numItermax, float(tol)
     )
-    plan = (plan.mT if turned else plan).to(M.dtype)
+    plan: Tensor = (plan.mT if turned else plan).to(M.dtype)
     if log:
         return plan, {"niter": iterations, "err": residual}
     if not bool((residual <= tol).all()):
