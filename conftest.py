@@ -23,6 +23,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=False,
         help="run the benches in bench/ only, and print their table",
     )
+    parser.getgroup("fastfpl").addoption(
+        "--all-sizes",
+        action="store_true",
+        default=False,
+        help="with --benchmark: every size of every bench, not only those along the main axes",
+    )
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["checked", "gemm_rate", "peak_bytes", "synced"]
+__all__ = ["checked", "copy_rate", "gemm_rate", "peak_bytes", "synced"]
 
 
 def synced() -> float:
@@ -40,6 +40,19 @@ def gemm_rate(
         torch.nn.functional.linear(a, b)
         best = min(best, synced() - begin)
     return 2 * rows * inner * columns / best
+
+
+@functools.cache
+def copy_rate(device: str = "cpu", seconds: float = 0.5) -> float:
+    """Bytes a second of a large copy here and now, best of many; those read and those written."""
+    source = torch.randn(1 << 26, device=device)  # 256 MiB: no cache holds it
+    target = torch.empty_like(source)
+    best, until = float("inf"), synced() + seconds
+    while time.perf_counter() < until:
+        begin = synced()
+        target.copy_(source)
+        best = min(best, synced() - begin)
+    return 2 * source.nbytes / best
 
 
 def peak_bytes(run: Callable[[], Tensor], device: torch.device) -> int | None:
@@ -126,6 +139,7 @@ def checked(
     facts: dict[str, float] = {"iqr_seconds": benchmark.stats.stats.iqr}
     if moved is not None:
         facts |= {"moved_bytes": moved, "gb_per_s": 1e-9 * moved / median}
+        facts["copy_gb_per_s"] = 1e-9 * copy_rate(str(exact.device))
     if flops is not None:
         facts |= {"gflop": 1e-9 * flops, "gflop_per_s": 1e-9 * flops / median}
         if gemm is not None:

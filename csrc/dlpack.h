@@ -11,6 +11,7 @@
 #include <string>
 
 #include "check.h"
+#include "number.h"
 
 namespace fastfpl {
 
@@ -50,6 +51,11 @@ template <>
 struct TypeName<double> {
   static constexpr uint8_t code = 2;
   static constexpr const char* name = "float64";
+};
+template <>
+struct TypeName<bf16> {
+  static constexpr uint8_t code = 4;
+  static constexpr const char* name = "bfloat16";
 };
 template <>
 struct TypeName<int64_t> {

@@ -50,6 +50,7 @@ struct Many {
   double wanted[kMostPrompts], total;  // of the columns, in units of a mean row's bound
   double bound;                        // of all rows
   double g[kMostPrompts], column[kMostPrompts], free[kMostPrompts], all_free;
+  double gap[kMostPrompts], miss;  // logarithms of target / column, and the largest of them
 
   // Row sums of exp(z + g) over their largest entry; p holds the entries over it.
   FASTFPL_INLINE void exponentials() {
@@ -104,10 +105,10 @@ struct Many {
         part += weight[m] * ((v < 1 ? v : Real(1)) - base);
         loose += v < 1 ? weight[m] * v : Real(0);
       }
-      const double held = double(part) + double(base) * bound, gap = std::log(total / held);
-      if (std::abs(gap) <= near && std::abs(total - held) <= room) break;
-      (gap > 0 ? low : high) = level;
-      double next = level + gap * held / double(loose);
+      const double held = double(part) + double(base) * bound, by = std::log(total / held);
+      if (std::abs(by) <= near && std::abs(total - held) <= room) break;
+      (by > 0 ? low : high) = level;
+      double next = level + by * held / double(loose);
       if ((std::isinf(low) || std::isinf(high)) && !(std::abs(next - level) < 2)) {
         // far away: now look from where on every row is below its share, and where all are capped
         Real least = std::numeric_limits<Real>::max(), most = -least;
@@ -169,6 +170,13 @@ struct Many {
       column[n] = double(held), free[n] = balanced ? 0 : double(loose);
       all_free += free[n];
     }
+    miss = 0;
+    for (int64_t n = 0; n < K; ++n) {
+      // finite: a column may be too small for a number
+      const double least = std::numeric_limits<Real>::min();
+      gap[n] = std::log(wanted[n] / std::max(column[n], least));
+      miss = std::max(miss, std::abs(gap[n]));
+    }
   }
 
   FASTFPL_INLINE void evaluate(double guess, double near) {
@@ -179,25 +187,13 @@ struct Many {
 
   static constexpr double kNothing = 1e8 * double(std::numeric_limits<Real>::min());
 
-  // log(target / column), finite: a column may be too small for a number.
-  FASTFPL_INLINE double gap(int64_t n) const {
-    const double least = std::numeric_limits<Real>::min();
-    return std::log(wanted[n] / std::max(column[n], least));
-  }
-
-  FASTFPL_INLINE double miss() const {
-    double most = 0;
-    for (int64_t n = 0; n < K; ++n) most = std::max(most, std::abs(gap(n)));
-    return most;
-  }
-
   // The step for g and the derivative along it; `damping` mixes in the graph of a plan without
   // structure, for which the step is the scaling of the columns.
   FASTFPL_INLINE double direction(double damping, double* d) const {
     double edge[kMostPrompts][kMostPrompts], held = 0, mean = 0;
     int64_t last = 0;
     for (int64_t n = 0; n < K; ++n) {
-      held += column[n], mean += column[n] * gap(n);
+      held += column[n], mean += column[n] * gap[n];
       if (column[n] > column[last]) last = n;
     }
     mean /= held;
@@ -232,7 +228,7 @@ struct Many {
           l[i][j] = x / l[j][j];
         }
       }
-      double x = column[index[i]] * (gap(index[i]) - mean);
+      double x = column[index[i]] * (gap[index[i]] - mean);
       for (int64_t k = 0; k < i; ++k) x -= l[i][k] * y[k];
       y[i] = x / l[i][i];
     }
@@ -243,11 +239,11 @@ struct Many {
       sound = sound && std::isfinite(y[i]);
     }
     // a column that has all but vanished is first scaled to where it can be seen
-    for (int64_t n = 0; n < K; ++n) d[n] = n == last ? 0 : gap(n) - mean;
+    for (int64_t n = 0; n < K; ++n) d[n] = n == last ? 0 : gap[n] - mean;
     for (int64_t i = 0; i < size; ++i) d[index[i]] = y[i];
     double slope = sound ? along(d) : 0;
     if (!(slope < 0)) {  // a scaling of the columns always leads down
-      for (int64_t n = 0; n < K; ++n) d[n] = gap(n);
+      for (int64_t n = 0; n < K; ++n) d[n] = gap[n];
       slope = along(d);
     }
     return slope;
@@ -270,7 +266,7 @@ struct Many {
     evaluate(guess, std::max(tol / 8, 1e-2));
     ++n;
     while (true) {
-      double now = miss();
+      double now = miss;
       if (now < best) {
         best = now, since = 0;
         for (int64_t i = 0; i < K; ++i) best_g[i] = g[i];
@@ -296,18 +292,18 @@ struct Many {
         evaluate(std::abs(t * level) < 50 ? t * level : 0, near);
         ++n;
         const double here = along(d);
-        if (here <= -.5 * slope + noise || miss() <= .5 * now) break;
+        if (here <= -.5 * slope + noise || miss <= .5 * now) break;
         if (polishing || n >= max_iter || i == 30) break;
         high = t;
         const double secant = low + (t - low) * slope_low / (slope_low - here);
         t = std::min(std::max(secant, low + .1 * (high - low)), low + .5 * (high - low));
       }
     }
-    if (miss() > best) {
+    if (miss > best) {
       for (int64_t i = 0; i < K; ++i) g[i] = best_g[i];
       evaluate(0, std::numeric_limits<double>::infinity());  // the level as it was
     }
-    residual = miss();
+    residual = miss;
     return n;
   }
 };
@@ -330,6 +326,13 @@ FASTFPL_INLINE Real solve_many(const Arrays<Given>& x, const Transport& t, int64
   const double unit = double(P) / bound;
   for (int64_t m = 0; m < P; ++m) a.weight[m] = rows ? Real(double(rows[m]) * unit) : Real(1);
   std::fill(a.weight + P, a.weight + a.lanes, Real(0));
+  if (rows && !t.balanced) {  // a row is weight * min(1, sum_n exp(z + g)): z in units of its bound
+    for (int64_t m = 0; m < P; ++m) {
+      if (!(a.weight[m] > 0)) continue;
+      const Real unit_bound = std::log(a.weight[m]);
+      for (int64_t n = 0; n < N; ++n) a.z[n * a.stride + m] -= unit_bound;
+    }
+  }
   s.bound = double(P), s.total = t.balanced ? s.bound : held * unit;
   int64_t place[kMostPrompts];
   for (int64_t n = 0; n < N; ++n) {

@@ -121,9 +121,10 @@ FASTFPL_INLINE int64_t solve_pair(const Real* FASTFPL_RESTRICT z1, const Real* F
     ++n;
     const double total = sums.first + sums.second;
     const double level_gap = t.balanced ? 0 : std::log(target / total);
-    const double share_gap = N == 2 ? std::log(sums.second / sums.first) : 0;
-    miss = std::abs(std::log(column / sums.first));
-    if (N == 2) miss = std::max(miss, std::abs(std::log(column / sums.second)));
+    const double gap1 = std::log(column / sums.first);
+    const double gap2 = N == 2 ? std::log(column / sums.second) : gap1;
+    const double share_gap = gap1 - gap2;
+    miss = std::max(std::abs(gap1), std::abs(gap2));
     if (miss < best) best = miss, best_level = level, best_share = share;
     if (polishing || n >= t.max_iter || miss <= t.tol / 32) break;
     polishing = miss <= t.tol;  // one more step: Newton's last is worth all before it

@@ -6,6 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastfpl.ops.attention import prefix_attention
+    from fastfpl.ops.embedded import encode_embedded
     from fastfpl.ops.entropic import sinkhorn
     from fastfpl.ops.faces import Face
     from fastfpl.ops.gate import Gate, gate_experts
@@ -15,6 +17,10 @@ if TYPE_CHECKING:
 __all__ = [
     "Gate",
     "all_faces",
+    "encode_embedded",
+    "encode_text",
+    "gate_experts",
+    "prefix_attention",
     "encode_text",
     "gate_experts",
     "sinkhorn",
@@ -24,8 +30,10 @@ __all__ = [
 
 _HOME = {
     "Gate": "fastfpl.ops.gate",
+    "encode_embedded": "fastfpl.ops.embedded",
     "encode_text": "fastfpl.ops.text",
     "gate_experts": "fastfpl.ops.gate",
+    "prefix_attention": "fastfpl.ops.attention",
     "sinkhorn": "fastfpl.ops.entropic",
     "transport_logits": "fastfpl.ops.transport",
     "transport_plan": "fastfpl.ops.transport",

@@ -907,7 +907,7 @@ FACES: dict[str, tuple[Face, ...]] = {
     "transport_plan": (
         Face("triton", _triton, launch.missing, _against_triton),
         Face("cpu", _cpu, functools.partial(native.missing, "transport_plan"), _against_cpu),
-        Face("reference", _reference),
+        Face("reference", _reference, waits=True),
     ),
     "transport_logits": (
         Face("triton", _triton_logits, launch.missing, _against_triton_logits),
@@ -917,7 +917,7 @@ FACES: dict[str, tuple[Face, ...]] = {
             functools.partial(native.missing, "weigh_plan"),
             _against_cpu_logits,
         ),
-        Face("torch", functools.partial(_pieced, _TORCH)),
-        Face("reference", _reference_logits),
+        Face("torch", functools.partial(_pieced, _TORCH), waits=True),
+        Face("reference", _reference_logits, waits=True),
     ),
 }

@@ -1,0 +1,290 @@
+"""The rows of the text tower between its matrix products, both directions; weights are frozen.
+
+A program owns some whole rows (LayerNorm, unit length) or some rows of a block of columns (the
+activation). Statistics are of float32, of float64 for float64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = [
+    "activation_bwd",
+    "activation_fwd",
+    "norm_bwd",
+    "norm_fwd",
+    "unit_bwd",
+    "unit_fwd",
+]
+
+# from so many rows on a program takes two of them, or four: enough programs are left
+_MANY = (1024, 4096)
+
+
+@triton.jit
+def _place(count, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Rows of this program, cells and which are inside; sizes past 2**31 cells are fine."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK_W)
+    inside = (row < count)[:, None] & (column < WIDTH)[None, :]
+    return row, column, row[:, None] * WIDTH + column[None, :], inside
+
+
+@triton.jit
+def _norm_fwd_kernel(
+    h,
+    base,
+    mean,
+    rstd,
+    x,
+    weight,
+    bias,
+    shift,
+    count,
+    EPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    row, column, cell, inside = _place(count, WIDTH, ROWS, BLOCK_W)
+    value = tl.load(x + cell, mask=inside, other=0.0).to(ACC)
+    middle = tl.sum(value, 1) / WIDTH
+    off = tl.where(inside, value - middle[:, None], 0.0)
+    scale = 1.0 / tl.sqrt(tl.sum(off * off, 1) / WIDTH + EPS)
+    w = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(ACC)
+    b = tl.load(bias + column, mask=column < WIDTH, other=0.0).to(ACC)
+    out = off * scale[:, None] * w[None, :] + b[None, :]
+    tl.store(h + cell, out.to(h.dtype.element_ty), mask=inside)
+    tl.store(mean + row, middle, mask=row < count)
+    tl.store(rstd + row, scale, mask=row < count)
+    if shift is not None:
+        s = tl.load(shift + column, mask=column < WIDTH, other=0.0).to(ACC)
+        tl.store(base + cell, (value + s[None, :]).to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _norm_bwd_kernel(
+    d_x,
+    d_h,
+    x,
+    weight,
+    mean,
+    rstd,
+    count,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    row, column, cell, inside = _place(count, WIDTH, ROWS, BLOCK_W)
+    middle = tl.load(mean + row, mask=row < count, other=0.0)
+    scale = tl.load(rstd + row, mask=row < count, other=0.0)
+    value = tl.load(x + cell, mask=inside, other=0.0).to(ACC)
+    unit = tl.where(inside, (value - middle[:, None]) * scale[:, None], 0.0)
+    w = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(ACC)
+    d_unit = tl.load(d_h + cell, mask=inside, other=0.0).to(ACC) * w[None, :]
+    along = tl.sum(d_unit * unit, 1) / WIDTH
+    level = tl.sum(d_unit, 1) / WIDTH
+    step = (d_unit - level[:, None] - unit * along[:, None]) * scale[:, None]
+    total = tl.load(d_x + cell, mask=inside, other=0.0).to(ACC) + step
+    tl.store(d_x + cell, total.to(d_x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _spot(count, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Like `_place` for a block of columns: blocks of one row follow each other."""
+    BLOCKS: tl.constexpr = (WIDTH + BLOCK_W - 1) // BLOCK_W
+    pid = tl.program_id(0)
+    row = (pid // BLOCKS).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = (pid % BLOCKS) * BLOCK_W + tl.arange(0, BLOCK_W)
+    inside = (row < count)[:, None] & (column < WIDTH)[None, :]
+    return column, row[:, None] * WIDTH + column[None, :], inside
+
+
+@triton.jit
+def _activation_fwd_kernel(
+    a,
+    u,
+    bias,
+    count,
+    QUICK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    column, cell, inside = _spot(count, WIDTH, ROWS, BLOCK_W)
+    b = tl.load(bias + column, mask=column < WIDTH, other=0.0).to(ACC)
+    x = tl.load(u + cell, mask=inside, other=0.0).to(ACC) + b[None, :]
+    if QUICK:
+        out = x / (1.0 + tl.exp(-1.702 * x))
+    else:
+        out = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    tl.store(a + cell, out.to(a.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _activation_bwd_kernel(
+    d_a,
+    u,
+    bias,
+    count,
+    QUICK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    column, cell, inside = _spot(count, WIDTH, ROWS, BLOCK_W)
+    b = tl.load(bias + column, mask=column < WIDTH, other=0.0).to(ACC)
+    x = tl.load(u + cell, mask=inside, other=0.0).to(ACC) + b[None, :]
+    if QUICK:
+        gate = 1.0 / (1.0 + tl.exp(-1.702 * x))
+        slope = gate * (1.0 + 1.702 * x * (1.0 - gate))
+    else:
+        # 1 / sqrt(2 pi) and 1 / sqrt(2)
+        density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        slope = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * density
+    out = tl.load(d_a + cell, mask=inside, other=0.0).to(ACC) * slope
+    tl.store(d_a + cell, out.to(d_a.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _unit_fwd_kernel(
+    f,
+    norm,
+    y,
+    count,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    row, _, cell, inside = _place(count, WIDTH, ROWS, BLOCK_W)
+    value = tl.load(y + cell, mask=inside, other=0.0).to(ACC)
+    length = tl.sqrt(tl.sum(value * value, 1))
+    length = tl.where(row < count, length, 1.0)
+    tl.store(f + cell, (value / length[:, None]).to(f.dtype.element_ty), mask=inside)
+    tl.store(norm + row, length, mask=row < count)
+
+
+@triton.jit
+def _unit_bwd_kernel(
+    d_y,
+    d_f,
+    f,
+    norm,
+    count,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    row, _, cell, inside = _place(count, WIDTH, ROWS, BLOCK_W)
+    length = tl.load(norm + row, mask=row < count, other=1.0)
+    unit = tl.load(f + cell, mask=inside, other=0.0).to(ACC)
+    step = tl.load(d_f + cell, mask=inside, other=0.0).to(ACC)
+    along = tl.sum(step * unit, 1)
+    out = (step - unit * along[:, None]) / length[:, None]
+    tl.store(d_y + cell, out.to(d_y.dtype.element_ty), mask=inside)
+
+
+def norm_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, shift: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """LayerNorm of x (M, W): normalised rows, x + shift (or None), mean and 1 / deviation (M,)."""
+    h = torch.empty_like(x)
+    base = None if shift is None else torch.empty_like(x)
+    mean, rstd = x.new_empty(2, len(x), dtype=_wide(x))
+    grid, settings = _rows(x)
+    if len(x):
+        _norm_fwd_kernel[grid](h, base, mean, rstd, x, weight, bias, shift, EPS=eps, **settings)
+    return h, base, mean, rstd
+
+
+def norm_bwd(
+    d_h: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, d_x: Tensor
+) -> None:
+    """Add the gradient of LayerNorm with respect to its input to ``d_x`` (M, W)."""
+    grid, settings = _rows(x)
+    if len(x):
+        _norm_bwd_kernel[grid](d_x, d_h, x, weight, mean, rstd, **settings)
+
+
+def activation_fwd(u: Tensor, bias: Tensor, kind: str) -> Tensor:
+    """Activate u + bias, u (M, F): "quick_gelu" or "gelu"."""
+    a = torch.empty_like(u)
+    grid, settings = _blocks(u)
+    if len(u):
+        _activation_fwd_kernel[grid](a, u, bias, QUICK=kind == "quick_gelu", **settings)
+    return a
+
+
+def activation_bwd(d_a: Tensor, u: Tensor, bias: Tensor, kind: str) -> Tensor:
+    """Give the gradient with respect to ``u``, written over ``d_a`` (M, F)."""
+    grid, settings = _blocks(u)
+    if len(u):
+        _activation_bwd_kernel[grid](d_a, u, bias, QUICK=kind == "quick_gelu", **settings)
+    return d_a
+
+
+def unit_fwd(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Divide the rows of y (M, D) by their lengths; give both."""
+    f = torch.empty_like(y)
+    norm = y.new_empty(len(y), dtype=_wide(y))
+    grid, settings = _rows(y)
+    if len(y):
+        _unit_fwd_kernel[grid](f, norm, y, **settings)
+    return f, norm
+
+
+def unit_bwd(d_f: Tensor, f: Tensor, norm: Tensor) -> Tensor:
+    """Give the gradient with respect to what `unit_fwd` was given."""
+    d_y = torch.empty_like(f)
+    grid, settings = _rows(f)
+    if len(f):
+        _unit_bwd_kernel[grid](d_y, d_f, f, norm, **settings)
+    return d_y
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _rows(x: Tensor) -> tuple[tuple[int], dict[str, Any]]:
+    """Programs of whole rows: one row until there are enough programs for the card, then more.
+
+    16 numbers a thread are two or four loads of 16 bytes, and a row's sum stays inside few warps.
+    """
+    count, width = x.shape
+    block = triton.next_power_of_2(width)
+    rows = 4 if count >= _MANY[1] else 2 if count >= _MANY[0] else 1
+    return (triton.cdiv(count, rows),), {
+        "count": count,
+        "WIDTH": width,
+        "ROWS": rows,
+        "BLOCK_W": block,
+        "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
+        "num_warps": min(8, max(1, rows * block // 512)),
+    }
+
+
+def _blocks(u: Tensor) -> tuple[tuple[int], dict[str, Any]]:
+    """Programs of 2048 numbers: 16 a thread, two or four loads of 16 bytes."""
+    count, width = u.shape
+    block = min(1024, triton.next_power_of_2(width))
+    rows = 2048 // block
+    return (triton.cdiv(count, rows) * triton.cdiv(width, block),), {
+        "count": count,
+        "WIDTH": width,
+        "ROWS": rows,
+        "BLOCK_W": block,
+        "ACC": tl.float64 if u.dtype == torch.float64 else tl.float32,
+        "num_warps": 4,
+    }
