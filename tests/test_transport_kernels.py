@@ -442,7 +442,7 @@ def test_sixteen_bits_never_give_nan(dtype, eps, balanced, device):
     wide = [x.double() for x in (patches, prompts)]
     with fastfpl.face("torch"):
         leaves = [x.requires_grad_() for x in wide]
-        logits = transport_logits(*leaves, **options, tol=1e-6, max_iter=10**5)
+        logits = transport_logits(*leaves, **options, tol=1e-4)
         exact = torch.autograd.grad((logits * weights_of(logits)).sum(), leaves)
     for x, true in zip(found, (logits.detach(), *exact), strict=True):
         assert x.dtype == dtype
@@ -601,16 +601,17 @@ def test_nothing_to_score(shape, device):
 @pytest.mark.parametrize("value", [math.nan, math.inf, 3e38])
 def test_logits_of_what_is_not_finite_are_nan(value, prompts, device):
     x, t = features(3, 4, 5, prompts, 6, (2,), dtype=torch.float32)
-    good = with_gradients(x, t, device)
+    options = {"eps": 0.1, "max_iter": 20}
+    good = with_gradients(x, t, device, **options)
     x[1, 2, 1, 3] = value
     t[0, 4, -1, 5] = value
-    logits, ended = scored(x, t, device)
+    logits, ended = scored(x, t, device, **options)
     bad = torch.zeros(2, 3, 5, dtype=torch.bool)
     bad[1, 2] = bad[0, :, 4] = True
     assert torch.equal(logits.isnan(), bad)
     assert torch.equal(ended.residual.isnan(), bad)
     torch.testing.assert_close(logits[~bad], good[0][~bad])
-    found = with_gradients(x, t, device)
+    found = with_gradients(x, t, device, **options)
     # a gradient is NaN where a NaN takes part in it, and nowhere else
     torch.testing.assert_close(found[1][1, :2], good[1][1, :2])
     torch.testing.assert_close(found[2][0, :4], good[2][0, :4])
@@ -623,7 +624,7 @@ def test_logits_of_what_is_not_finite_are_nan(value, prompts, device):
             match=rf"got .* of patch \(0, 0, 0\) and prompt \(0, 4, {prompts - 1}\) with eps=0.1",
         ),
     ):
-        transport_logits(x.to(device), t.to(device))
+        transport_logits(x.to(device), t.to(device), **options)
 
 
 @DEVICE
