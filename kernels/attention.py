@@ -143,7 +143,7 @@ def _token(token, chunk, HEAD: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.cons
 
 @triton.jit
 def _queries(tile, begin, ends, queries, LAST: tl.constexpr, BLOCK: tl.constexpr):
-    """Enumerate the queries of a tile; say which exist, their rows, where what they see begins."""
+    """Give the queries of a tile: say which exist, their rows, where what they see begins."""
     query = tile * BLOCK + tl.arange(0, BLOCK)
     live = query < queries
     row = query
@@ -432,15 +432,15 @@ def _prefix_attention_bwd_key_kernel(
             k, k_bias, key, there, q, q_bias, row, live,
             STEP, STEP, BLOCK_N, BLOCK_M, HEAD, BLOCK_D, ACC, PRECISION,
         )  # fmt: skip
-        d_p = _dots(
-            v, v_bias, key, there, d_o, None, query, live,
-            STEP, WIDTH, BLOCK_N, BLOCK_M, HEAD, BLOCK_D, ACC, PRECISION,
-        )  # fmt: skip
         own = (key < shared)[:, None] | (key[:, None] >= start[None, :])
         sees = own & (key[:, None] <= row[None, :]) & live[None, :]
         p = tl.exp(tl.where(sees, score - top[None, :], _NEVER))
         d_out = _load(d_o, None, query, live, chunk, WIDTH, HEAD, BLOCK_D, ACC)
         d_v += _mix(p, d_out, ACC, PRECISION)
+        d_p = _dots(
+            v, v_bias, key, there, d_o, None, query, live,
+            STEP, WIDTH, BLOCK_N, BLOCK_M, HEAD, BLOCK_D, ACC, PRECISION,
+        )  # fmt: skip
         asking = _load(q, q_bias, row, live, chunk, STEP, HEAD, BLOCK_D, ACC)
         d_k += _mix(p * (d_p - drift[None, :]), asking, ACC, PRECISION)
         query_at += BLOCK_M
@@ -570,13 +570,17 @@ def prefix_attention_bwd(
         **settings,
     )
 
+    settings["BLOCK_M"] = step or 16
     tables = (level, mean, d_mixed, qkv, bias, begin, ends, asked)
-    settings |= {"BLOCK_M": step or 16, "BLOCK_N": block or _block(False)}
-    tiles = triton.cdiv(rows - shared, settings["BLOCK_N"])
-    _prefix_attention_bwd_key_kernel[(tiles * heads * chunks * groups,)](
+    block_k = block or _block(False)
+    tiles = triton.cdiv(rows - shared, block_k)
+    # both parts of every float32 factor in registers: there is room for 16 columns
+    narrow = {"BLOCK_D": 16} if settings["PRECISION"] == "tf32x3" else {}
+    own = settings | {"BLOCK_N": block_k} | narrow
+    _prefix_attention_bwd_key_kernel[(tiles * heads * _chunks(own) * groups,)](
         *(d_qkv, None, *tables, tiles, 1, queries, rows, queries, shared),
         LEAD=False,
-        **settings,
+        **own,
     )
     if not shared:
         return d_qkv
