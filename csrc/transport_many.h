@@ -356,13 +356,14 @@ FASTFPL_INLINE Real solve_many(const Arrays<Given>& x, const Transport& t, int64
   Real score = 0;
   for (int64_t k = s.K - 1; k >= 0; --k) {
     // a column without a number stays empty; its residual says so
-    const Real v = s.column[k] > 0 ? Real(sum[place[k]] / s.column[k]) : Real(0);
+    const double v = s.column[k] > 0 ? sum[place[k]] / s.column[k] : 0;
     const Real* z = a.z + k * a.stride;
     const Real* p = a.p + k * a.stride;
     Real* out = a.p + place[k] * a.stride;  // place[k] >= k: what is still needed lies before it
 #pragma omp simd reduction(+ : score)
     for (int64_t m = 0; m < P; ++m) {
-      const Real plan = p[m] * a.value[m] * v;
+      const Real part = p[m] * a.value[m];  // rounded as in the column's sum
+      const Real plan = Real(double(part) * v);
       out[m] = plan;
       score += plan * z[m];
     }
