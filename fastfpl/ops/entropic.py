@@ -159,10 +159,10 @@ def sinkhorn(
                 "none; got some of each"
             )
         partial = False
-    plan, iterations, residual = _Plan.apply(
+    found, iterations, residual = _Plan.apply(
         cost, rows, columns, float(reg), partial, numItermax, float(tol)
     )
-    plan: Tensor = (plan.mT if turned else plan).to(M.dtype)
+    plan: Tensor = (found.mT if turned else found).to(M.dtype)
     if log:
         return plan, {"niter": iterations, "err": residual}
     if not bool((residual <= tol).all()):
