@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pybind11
+from pybind11.setup_helpers import ParallelCompile
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -59,6 +60,8 @@ class BuildNative(build_ext):
                 note.write_text(why + "\n", encoding="utf-8")
             raise
 
+
+ParallelCompile(default=0).install()  # a file a core: each holds clones for three processors
 
 setup(
     cmdclass={"build_ext": BuildNative},
