@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent
+#: Packages that benches compare with.
+RIVALS = ("POT", "geomloss")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -18,6 +22,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         default=False,
         help="run the benches in bench/ only, and print their table",
+    )
+    parser.getgroup("fastfpl").addoption(
+        "--all-sizes",
+        action="store_true",
+        default=False,
+        help="with --benchmark: every size of every bench, not only those along the main axes",
     )
 
 
@@ -55,10 +65,19 @@ def _machine() -> dict[str, Any]:
         "processor": _processor(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "packages": _versions("triton", "numpy", "open_clip_torch", "transformers", *RIVALS),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if gpu else None,
         "native": native.missing() or "built",
     }
+
+
+def _versions(*names: str) -> dict[str, str]:
+    installed = {}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            installed[name] = metadata.version(name)
+    return installed
 
 
 def _processor() -> str:

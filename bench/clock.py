@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["checked", "synced"]
+__all__ = ["checked", "copy_rate", "gemm_rate", "peak_bytes", "synced"]
 
 
 def synced() -> float:
@@ -19,12 +22,77 @@ def synced() -> float:
     return time.perf_counter()
 
 
+@functools.cache
+def gemm_rate(
+    rows: int,
+    inner: int,
+    columns: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seconds: float = 0.3,
+) -> float:
+    """FLOP/s of one matrix product (rows, inner) @ (inner, columns) here and now, best of many."""
+    a = torch.randn(rows, inner, device=device).to(dtype)
+    b = torch.randn(columns, inner, device=device).to(dtype)
+    best, until = float("inf"), synced() + seconds
+    while time.perf_counter() < until:
+        begin = synced()
+        torch.nn.functional.linear(a, b)
+        best = min(best, synced() - begin)
+    return 2 * rows * inner * columns / best
+
+
+@functools.cache
+def copy_rate(device: str = "cpu", seconds: float = 0.5) -> float:
+    """Bytes a second of a large copy here and now, best of many; those read and those written."""
+    source = torch.randn(1 << 26, device=device)  # 256 MiB: no cache holds it
+    target = torch.empty_like(source)
+    best, until = float("inf"), synced() + seconds
+    while time.perf_counter() < until:
+        begin = synced()
+        target.copy_(source)
+        best = min(best, synced() - begin)
+    return 2 * source.nbytes / best
+
+
+def peak_bytes(run: Callable[[], Tensor], device: torch.device) -> int | None:
+    """Bytes that one call takes at its worst beyond what was there before; its result counts.
+
+    On a GPU by torch's own count. On the CPU by the kernel's high-water mark of the whole process,
+    so that memory of compiled code counts too; None where Linux does not offer it.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        # memory that was freed and kept by the allocator would hide what is taken next
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    except (AttributeError, OSError):
+        return None
+    before = _status("VmRSS")
+    run()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
+
+
 def checked(
     benchmark: Any,
     run: Callable[[], Tensor],
     exact: Tensor,
     limit: float,
     rounds: int | None = None,
+    *,
+    flops: float | None = None,
+    moved: float | None = None,
+    gemm: tuple[int, int, int] | None = None,
     **row: Any,
 ) -> Tensor:
     """Time ``run`` only if its result is right, and put the error beside the time.
@@ -41,17 +109,46 @@ def checked(
         The largest relative error, by the largest value of ``exact``, with which a time is given.
     rounds : int, optional
         So many rounds of one call each instead of as many as the plugin wants: for what takes
-        seconds.
+        seconds. With one round even the memory is not measured in a call of its own.
+    flops : float, optional
+        Operations that the result needs at least; with it the row says its rate.
+    moved : float, optional
+        Bytes that are read and written at least: inputs and results, once each.
+    gemm : (rows, inner, columns), optional
+        The product whose rate is measured in this process, on the result's device and in the row's
+        dtype; the row says its share of that rate.
     **row
         What the row is about: sizes by letter, dtype, face, direction.
     """
-    result = run()
+    kept: list[Tensor] = []
+    peak = peak_bytes(lambda: kept.append(run()) or kept[0], exact.device)  # the cold call
+    result = kept.pop()
     assert result.shape == exact.shape, f"not timed: shape {result.shape}, not {exact.shape}"
-    error = float((result.double() - exact).abs().max() / exact.abs().max())
+    error = _error(result, exact)
     assert error <= limit, f"not timed: relative error {error:.2e}, at most {limit:.0e}"
-    benchmark.extra_info |= row | {"relative_error": error, "limit": limit}
+    if rounds != 1:  # a first call may also load, compile or fill a cache
+        peak = peak_bytes(run, exact.device)
+    benchmark.extra_info |= row | {"relative_error": error, "limit": limit, "peak_bytes": peak}
     benchmark.group = " ".join(f"{k}={v}" for k, v in row.items() if k != "face")
     result = benchmark.pedantic(run, rounds=rounds) if rounds else benchmark(run)
-    again = float((result.double() - exact).abs().max() / exact.abs().max())
+    again = _error(result, exact)
     assert again <= limit, f"wrong after timing: relative error {again:.2e}, at most {limit:.0e}"
+    if benchmark.stats is None:  # timing is switched off
+        return result
+    median = benchmark.stats.stats.median
+    facts: dict[str, float] = {"iqr_seconds": benchmark.stats.stats.iqr}
+    if moved is not None:
+        facts |= {"moved_bytes": moved, "gb_per_s": 1e-9 * moved / median}
+        facts["copy_gb_per_s"] = 1e-9 * copy_rate(str(exact.device))
+    if flops is not None:
+        facts |= {"gflop": 1e-9 * flops, "gflop_per_s": 1e-9 * flops / median}
+        if gemm is not None:
+            dtype = getattr(torch, str(row.get("dtype", "float32")))
+            rate = gemm_rate(*gemm, dtype, str(exact.device))
+            facts |= {"gemm_gflops": 1e-9 * rate, "share_of_gemm": flops / rate / median}
+    benchmark.extra_info |= facts
     return result
+
+
+def _error(result: Tensor, exact: Tensor) -> float:
+    return float((result.double() - exact).abs().max() / exact.abs().max())

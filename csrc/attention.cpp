@@ -34,17 +34,22 @@ std::vector<Chunk> chunks_of(const PrefixAttention& a) {
 
 int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// out (n, columns) = a (n, D) * b (D, columns); n a multiple of 4, columns of kLine.
-template <int D, class R>
+// Every row of a tile has `depth` numbers: those of a head, filled up with zeros to whole blocks, so
+// that the sums of a block stay in registers whatever the head's size.
+constexpr int kBlock = 32;
+
+// out (n, columns) = a (n, depth) * b (depth, columns); n a multiple of 4, columns of kLine.
+template <class R>
 FASTFPL_INLINE void rows_by_tiles(const R* FASTFPL_RESTRICT a, const R* FASTFPL_RESTRICT b,
-                                  R* FASTFPL_RESTRICT out, int64_t n, int64_t columns) {
+                                  R* FASTFPL_RESTRICT out, int64_t n, int64_t columns,
+                                  int64_t depth) {
   for (int64_t j = 0; j < columns; j += kLine)
     for (int64_t i = 0; i < n; i += 4) {
       R sum[4][kLine] = {};
-      for (int d = 0; d < D; ++d) {
+      for (int64_t d = 0; d < depth; ++d) {
         const R* line = b + d * columns + j;
         for (int r = 0; r < 4; ++r) {
-          const R x = a[(i + r) * D + d];
+          const R x = a[(i + r) * depth + d];
 #pragma omp simd
           for (int l = 0; l < kLine; ++l) sum[r][l] += x * line[l];
         }
@@ -54,52 +59,39 @@ FASTFPL_INLINE void rows_by_tiles(const R* FASTFPL_RESTRICT a, const R* FASTFPL_
     }
 }
 
-// out (n, D) += a (n, count) * b (count, D), a with `columns` numbers a row.
-template <int D, class R>
-FASTFPL_INLINE void add_weighted(const R* FASTFPL_RESTRICT a, int64_t columns,
-                                 const R* FASTFPL_RESTRICT b, R* FASTFPL_RESTRICT out, int64_t n,
-                                 int64_t count) {
-  for (int64_t i = 0; i < n; ++i) {
-    R sum[D];
-    for (int d = 0; d < D; ++d) sum[d] = out[i * D + d];
-    for (int64_t j = 0; j < count; ++j) {
-      const R x = a[i * columns + j];
+// out (n, depth) += a (n, count) * b (count, depth), where a(i, j) = a[i * down + j * right].
+template <class R>
+FASTFPL_INLINE void add_product(const R* FASTFPL_RESTRICT a, int64_t down, int64_t right,
+                                const R* FASTFPL_RESTRICT b, R* FASTFPL_RESTRICT out, int64_t n,
+                                int64_t count, int64_t depth) {
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t block = 0; block < depth; block += kBlock) {
+      R sum[kBlock];
+      R* to = out + i * depth + block;
+      for (int d = 0; d < kBlock; ++d) sum[d] = to[d];
+      for (int64_t j = 0; j < count; ++j) {
+        const R x = a[i * down + j * right];
+        const R* from = b + j * depth + block;
 #pragma omp simd
-      for (int d = 0; d < D; ++d) sum[d] += x * b[j * D + d];
+        for (int d = 0; d < kBlock; ++d) sum[d] += x * from[d];
+      }
+      for (int d = 0; d < kBlock; ++d) to[d] = sum[d];
     }
-    for (int d = 0; d < D; ++d) out[i * D + d] = sum[d];
-  }
 }
 
-// out (count, D) += a (n, count)^T * b (n, D).
-template <int D, class R>
-FASTFPL_INLINE void add_transposed(const R* FASTFPL_RESTRICT a, int64_t columns,
-                                   const R* FASTFPL_RESTRICT b, R* FASTFPL_RESTRICT out, int64_t n,
-                                   int64_t count) {
-  for (int64_t j = 0; j < count; ++j) {
-    R sum[D];
-    for (int d = 0; d < D; ++d) sum[d] = out[j * D + d];
-    for (int64_t i = 0; i < n; ++i) {
-      const R x = a[i * columns + j];
-#pragma omp simd
-      for (int d = 0; d < D; ++d) sum[d] += x * b[i * D + d];
-    }
-    for (int d = 0; d < D; ++d) out[j * D + d] = sum[d];
-  }
-}
-
-template <int D, class R>
-FASTFPL_INLINE R dot(const R* FASTFPL_RESTRICT a, const R* FASTFPL_RESTRICT b) {
+template <class R>
+FASTFPL_INLINE R dot(const R* FASTFPL_RESTRICT a, const R* FASTFPL_RESTRICT b, int64_t depth) {
   R sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int d = 0; d < D; ++d) sum += a[d] * b[d];
+  for (int64_t d = 0; d < depth; ++d) sum += a[d] * b[d];
   return sum;
 }
 
-template <int D, class R>
-FASTFPL_INLINE void add_scaled(R x, const R* FASTFPL_RESTRICT from, R* FASTFPL_RESTRICT to) {
+template <class R>
+FASTFPL_INLINE void add_scaled(R x, const R* FASTFPL_RESTRICT from, R* FASTFPL_RESTRICT to,
+                               int64_t depth) {
 #pragma omp simd
-  for (int d = 0; d < D; ++d) to[d] += x * from[d];
+  for (int64_t d = 0; d < depth; ++d) to[d] += x * from[d];
 }
 
 // One head of one group: a strided matrix of rows, read with its bias and written back.
@@ -109,16 +101,15 @@ struct Head {
   const T* bias;  // or null
   int64_t stride, size;
 
-  template <int D>
   FASTFPL_INLINE void read(int64_t row, wide<T> by, wide<T>* FASTFPL_RESTRICT out) const {
     const T* from = base + row * stride;
     for (int64_t d = 0; d < size; ++d)
       out[d] = by * (widen(from[d]) + (bias ? widen(bias[d]) : wide<T>(0)));
-    for (int64_t d = size; d < D; ++d) out[d] = 0;
+    for (int64_t d = size; d < up(size, kBlock); ++d) out[d] = 0;
   }
 };
 
-template <int D, class T>
+template <class T>
 FASTFPL_INLINE void write(const wide<T>* FASTFPL_RESTRICT from, wide<T> by, T* FASTFPL_RESTRICT to,
                           int64_t size) {
   for (int64_t d = 0; d < size; ++d) narrow(by * from[d], to[d]);
@@ -139,34 +130,35 @@ struct Qkv {
 };
 
 // What a chunk attends to besides itself. `count` keys, filled up with zeros to `columns`.
-template <int D, class R>
+template <class R>
 struct Shared {
-  int64_t count, columns;
-  std::vector<R> k, v, k_t, v_t;  // (columns, D) and transposed (D, columns)
+  int64_t count, columns, depth;
+  std::vector<R> k, v, k_t, v_t;  // (columns, depth) and transposed (depth, columns)
 
   // `all`: also the two that only gradients need.
   template <class T>
   FASTFPL_INLINE void load(const Qkv<T>& x, int64_t rows, bool all) {
-    count = rows, columns = up(rows, kLine);
-    k.assign(columns * D, 0), v.assign(columns * D, 0);
-    k_t.resize(columns * D);
+    count = rows, columns = up(rows, kLine), depth = up(x.k.size, kBlock);
+    k.assign(columns * depth, 0), v.assign(columns * depth, 0);
+    k_t.resize(columns * depth);
     for (int64_t j = 0; j < count; ++j) {
-      x.k.template read<D>(j, 1, &k[j * D]);
-      x.v.template read<D>(j, 1, &v[j * D]);
+      x.k.read(j, 1, &k[j * depth]);
+      x.v.read(j, 1, &v[j * depth]);
     }
     for (int64_t j = 0; j < columns; ++j)
-      for (int d = 0; d < D; ++d) k_t[d * columns + j] = k[j * D + d];
+      for (int64_t d = 0; d < depth; ++d) k_t[d * columns + j] = k[j * depth + d];
     if (!all) return;
-    v_t.resize(columns * D);
+    v_t.resize(columns * depth);
     for (int64_t j = 0; j < columns; ++j)
-      for (int d = 0; d < D; ++d) v_t[d * columns + j] = v[j * D + d];
+      for (int64_t d = 0; d < depth; ++d) v_t[d * columns + j] = v[j * depth + d];
   }
 };
 
 // A run of rows that hold whole segments, with the queries among them.
-template <int D, class R>
+template <class R>
 struct Work {
-  std::vector<R> q, k, v, out;       // rows of the chunk; q and out (queries, D)
+  int64_t depth;
+  std::vector<R> q, k, v, out;       // rows of the chunk; q and out (queries, depth)
   std::vector<R> score, own;         // of the shared keys (queries, columns); of one query's own
   std::vector<R> d_out, d_k, d_v, d_score, d_own, sos_k, sos_v;
   std::vector<int64_t> row, begin;   // of every query: its row in the chunk, its segment's first
@@ -187,34 +179,35 @@ struct Work {
                            int64_t origin, int64_t rows) {
     const int64_t n = up(row.size(), 4), width = a.heads * a.size;
     const R scale = R(1 / std::sqrt(double(a.size)));
-    q.assign(n * D, 0);
+    depth = up(a.size, kBlock);
+    q.assign(n * depth, 0);
     for (size_t i = 0; i < row.size(); ++i)
-      x.q.template read<D>(origin + row[i], scale, &q[i * D]);
-    k.resize(rows * D), v.resize(rows * D);
+      x.q.read(origin + row[i], scale, &q[i * depth]);
+    k.resize(rows * depth), v.resize(rows * depth);
     for (int64_t j = 0; j < rows; ++j) {
-      x.k.template read<D>(origin + j, 1, &k[j * D]);
-      x.v.template read<D>(origin + j, 1, &v[j * D]);
+      x.k.read(origin + j, 1, &k[j * depth]);
+      x.v.read(origin + j, 1, &v[j * depth]);
     }
     if (sos) {
-      sos_k.resize(D), sos_v.resize(D);
+      sos_k.resize(depth), sos_v.resize(depth);
       const Head<T> key{sos + h * a.size, nullptr, 0, a.size};
       const Head<T> value{sos + width + h * a.size, nullptr, 0, a.size};
-      key.template read<D>(0, 1, sos_k.data());
-      value.template read<D>(0, 1, sos_v.data());
+      key.read(0, 1, sos_k.data());
+      value.read(0, 1, sos_v.data());
     }
     own.resize(rows + 1), d_own.resize(rows + 1);
   }
 
   // The softmax of query i over shared keys (left in `score`), SOS and own rows (in `own`).
-  FASTFPL_INLINE void weigh(const Shared<D, R>& shared, size_t i, bool sos) {
+  FASTFPL_INLINE void weigh(const Shared<R>& shared, size_t i, bool sos) {
     R* FASTFPL_RESTRICT p = score.data() + i * shared.columns;
     R* FASTFPL_RESTRICT o = own.data();
-    const R* query = &q[i * D];
+    const R* query = &q[i * depth];
     const int64_t mine = row[i] - begin[i] + 1;
     R high = -std::numeric_limits<R>::infinity();
-    if (sos) high = o[mine] = dot<D>(query, sos_k.data());
+    if (sos) high = o[mine] = dot(query, sos_k.data(), depth);
     for (int64_t j = 0; j < mine; ++j) {
-      o[j] = dot<D>(query, &k[(begin[i] + j) * D]);
+      o[j] = dot(query, &k[(begin[i] + j) * depth], depth);
       high = o[j] > high ? o[j] : high;
     }
 #pragma omp simd reduction(max : high)
@@ -231,63 +224,66 @@ struct Work {
   }
 };
 
-template <int D, class R>
-FASTFPL_INLINE void forward_rows(Work<D, R>& w, const Shared<D, R>& shared, bool sos) {
-  const int64_t n = up(w.row.size(), 4);
+template <class R>
+FASTFPL_INLINE void forward_rows(Work<R>& w, const Shared<R>& shared, bool sos) {
+  const int64_t n = up(w.row.size(), 4), depth = w.depth;
   w.score.resize(n * shared.columns);
-  rows_by_tiles<D>(w.q.data(), shared.k_t.data(), w.score.data(), n, shared.columns);
-  w.out.assign(n * D, 0);
+  rows_by_tiles(w.q.data(), shared.k_t.data(), w.score.data(), n, shared.columns,
+                depth);
+  w.out.assign(n * depth, 0);
   for (size_t i = 0; i < w.row.size(); ++i) {
     w.weigh(shared, i, sos);
     const int64_t mine = w.row[i] - w.begin[i] + 1;
     for (int64_t j = 0; j < mine; ++j)
-      add_scaled<D>(w.own[j], &w.v[(w.begin[i] + j) * D], &w.out[i * D]);
-    if (sos) add_scaled<D>(w.own[mine], w.sos_v.data(), &w.out[i * D]);
+      add_scaled(w.own[j], &w.v[(w.begin[i] + j) * depth], &w.out[i * depth], depth);
+    if (sos) add_scaled(w.own[mine], w.sos_v.data(), &w.out[i * depth], depth);
   }
-  add_weighted<D>(w.score.data(), shared.columns, shared.v.data(), w.out.data(), w.row.size(),
-                  shared.count);
+  add_product(w.score.data(), shared.columns, 1, shared.v.data(), w.out.data(), w.row.size(),
+              shared.count, depth);
 }
 
 // Gradients of the chunk's own queries (into w.out), keys and values, and of the shared ones, which
-// are added to d_k and d_v (count, D). w.d_out holds the gradient of the outputs.
-template <int D, class R>
-FASTFPL_INLINE void backward_rows(Work<D, R>& w, const Shared<D, R>& shared, bool sos, int64_t rows,
+// are added to d_k and d_v (count, depth). w.d_out holds the gradient of the outputs.
+template <class R>
+FASTFPL_INLINE void backward_rows(Work<R>& w, const Shared<R>& shared, bool sos, int64_t rows,
                                   R* d_k, R* d_v) {
-  const int64_t n = up(w.row.size(), 4), columns = shared.columns;
+  const int64_t n = up(w.row.size(), 4), columns = shared.columns, depth = w.depth;
   w.score.resize(n * columns), w.d_score.resize(n * columns);
-  rows_by_tiles<D>(w.q.data(), shared.k_t.data(), w.score.data(), n, columns);
-  rows_by_tiles<D>(w.d_out.data(), shared.v_t.data(), w.d_score.data(), n, columns);
-  w.out.assign(n * D, 0), w.d_k.assign(rows * D, 0), w.d_v.assign(rows * D, 0);
+  rows_by_tiles(w.q.data(), shared.k_t.data(), w.score.data(), n, columns, depth);
+  rows_by_tiles(w.d_out.data(), shared.v_t.data(), w.d_score.data(), n, columns,
+                depth);
+  w.out.assign(n * depth, 0), w.d_k.assign(rows * depth, 0), w.d_v.assign(rows * depth, 0);
   for (size_t i = 0; i < w.row.size(); ++i) {
     w.weigh(shared, i, sos);
     const int64_t mine = w.row[i] - w.begin[i] + 1, first = w.begin[i];
-    const R* d_out = &w.d_out[i * D];
+    const R* d_out = &w.d_out[i * depth];
     const R* FASTFPL_RESTRICT p = &w.score[i * columns];
     R* FASTFPL_RESTRICT d_p = &w.d_score[i * columns];
     R mean = 0;
 #pragma omp simd reduction(+ : mean)
     for (int64_t j = 0; j < columns; ++j) mean += p[j] * d_p[j];
     for (int64_t j = 0; j < mine; ++j) {
-      w.d_own[j] = dot<D>(d_out, &w.v[(first + j) * D]);
+      w.d_own[j] = dot(d_out, &w.v[(first + j) * depth], depth);
       mean += w.own[j] * w.d_own[j];
     }
-    if (sos) mean += w.own[mine] * dot<D>(d_out, w.sos_v.data());
+    if (sos) mean += w.own[mine] * dot(d_out, w.sos_v.data(), depth);
     for (int64_t j = 0; j < columns; ++j) d_p[j] = p[j] * (d_p[j] - mean);
     for (int64_t j = 0; j < mine; ++j) {
       const R d = w.own[j] * (w.d_own[j] - mean);
-      add_scaled<D>(d, &w.k[(first + j) * D], &w.out[i * D]);
-      add_scaled<D>(d, &w.q[i * D], &w.d_k[(first + j) * D]);
-      add_scaled<D>(w.own[j], d_out, &w.d_v[(first + j) * D]);
+      add_scaled(d, &w.k[(first + j) * depth], &w.out[i * depth], depth);
+      add_scaled(d, &w.q[i * depth], &w.d_k[(first + j) * depth], depth);
+      add_scaled(w.own[j], d_out, &w.d_v[(first + j) * depth], depth);
     }
     if (sos) {
-      const R d = w.own[mine] * (dot<D>(d_out, w.sos_v.data()) - mean);
-      add_scaled<D>(d, w.sos_k.data(), &w.out[i * D]);
+      const R d = w.own[mine] * (dot(d_out, w.sos_v.data(), depth) - mean);
+      add_scaled(d, w.sos_k.data(), &w.out[i * depth], depth);
     }
   }
   const int64_t real = w.row.size();
-  add_weighted<D>(w.d_score.data(), columns, shared.k.data(), w.out.data(), real, shared.count);
-  add_transposed<D>(w.d_score.data(), columns, w.q.data(), d_k, real, shared.count);
-  add_transposed<D>(w.score.data(), columns, w.d_out.data(), d_v, real, shared.count);
+  add_product(w.d_score.data(), columns, 1, shared.k.data(), w.out.data(), real, shared.count,
+              depth);
+  add_product(w.d_score.data(), 1, columns, w.q.data(), d_k, shared.count, real, depth);
+  add_product(w.score.data(), 1, columns, w.d_out.data(), d_v, shared.count, real, depth);
 }
 
 // The prefix' own rows are one segment that shares nothing but SOS.
@@ -297,7 +293,7 @@ PrefixAttention prefix_alone(const PrefixAttention& a, const int64_t* whole) {
   return one;
 }
 
-template <int D, class T>
+template <class T>
 FASTFPL_INLINE void forward_range(const T* qkv, const T* bias, const T* sos, T* mixed,
                                   const PrefixAttention& a, const Chunk* chunks, int64_t count,
                                   int64_t begin, int64_t end) {
@@ -306,9 +302,9 @@ FASTFPL_INLINE void forward_range(const T* qkv, const T* bias, const T* sos, T* 
   const int64_t outputs = a.last_only ? a.segments : rows, whole[2] = {0, a.shared};
   const bool prefix = a.shared && !a.last_only;
   const PrefixAttention alone = prefix_alone(a, whole);
-  Shared<D, R> shared, nothing;
+  Shared<R> shared, nothing;
   nothing.count = nothing.columns = 0;
-  Work<D, R> w;
+  Work<R> w;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t g = item / a.heads / (count + 1), at = item % (a.heads * (count + 1));
     const int64_t h = at / (count + 1), i = at % (count + 1);
@@ -320,7 +316,7 @@ FASTFPL_INLINE void forward_range(const T* qkv, const T* bias, const T* sos, T* 
       w.load(x, sos, a, h, 0, a.shared);
       forward_rows(w, nothing, sos);
       for (int64_t r = 0; r < a.shared; ++r)
-        write<D>(&w.out[r * D], R(1), out + r * width, a.size);
+        write(&w.out[r * w.depth], R(1), out + r * width, a.size);
       continue;
     }
     if (i == 0 || item == begin) shared.load(x, a.shared, false);
@@ -331,29 +327,29 @@ FASTFPL_INLINE void forward_range(const T* qkv, const T* bias, const T* sos, T* 
     forward_rows(w, shared, sos);
     const int64_t first = a.last_only ? chunk.first : a.shared + origin;
     for (size_t r = 0; r < w.row.size(); ++r)
-      write<D>(&w.out[r * D], R(1), out + (first + r) * width, a.size);
+      write(&w.out[r * w.depth], R(1), out + (first + r) * width, a.size);
   }
 }
 
 // Phase 0: the chunks, each leaving its part of the prefix' gradient in `parts`
-// (G, H, chunks, 2, S, D). Phase 1: the prefix' rows, with the parts added in their order.
-template <int D, class T>
+// (G, H, chunks, 2, S, depth). Phase 1: the prefix' rows, with the parts added in their order.
+template <class T>
 FASTFPL_INLINE void backward_range(int phase, const T* d_mixed, const T* qkv, const T* bias,
                                    const T* sos, T* d_qkv, wide<T>* parts, const PrefixAttention& a,
                                    const Chunk* chunks, int64_t count, int64_t begin, int64_t end) {
   using R = wide<T>;
   const int64_t width = a.heads * a.size, rows = a.shared + a.starts[a.segments];
   const int64_t outputs = a.last_only ? a.segments : rows, whole[2] = {0, a.shared};
-  const int64_t part = 2 * a.shared * D;
+  const int64_t depth = up(a.size, kBlock), part = 2 * a.shared * depth;
   const R scale = R(1 / std::sqrt(double(a.size)));
   const PrefixAttention alone = prefix_alone(a, whole);
-  Shared<D, R> shared, nothing;
+  Shared<R> shared, nothing;
   nothing.count = nothing.columns = 0;
-  Work<D, R> w;
+  Work<R> w;
   auto read_gradient = [&](const T* from, size_t queries) {
-    w.d_out.assign(up(queries, 4) * D, 0);
+    w.d_out.assign(up(queries, 4) * depth, 0);
     const Head<T> head{from, nullptr, width, a.size};
-    for (size_t r = 0; r < queries; ++r) head.template read<D>(r, 1, &w.d_out[r * D]);
+    for (size_t r = 0; r < queries; ++r) head.read(r, 1, &w.d_out[r * depth]);
   };
   for (int64_t item = begin; item < end; ++item) {
     const int64_t per = phase ? 1 : count;
@@ -367,18 +363,18 @@ FASTFPL_INLINE void backward_range(int phase, const T* d_mixed, const T* qkv, co
       if (!a.last_only) w.queries(alone, {0, 1});
       w.load(x, sos, a, h, 0, a.shared);
       read_gradient(d_out, w.row.size());
-      backward_rows<D, R>(w, nothing, sos, a.shared, nullptr, nullptr);
+      backward_rows<R>(w, nothing, sos, a.shared, nullptr, nullptr);
       for (int64_t c = 0; c < count; ++c)
-        for (int64_t n = 0; n < a.shared * D; ++n) {
+        for (int64_t n = 0; n < a.shared * depth; ++n) {
           w.d_k[n] += mine[c * part + n];
-          w.d_v[n] += mine[c * part + a.shared * D + n];
+          w.d_v[n] += mine[c * part + a.shared * depth + n];
         }
-      w.out.resize(std::max<size_t>(w.out.size(), a.shared * D));  // zeros where no row asks
+      w.out.resize(std::max<size_t>(w.out.size(), a.shared * depth));  // zeros where no row asks
       for (int64_t r = 0; r < a.shared; ++r) {
         T* to = d_q + r * 3 * width;
-        write<D>(&w.out[r * D], scale, to, a.size);
-        write<D>(&w.d_k[r * D], R(1), to + width, a.size);
-        write<D>(&w.d_v[r * D], R(1), to + 2 * width, a.size);
+        write(&w.out[r * depth], scale, to, a.size);
+        write(&w.d_k[r * depth], R(1), to + width, a.size);
+        write(&w.d_v[r * depth], R(1), to + 2 * width, a.size);
       }
       continue;
     }
@@ -391,16 +387,16 @@ FASTFPL_INLINE void backward_range(int phase, const T* d_mixed, const T* qkv, co
     read_gradient(d_out + first * width, w.row.size());
     R* d_k = mine + i * part;
     std::fill(d_k, d_k + part, R(0));
-    backward_rows(w, shared, sos, length, d_k, d_k + a.shared * D);
+    backward_rows(w, shared, sos, length, d_k, d_k + a.shared * depth);
     T* to = d_q + (a.shared + origin) * 3 * width;
     for (int64_t r = 0; r < length; ++r) {
       if (a.last_only)
         for (int64_t d = 0; d < a.size; ++d) narrow(R(0), to[r * 3 * width + d]);
-      write<D>(&w.d_k[r * D], R(1), to + r * 3 * width + width, a.size);
-      write<D>(&w.d_v[r * D], R(1), to + r * 3 * width + 2 * width, a.size);
+      write(&w.d_k[r * depth], R(1), to + r * 3 * width + width, a.size);
+      write(&w.d_v[r * depth], R(1), to + r * 3 * width + 2 * width, a.size);
     }
     for (size_t r = 0; r < w.row.size(); ++r)
-      write<D>(&w.out[r * D], scale, to + w.row[r] * 3 * width, a.size);
+      write(&w.out[r * depth], scale, to + w.row[r] * 3 * width, a.size);
   }
 }
 
@@ -409,33 +405,18 @@ FASTFPL_INLINE void backward_range(int phase, const T* d_mixed, const T* qkv, co
   FASTFPL_CLONES void forward_some(const T* qkv, const T* bias, const T* sos, T* mixed,           \
                                    const PrefixAttention& a, const Chunk* chunks, int64_t count,  \
                                    int64_t begin, int64_t end) {                                  \
-    if (a.size <= 32)                                                                             \
-      forward_range<32>(qkv, bias, sos, mixed, a, chunks, count, begin, end);                     \
-    else if (a.size <= 64)                                                                        \
-      forward_range<64>(qkv, bias, sos, mixed, a, chunks, count, begin, end);                     \
-    else                                                                                          \
-      forward_range<128>(qkv, bias, sos, mixed, a, chunks, count, begin, end);                    \
+    forward_range(qkv, bias, sos, mixed, a, chunks, count, begin, end);                           \
   }                                                                                               \
   FASTFPL_CLONES void backward_some(int phase, const T* d_mixed, const T* qkv, const T* bias,     \
                                     const T* sos, T* d_qkv, wide<T>* parts,                       \
                                     const PrefixAttention& a, const Chunk* chunks, int64_t count, \
                                     int64_t begin, int64_t end) {                                 \
-    if (a.size <= 32)                                                                             \
-      backward_range<32>(phase, d_mixed, qkv, bias, sos, d_qkv, parts, a, chunks, count, begin,   \
-                         end);                                                                    \
-    else if (a.size <= 64)                                                                        \
-      backward_range<64>(phase, d_mixed, qkv, bias, sos, d_qkv, parts, a, chunks, count, begin,   \
-                         end);                                                                    \
-    else                                                                                          \
-      backward_range<128>(phase, d_mixed, qkv, bias, sos, d_qkv, parts, a, chunks, count, begin,  \
-                          end);                                                                   \
+    backward_range(phase, d_mixed, qkv, bias, sos, d_qkv, parts, a, chunks, count, begin, end);   \
   }
 FASTFPL_RANGES(float)
 FASTFPL_RANGES(double)
 FASTFPL_RANGES(bf16)
 #undef FASTFPL_RANGES
-
-int64_t padded(int64_t size) { return size <= 32 ? 32 : size <= 64 ? 64 : 128; }
 
 }  // namespace
 
@@ -455,7 +436,7 @@ void prefix_attention_bwd(const T* d_mixed, const T* qkv, const T* bias, const T
                           const PrefixAttention& a) {
   const std::vector<Chunk> chunks = chunks_of(a);
   const int64_t count = chunks.size(), heads = a.groups * a.heads;
-  std::vector<wide<T>> parts(heads * count * 2 * a.shared * padded(a.size));
+  std::vector<wide<T>> parts(heads * count * 2 * a.shared * up(a.size, kBlock));
   for (int phase = 0; phase < (a.shared ? 2 : 1); ++phase)
     parallel(a.threads, phase ? heads : heads * count, [&](int64_t, int64_t begin, int64_t end) {
       backward_some(phase, d_mixed, qkv, bias, sos, d_qkv, parts.data(), a, chunks.data(), count,

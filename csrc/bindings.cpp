@@ -2,10 +2,12 @@
 // runs without the interpreter's lock.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <optional>
 
-#include "dlpack.h"
 #include "attention.h"
+#include "dlpack.h"
+#include "gate.h"
 #include "text.h"
 #include "transport.h"
 
@@ -213,35 +215,142 @@ void unit_bwd(py::handle d_f_, py::handle f_, py::handle norm_, py::handle d_y_,
 template <class Real>
 int64_t transport_plan_of(const fastfpl::View& sim, const fastfpl::View& plan,
                           const fastfpl::View& iterations, const fastfpl::View& residual,
+                          const Perhaps& rows,
+                          const Perhaps& columns,
+                          const Perhaps& logits,
                           const fastfpl::Transport& t) {
-  const Real* in = sim.data<Real>();
-  Real* out = plan.data<Real>();
-  int64_t* count = iterations.data<int64_t>();
-  Real* miss = residual.data<Real>();
+  const fastfpl::Arrays<Real> arrays{sim.data<Real>(),
+                                     rows.data<Real>(),
+                                     columns.data<Real>(),
+                                     plan.data<Real>(),
+                                     logits.data<Real>(),
+                                     iterations.data<int64_t>(),
+                                     residual.data<Real>()};
   py::gil_scoped_release release;
-  return fastfpl::transport_plan(in, out, count, miss, t);
+  return fastfpl::transport_plan(arrays, t);
 }
 
 int64_t transport_plan(py::handle sim_, py::handle plan_, py::handle iterations_,
                        py::handle residual_, double eps, double mass, bool balanced,
-                       int64_t max_iter, double tol, int64_t threads) {
+                       int64_t max_iter, double tol, int64_t threads, py::handle rows_,
+                       py::handle columns_, py::handle logits_, int64_t classes) {
   const char* op = "transport_plan";
   const fastfpl::View sim(op, "sim", sim_), plan(op, "plan", plan_);
   const fastfpl::View iterations(op, "iterations", iterations_),
       residual(op, "residual", residual_);
-  sim.need_ndim(2);
-  const int64_t patches = sim.shape(-2), prompts = sim.shape(-1);
+  sim.need_ndim(classes > 0 ? 3 : 2);
+  const int64_t patches = sim.shape(classes > 0 ? -3 : -2), prompts = sim.shape(-1);
   if (patches < 1) fastfpl::refuse(op, "sim", "have patches", std::to_string(patches));
-  if (prompts < 1 || prompts > 2)
-    fastfpl::refuse(op, "sim", "have 1 or 2 prompts", std::to_string(prompts));
+  if (prompts < 1 || prompts > fastfpl::kMostPrompts)
+    fastfpl::refuse(op, "sim", "have 1 to " + std::to_string(fastfpl::kMostPrompts) + " prompts",
+                    std::to_string(prompts));
   const int64_t problems = sim.size() / (patches * prompts);
   plan.need_size(sim.size());
   iterations.need_size(problems);
   residual.need_size(problems);
-  const fastfpl::Transport t{problems, patches,  prompts,  eps,    mass,
-                             tol,      balanced, max_iter, threads};
-  return sim.is<double>() ? transport_plan_of<double>(sim, plan, iterations, residual, t)
-                          : transport_plan_of<float>(sim, plan, iterations, residual, t);
+  const Perhaps rows(op, "rows", rows_, problems * patches);
+  const Perhaps columns(op, "columns", columns_, problems * prompts);
+  const Perhaps logits(op, "logits", logits_, problems);
+  if (classes > 0 && sim.size() && sim.shape(-2) != classes)
+    fastfpl::refuse(op, "sim", "have " + std::to_string(classes) + " classes",
+                    std::to_string(sim.shape(-2)));
+  const int64_t each = std::max<int64_t>(classes, 1);
+  const fastfpl::Transport t{problems / each, each, patches,  prompts,  eps,
+                             mass,            tol,  balanced, max_iter, threads};
+  return sim.is<double>()
+             ? transport_plan_of<double>(sim, plan, iterations, residual, rows, columns, logits, t)
+             : transport_plan_of<float>(sim, plan, iterations, residual, rows, columns, logits, t);
+}
+
+template <class Real>
+void weigh_plan_of(const fastfpl::View& plan, const fastfpl::View& by, const fastfpl::View& out,
+                   int64_t threads) {
+  const Real* in = plan.data<Real>();
+  const Real* factors = by.data<Real>();
+  Real* weighted = out.data<Real>();
+  const int64_t patches = plan.shape(-3), classes = plan.shape(-2), prompts = plan.shape(-1);
+  const int64_t images = plan.size() ? plan.size() / (patches * classes * prompts) : 0;
+  py::gil_scoped_release release;
+  fastfpl::weigh_plan(in, factors, weighted, images, patches, classes, prompts, threads);
+}
+
+void weigh_plan(py::handle plan_, py::handle by_, py::handle out_, int64_t threads) {
+  const char* op = "weigh_plan";
+  const fastfpl::View plan(op, "plan", plan_), by(op, "by", by_), out(op, "out", out_);
+  plan.need_ndim(3);
+  out.need_size(plan.size());
+  if (plan.size()) by.need_size(plan.size() / (plan.shape(-3) * plan.shape(-1)));
+  if (plan.is<double>())
+    weigh_plan_of<double>(plan, by, out, threads);
+  else
+    weigh_plan_of<float>(plan, by, out, threads);
+}
+
+// Sizes of qz (U, 2, H, d, B) and kv (U, C, E, 2, H, d), which must agree.
+fastfpl::Gate gate_of(const char* op, const View& qz, const View& kv, double scale,
+                      int64_t threads) {
+  qz.need_ndim(5), kv.need_ndim(6);
+  const fastfpl::Gate g{kv.shape(0), kv.shape(1), kv.shape(2), kv.shape(4),
+                        kv.shape(5), qz.shape(4), scale,       threads};
+  const int64_t lanes = fastfpl::gate_padded(1, kv.is<double>() ? 8 : 4);
+  if (g.images % lanes)
+    fastfpl::refuse(op, "qz", "have a multiple of " + std::to_string(lanes) + " images",
+                    std::to_string(g.images));
+  if (g.experts < 1) fastfpl::refuse(op, "kv", "have experts", std::to_string(g.experts));
+  kv.need_size(g.clients * g.classes * g.experts * 2 * g.heads * g.width);
+  qz.need_size(g.clients * 2 * g.heads * g.width * g.images);
+  return g;
+}
+
+template <class Real>
+void gate_fwd_of(const View& qz, const View& kv, const View& logits, const Perhaps& stats,
+                 const fastfpl::Gate& g) {
+  Real *in = qz.data<Real>(), *with = kv.data<Real>();
+  Real *out = logits.data<Real>(), *kept = stats.data<Real>();
+  py::gil_scoped_release release;
+  fastfpl::gate_fwd<Real>(in, with, out, kept, g);
+}
+
+void gate_fwd(py::handle qz_, py::handle kv_, py::handle logits_, py::handle stats_, double scale,
+              int64_t threads) {
+  const char* op = "gate_fwd";
+  const View qz(op, "qz", qz_), kv(op, "kv", kv_), logits(op, "logits", logits_);
+  const fastfpl::Gate g = gate_of(op, qz, kv, scale, threads);
+  const int64_t softmaxes = g.clients * g.classes * g.heads * g.images;
+  const Perhaps stats(op, "stats", stats_, 3 * softmaxes);
+  logits.need_size(g.clients * g.classes * g.images);
+  kv.is<double>() ? gate_fwd_of<double>(qz, kv, logits, stats, g)
+                  : gate_fwd_of<float>(qz, kv, logits, stats, g);
+}
+
+template <class Real>
+void gate_bwd_of(const View& d_logits, const View& qz, const Perhaps& rows, const View& kv,
+                 const View& stats, const Perhaps& d_qz, const Perhaps& d_kv, int64_t chunks,
+                 const fastfpl::Gate& g) {
+  Real *by = d_logits.data<Real>(), *in = qz.data<Real>(), *with = kv.data<Real>();
+  Real *again = rows.data<Real>(), *kept = stats.data<Real>();
+  Real *of_qz = d_qz.data<Real>(), *of_kv = d_kv.data<Real>();
+  py::gil_scoped_release release;
+  fastfpl::gate_bwd<Real>(by, in, again, with, kept, of_qz, of_kv, chunks, g);
+}
+
+void gate_bwd(py::handle d_logits_, py::handle qz_, py::handle rows_, py::handle kv_,
+              py::handle stats_, py::handle d_qz_, py::handle d_kv_, double scale, int64_t chunks,
+              int64_t threads) {
+  const char* op = "gate_bwd";
+  const View d_logits(op, "d_logits", d_logits_), stats(op, "stats", stats_);
+  const View qz(op, "qz", qz_), kv(op, "kv", kv_);
+  const fastfpl::Gate g = gate_of(op, qz, kv, scale, threads);
+  if (chunks < 1) fastfpl::refuse(op, "chunks", "be positive", std::to_string(chunks));
+  d_logits.need_size(g.clients * g.classes * g.images);
+  stats.need_size(3 * g.clients * g.classes * g.heads * g.images);
+  const int64_t padded = fastfpl::gate_padded(g.width, kv.is<double>() ? 8 : 4);
+  const Perhaps rows(op, "rows", rows_, g.clients * 2 * g.heads * g.images * padded);
+  const Perhaps d_qz(op, "d_qz", d_qz_, chunks * qz.size()), d_kv(op, "d_kv", d_kv_, kv.size());
+  if (rows_.is_none() && !d_kv_.is_none())
+    fastfpl::refuse(op, "rows", "come with d_kv", "None");
+  kv.is<double>() ? gate_bwd_of<double>(d_logits, qz, rows, kv, stats, d_qz, d_kv, chunks, g)
+                  : gate_bwd_of<float>(d_logits, qz, rows, kv, stats, d_qz, d_kv, chunks, g);
 }
 
 }  // namespace
@@ -256,7 +365,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("activation_bwd", &activation_bwd);
   m.def("unit_fwd", &unit_fwd);
   m.def("unit_bwd", &unit_bwd);
+  m.def("gate_fwd", &gate_fwd, py::arg("qz"), py::arg("kv"), py::arg("logits"), py::arg("stats"),
+        py::arg("scale"), py::arg("threads"));
+  m.def("gate_bwd", &gate_bwd, py::arg("d_logits"), py::arg("qz"), py::arg("rows"), py::arg("kv"),
+        py::arg("stats"), py::arg("d_qz"), py::arg("d_kv"), py::arg("scale"), py::arg("chunks"),
+        py::arg("threads"));
   m.def("transport_plan", &transport_plan, py::arg("sim"), py::arg("plan"), py::arg("iterations"),
         py::arg("residual"), py::arg("eps"), py::arg("mass"), py::arg("balanced"),
-        py::arg("max_iter"), py::arg("tol"), py::arg("threads"));
+        py::arg("max_iter"), py::arg("tol"), py::arg("threads"), py::arg("rows") = py::none(),
+        py::arg("columns") = py::none(), py::arg("logits") = py::none(), py::arg("classes") = 0);
+  m.def("weigh_plan", &weigh_plan, py::arg("plan"), py::arg("by"), py::arg("out"),
+        py::arg("threads"));
+  m.attr("most_prompts") = fastfpl::kMostPrompts;
 }

@@ -1,6 +1,7 @@
-// What every vectorised loop of this folder needs: clones per processor, and an exponential.
+// What every vectorised loop of this folder needs: clones per processor, an exponential, lanes.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 
@@ -69,6 +70,42 @@ FASTFPL_INLINE double exp_of_negative(double x) {
   bits += power << 52;
   std::memcpy(&y, &bits, 8);
   return x < -708.0 ? 0.0 : y;
+}
+
+// 64 bytes of numbers with the arithmetic of one, in as many registers as the processor needs.
+#if defined(__GNUC__)
+template <class Real>
+struct VectorOf {
+  typedef Real type __attribute__((vector_size(64)));
+};
+#else
+template <class Real>
+struct VectorOf {
+  struct type {
+    Real at[64 / sizeof(Real)];
+    type& operator+=(const type& other) {
+      for (size_t i = 0; i < 64 / sizeof(Real); ++i) at[i] += other.at[i];
+      return *this;
+    }
+    friend type operator*(type x, Real factor) {
+      for (Real& value : x.at) value *= factor;
+      return x;
+    }
+  };
+};
+#endif
+template <class Real>
+using Vector = typename VectorOf<Real>::type;
+
+// By reference: as a value it would be passed differently by each clone.
+template <class Real>
+FASTFPL_INLINE void load_lanes(const Real* from, Vector<Real>& x) {
+  std::memcpy(&x, from, 64);
+}
+
+template <class Real>
+FASTFPL_INLINE void store_lanes(Real* to, const Vector<Real>& x) {
+  std::memcpy(to, &x, 64);
 }
 
 }  // namespace fastfpl

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastfpl.clip import FrozenCLIP, load_clip
+    from fastfpl.dropin import accelerate, accelerated, explain, restore
     from fastfpl.federation import Result, Settings, compare, run, sweep
     from fastfpl.ops.faces import face
     from fastfpl.prompts import ClassPrompts, encode_prompts
@@ -23,10 +24,14 @@ __all__ = [
     "Result",
     "Settings",
     "__version__",
+    "accelerate",
+    "accelerated",
     "compare",
     "encode_prompts",
+    "explain",
     "face",
     "load_clip",
+    "restore",
     "run",
     "sweep",
 ]
@@ -36,14 +41,18 @@ _HOME = {
     "FrozenCLIP": "fastfpl.clip",
     "Result": "fastfpl.federation",
     "Settings": "fastfpl.federation",
+    "accelerate": "fastfpl.dropin",
+    "accelerated": "fastfpl.dropin",
     "compare": "fastfpl.federation",
     "encode_prompts": "fastfpl.prompts",
+    "explain": "fastfpl.dropin",
     "face": "fastfpl.ops.faces",
     "load_clip": "fastfpl.clip",
+    "restore": "fastfpl.dropin",
     "run": "fastfpl.federation",
     "sweep": "fastfpl.federation",
 }
-_ROOMS = ("clip", "data", "errors", "features", "federation", "methods", "ops", "prompts")
+_ROOMS = ("clip", "data", "dropin", "errors", "features", "federation", "methods", "ops", "prompts")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,9 +1,9 @@
-"""The command line: run, compare, report, data, doctor, presets, quirks."""
+"""The command line: run, compare, profile, report, data, doctor, presets, quirks."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
@@ -12,7 +12,15 @@ import click
 import yaml
 
 from fastfpl import __version__
-from fastfpl.config import Settings, for_methods, load_preset, load_yaml, preset_names
+from fastfpl.config import (
+    PROFILED,
+    Bytes,
+    Settings,
+    for_methods,
+    load_preset,
+    load_yaml,
+    preset_names,
+)
 from fastfpl.errors import FastfplError, InputError
 
 if TYPE_CHECKING:
@@ -49,10 +57,10 @@ def _cli() -> None:
     """Federated prompt learning of CLIP: exact, tested, fast."""
 
 
-def _settings_options(command: _Command) -> _Command:
+def _settings_options(command: _Command, without: Collection[str] = ()) -> _Command:
     """Give a command one flag a field of Settings; a flag that is left out stays None."""
     for name, field in reversed(Settings.model_fields.items()):
-        if name in ("method", "seed", "options"):
+        if name in ("method", "seed", "options", *without):
             continue
         kind, default = _flag_type(field.annotation), field.default
         note = "" if default in (None, []) else f"  [{default}]"
@@ -63,6 +71,8 @@ def _settings_options(command: _Command) -> _Command:
 
 
 def _flag_type(annotation: Any) -> Any:
+    if annotation is Bytes:
+        return click.STRING  # Settings reads it
     parts = [a for a in get_args(annotation) if a is not type(None)]
     if get_origin(annotation) is Literal:
         return click.Choice([str(a) for a in get_args(annotation)])
@@ -78,6 +88,7 @@ def _count(value: str) -> int | str:
     return value if value == "all" else int(value)
 
 
+_RESUME = click.option("--resume", is_flag=True, help="go on with the run in --out")
 _SHARED = (
     click.option("--preset", metavar="NAME", help="a paper's settings; see: fastfpl presets"),
     click.option(
@@ -92,13 +103,19 @@ _SHARED = (
         help="an option of a method; may be repeated",
     ),
     click.option("--out", type=click.Path(path_type=Path), help="folder of the results"),
-    click.option("--resume", is_flag=True, help="go on with the run in --out"),
     click.option("--cache", type=click.Path(path_type=Path), help="folder of image features"),
 )
 
 
 def _run_options(command: _Command) -> _Command:
-    command = _settings_options(command)
+    return _shared(_RESUME(_settings_options(command)))
+
+
+def _profile_options(command: _Command) -> _Command:
+    return _settings_options(command, without=PROFILED)
+
+
+def _shared(command: _Command) -> _Command:
     for option in reversed(_SHARED):
         command = option(command)
     return command
@@ -139,9 +156,31 @@ def _gather(
     return values
 
 
+def _settings_of(
+    method: str,
+    preset: str | None,
+    config: Path | None,
+    options: Sequence[str],
+    flags: Mapping[str, Any],
+) -> Settings:
+    """Put a run's settings together from preset, file and flags."""
+    from fastfpl.config import make_settings
+    from fastfpl.methods import find_method
+
+    find_method(method)
+    values = _gather([method], config, options, flags)
+    values["options"] = values["options"].get(method, {})
+    if preset is not None:
+        values = load_preset(preset).on_top(method, values)
+    return make_settings({**values, "method": method})
+
+
+_SEED = click.option("--seed", type=int, default=None, help="of everything that is drawn  [0]")
+
+
 @_cli.command()
 @click.argument("method")
-@click.option("--seed", type=int, default=None, help="of everything that is drawn  [0]")
+@_SEED
 @_run_options
 def run(
     method: str,
@@ -153,18 +192,21 @@ def run(
     cache: Path | None,
     **flags: Any,
 ) -> None:
-    """Run METHOD once and write result.json and checkpoints into --out."""
-    from fastfpl.config import make_settings
+    """Run METHOD once and write result.json and checkpoints into --out.
+
+    --max-memory bounds the activations of every pass through the text tower (in training, survey,
+    evaluation and for experts: it is cut into chunks of contexts and classes) and the images that
+    are scored at once (64 MiB of features and scores if it is left out). It does not bound the
+    weights of the CLIP, what server and clients hold, the images of a training step (--cohort
+    does), text features and their cache of 256 MiB, nor the image tower.
+
+    --cuda-graphs=auto replays training steps on a GPU from their third time on, unless an op has
+    to wait for the device; result.json says in environment.cuda_graphs what happened.
+    """
     from fastfpl.federation import Comparison
     from fastfpl.federation import run as play
-    from fastfpl.methods import find_method
 
-    find_method(method)
-    values = _gather([method], config, options, flags)
-    values["options"] = values["options"].get(method, {})
-    if preset is not None:
-        values = load_preset(preset).on_top(method, values)
-    settings = make_settings({**values, "method": method})
+    settings = _settings_of(method, preset, config, options, flags)
     folder = out or Path("runs") / f"{method}-{settings.dataset}-seed{settings.seed}"
     with _progress() as (observer, on_round):
         result = play(
@@ -244,6 +286,72 @@ def compare(
         written = write_sweep(swept, folder)
     for path in written:
         _console().print(str(path))
+
+
+@_cli.command()
+@click.argument("method")
+@click.option("--steps", type=int, default=3, show_default=True, help="training steps of a client")
+@click.option(
+    "--top", type=click.IntRange(1), default=15, show_default=True, help="operators that are shown"
+)
+@_SEED
+@_shared
+@_profile_options
+def profile(
+    method: str,
+    steps: int,
+    top: int,
+    preset: str | None,
+    config: Path | None,
+    options: Sequence[str],
+    out: Path | None,
+    cache: Path | None,
+    **flags: Any,
+) -> None:
+    """Profile a few training steps and an evaluation of METHOD; write trace.json into --out.
+
+    Takes the settings of a run. Two rounds are played in which every client trains on its first
+    --steps batches; the second one is profiled, so that what happens once is over. Images that have
+    no features yet are encoded before.
+
+    Printed are the phases of the round (training with its text passes, losses, gradients and
+    updates; evaluation) with everything in them; the operators with the most time of their own, by
+    the device's time where there is a GPU; and the peak of the memory: allocations of a GPU, else
+    the resident set of the process.
+
+    Open trace.json at ui.perfetto.dev or in chrome://tracing.
+    """
+    from rich.table import Table
+
+    from fastfpl.federation.profiling import profile as measure
+
+    settings = _settings_of(method, preset, config, options, flags)
+    folder = out or Path("runs") / f"profile-{method}-{settings.dataset}"
+    with _progress() as (observer, _):
+        seen = measure(settings, folder, steps=steps, cache=cache, observer=observer)
+    console = _console()
+    device = ("GPU ms", "share") if seen.cuda else ()
+    for title, spans in (("phase", seen.phases), ("operator", seen.operators)):
+        table = Table(title, "calls", "CPU ms", "share", *device, box=None)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        # operators share the time of all; a phase stands in another one
+        totals = [seen.seconds, seen.seconds]
+        if title == "operator":
+            totals = [sum(s.seconds for s in spans), sum(s.device_seconds for s in spans)]
+        for span in spans[:top]:
+            times = [span.seconds, *([span.device_seconds] if seen.cuda else [])]
+            cells = [
+                cell
+                for t, total in zip(times, totals, strict=False)
+                for cell in (f"{1e3 * t:.2f}", f"{100 * t / total:.1f} %" if total else "")
+            ]
+            table.add_row(span.name, str(span.calls), *cells)
+        console.print(table)
+    faces = ", ".join(f"{op} by {' and '.join(names)}" for op, names in sorted(seen.faces.items()))
+    click.echo(f"round {seen.seconds:.3f} s under the profiler; {faces}")
+    click.echo(f"peak memory {seen.peak_memory_bytes / 2**20:.0f} MiB")
+    click.echo(str(seen.trace))
 
 
 def _print_tables(comparison: Comparison) -> None:
@@ -337,7 +445,7 @@ def quirks(method: str | None) -> None:
 
 @_cli.command()
 def doctor() -> None:
-    """Say what runs on this machine, and why the rest does not."""
+    """Say what runs on this machine, why the rest does not, and what cannot be checked on it."""
     import torch
     from rich.table import Table
     from rich.text import Text
@@ -347,12 +455,15 @@ def doctor() -> None:
     from fastfpl.federation.result import environment
     from fastfpl.methods import METHODS
     from fastfpl.ops import all_faces
+    from fastfpl.report.machine import machine_facts, unchecked
 
     console = _console()
     facts = Table(box=None, show_header=False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for key, value in environment(device).items():
         facts.add_row(key.replace("_", " "), str(value))
+    for key, value in machine_facts().items():
+        facts.add_row(key, value)
     facts.add_row("methods", " ".join(METHODS))
     facts.add_row("data sets", " ".join(DATASETS))
     facts.add_row("feature store", _short(default_directory()))
@@ -363,6 +474,10 @@ def doctor() -> None:
             reasons = face.missing()
             faces.add_row(op, face.name, Text("; ".join(reasons) if reasons else "yes"))
     console.print(faces)
+    blind = list(unchecked())
+    click.echo("cannot be checked here:" if blind else "everything can be checked here")
+    for what in blind:
+        click.echo(f"  {what}")
 
 
 @_cli.group()

@@ -7,14 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fastfpl.errors import InputError, Missing, near
+from fastfpl.ops.memory import parse_bytes
 
 __all__ = [
+    "PROFILED",
+    "Bytes",
     "Preset",
     "Published",
     "Settings",
@@ -26,6 +29,14 @@ __all__ = [
     "preset_names",
     "quirk_names",
 ]
+
+
+#: A number of bytes; `make_settings` also reads it from a text such as "2GiB".
+Bytes = Annotated[int, "bytes"]
+
+
+#: What a profile sets by itself: two rounds of one epoch, both evaluated.
+PROFILED = {"rounds": 2, "local_epochs": 1, "evaluate_every": 1}
 
 
 class Settings(BaseModel):
@@ -132,6 +143,17 @@ class Settings(BaseModel):
     cohort: int | None = Field(
         None, ge=1, description="clients that share a pass at most; decides memory, not figures"
     )
+    max_memory: Bytes | None = Field(
+        None,
+        ge=1,
+        description="what the activations of one pass of texts, and the images that are scored at "
+        "once, may take, such as 2GiB; decides memory, not figures",
+    )
+    cuda_graphs: Literal["auto", "off", "on"] = Field(
+        "auto",
+        description="replay training steps as CUDA graphs: where they can be, never, or refuse "
+        "where they cannot; decides speed, not figures",
+    )
     device: str = Field("auto", description="cpu, cuda or auto")
     dtype: Literal["float32", "float16", "bfloat16", "float64"] = Field(
         "float32", description="of the frozen CLIP; prompts train in float32 or wider"
@@ -207,8 +229,9 @@ class Settings(BaseModel):
 def make_settings(values: Mapping[str, Any]) -> Settings:
     """Check values and fill in defaults, or refuse with a sentence that names the key.
 
-    ``shots`` also takes ``"all"``, ``as_released`` names separated by commas, and numbers may come
-    as integers where a float is meant.
+    ``shots`` also takes ``"all"``, ``as_released`` names separated by commas, ``max_memory`` a text
+    such as ``"2GiB"``, ``cuda_graphs`` the truth values that YAML makes of on and off, and numbers
+    may come as integers where a float is meant.
     """
     known = Settings.model_fields
     for key in values:
@@ -219,6 +242,10 @@ def make_settings(values: Mapping[str, Any]) -> Settings:
     clean = dict(values)
     if clean.get("shots") in ("all", 0):
         clean["shots"] = None
+    if clean.get("max_memory") is not None:
+        clean["max_memory"] = parse_bytes("fastfpl.Settings", clean["max_memory"])
+    if isinstance(clean.get("cuda_graphs"), bool):
+        clean["cuda_graphs"] = "on" if clean["cuda_graphs"] else "off"
     clean["as_released"] = quirk_names(clean.get("as_released", []))
     for key, value in clean.items():
         if isinstance(value, Path):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastfpl.errors import InputError, KindError, near
+from fastfpl.ops.memory import current_limit, memory_limit, parse_bytes
 from fastfpl.ops.text import PromptLayout, TextTower, encode_text
 from fastfpl.shapes import check_shapes
 
@@ -155,7 +156,13 @@ class ClassPrompts:
         return self.tower.token_embedding[ids].clone()
 
 
-def encode_prompts(classes: ClassPrompts, ctx: Tensor, *, class_specific: bool = False) -> Tensor:
+def encode_prompts(
+    classes: ClassPrompts,
+    ctx: Tensor,
+    *,
+    class_specific: bool = False,
+    max_memory: int | str | None = None,
+) -> Tensor:
     """Encode class prompts under learned contexts into unit-length text features.
 
     Parameters
@@ -167,6 +174,9 @@ def encode_prompts(classes: ClassPrompts, ctx: Tensor, *, class_specific: bool =
     class_specific : bool
         Every class has its own context vectors. Shapes alone cannot tell (three clients or three
         classes), so it is said.
+    max_memory : int or str, optional
+        What the activations of the pass may take: bytes, or a text such as ``"2GiB"``. Contexts,
+        features and weights are not counted.
 
     Returns
     -------
@@ -176,8 +186,8 @@ def encode_prompts(classes: ClassPrompts, ctx: Tensor, *, class_specific: bool =
     Raises
     ------
     InputError
-        If the width or the number of classes disagrees, the prompt does not fit, or ctx is not
-        finite.
+        If the width or the number of classes disagrees, the prompt does not fit, ctx is not
+        finite, or max_memory is no positive number of bytes.
     KindError
         If ctx is not a floating point tensor on the tower's device.
 
@@ -199,4 +209,7 @@ def encode_prompts(classes: ClassPrompts, ctx: Tensor, *, class_specific: bool =
     if not finite.all():
         first = tuple((~finite).nonzero()[0].tolist())
         raise InputError(f"{op}: ctx must be finite; got {ctx[first].item()} at {first}")
-    return encode_text(tower, classes.layout(ctx.shape[-2]), ctx, class_specific=class_specific)
+    limit = current_limit() if max_memory is None else parse_bytes(op, max_memory)
+    layout = classes.layout(ctx.shape[-2])
+    with memory_limit(limit):
+        return encode_text(tower, layout, ctx, class_specific=class_specific)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fastfpl
-import fastfpl.federation.rounds
+import fastfpl.federation.preparation
 from fastfpl.data import load_dataset
 from fastfpl.errors import Damaged, InputError, NotConverged
 from fastfpl.federation.checkpoint import CHECKPOINT, Checkpoint, load_checkpoint, save_checkpoint
@@ -40,7 +40,7 @@ def one_thread_one_digits():
     torch.set_num_threads(1)
     digits = load_dataset("digits")
     patch = pytest.MonkeyPatch()
-    patch.setattr(fastfpl.federation.rounds, "load_dataset", lambda name, root, **more: digits)
+    patch.setattr(fastfpl.federation.preparation, "load_dataset", lambda name, root, **more: digits)
     yield
     patch.undo()
     torch.set_num_threads(before)
@@ -187,7 +187,9 @@ def test_rounds_of_a_schedule_over_rounds_may_not(play, tmp_path):
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("change", [{"cohort": 1}, {"device": "cpu"}])
+@pytest.mark.parametrize(
+    "change", [{"cohort": 1}, {"device": "cpu"}, {"max_memory": "1MiB"}, {"cuda_graphs": "off"}]
+)
 def test_what_decides_no_figure_may_change(play, whole, tmp_path, change):
     with pytest.raises(Stop):
         play(tmp_path, on_round=stop_after(2))
@@ -255,13 +257,13 @@ import torch
 
 torch.set_num_threads(1)
 import fastfpl
-import fastfpl.federation.rounds as rounds
+import fastfpl.federation.preparation as preparation
 from fastfpl.data import load_dataset
 from tests.worlds import small_clip
 
 cache, jobs = json.loads(sys.argv[1])
 digits = load_dataset("digits")
-rounds.load_dataset = lambda name, root, **more: digits
+preparation.load_dataset = lambda name, root, **more: digits
 clip = small_clip()
 
 def die():

@@ -10,13 +10,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import fastfpl.ops
 from fastfpl.cli import main
-from fastfpl.config import load_preset, load_yaml, make_settings, preset_names
+from fastfpl.config import (
+    PROFILED,
+    Settings,
+    load_preset,
+    load_yaml,
+    make_settings,
+    preset_names,
+)
 from fastfpl.errors import InputError, Missing
-from fastfpl.ops import all_faces
+from fastfpl.ops import all_faces, launch
+from fastfpl.ops.faces import Face
+from fastfpl.report import machine
 
 QUICK = (
     *("--dataset", "digits", "--clients", "2", "--rounds", "2", "--local-epochs", "1"),
@@ -121,7 +131,9 @@ def test_run_writes_a_result_and_refuses_to_overwrite_it(
         *("accuracy", "last5", "best", "std_over_clients", "macro_f1", "exams", "domains")
     }
     assert result["final"]["accuracy"] == result["rounds"][-1]["accuracy"]
-    assert result["faces"] == {"encode_text": ["torch"], "gate_experts": ["torch"]}
+    # compiled ones where fastfpl._C is built
+    assert set(result["faces"]) == {"encode_text", "gate_experts"}
+    assert all(names in (["cpu"], ["torch"]) for names in result["faces"].values())
     assert result["peak_memory_bytes"] > 1 << 20
     assert not re.search(r"/(home|root|tmp)/", json.dumps(result))
     before = (folder / "result.json").read_bytes()
@@ -256,6 +268,139 @@ def test_doctor_says_which_faces_answer(
     assert "not built" in out
 
 
+def doctor_says(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("COLUMNS", "400")
+    code, out, err = call(capsys, "doctor")
+    assert (code, err) == (0, "")
+    return out
+
+
+def test_doctor_says_what_the_machine_can_do(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    info = tmp_path / "cpuinfo"
+    monkeypatch.setattr(machine, "_CPUINFO", info)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    info.write_text(
+        "model name : some\nflags : fpu avx2 avx512_bf16 amx_bf16x amx_tile\n\nflags : bf16"
+    )
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    out = doctor_says(capsys, monkeypatch)
+    assert "cards none that torch sees" in re.sub(" +", " ", out)
+    assert "interpreted on the CPU" in out
+    assert "(OMP_NUM_THREADS 3)" in out
+    assert "avx512_bf16 amx_tile" in out
+    assert torch.backends.cpu.get_cpu_capability() in out
+    info.write_text("Features : fp asimd\n")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    out = doctor_says(capsys, monkeypatch)
+    assert "none: bfloat16 is no faster here" in out
+    assert "torch sees no CUDA device; TRITON_INTERPRET=1 runs the kernels on the CPU" in out
+
+
+def test_doctor_says_which_cards_are_too_old(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cards = [("old card", (7, 5)), ("good card", (8, 0)), ("later card", (12, 0))]
+    monkeypatch.setattr(machine, "_cards", lambda: cards)
+    out = re.sub(" +", " ", doctor_says(capsys, monkeypatch))
+    assert "card 0 old card, compute capability 7.5: too old for kernels, which take 8.0" in out
+    assert "card 1 good card, compute capability 8.0 \n" in out
+    assert "card 2 later card, compute capability 12.0 \n" in out
+
+
+def test_doctor_says_what_cannot_be_checked(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    one = Face("triton", print, missing=lambda: ["no card"])
+    monkeypatch.setattr(
+        machine,
+        "all_faces",
+        lambda: {
+            "encode_text": tuple(replace(one, name=n) for n in ("triton", "cpu", "reference"))
+        },
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    text = "@pytest.mark.gpu\n@pytest.mark.slow\ndef test_a(): ...\n\n\ndef test_b(): ...\n"
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_text.py").write_text(text)
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "fastfpl" / "report" / "machine.py"))
+    out = doctor_says(capsys, monkeypatch)
+    for what in launch.UNFAITHFUL:
+        assert f"\n  encode_text, triton: {what}: the interpreter does it otherwise" in out
+    assert "\n  encode_text, reference: tensors on a CUDA device\n" in out
+    assert "encode_text, cpu" not in out
+    assert "\n  1 tests of test_text.py, which are marked gpu\n" in out
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "\n  encode_text, triton: all of it\n" in doctor_says(capsys, monkeypatch)
+    # an installed copy has no tests; with a card nothing is left out
+    (tmp_path / "tests" / "test_text.py").unlink()
+    assert "marked gpu" not in doctor_says(capsys, monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert list(machine.unchecked()) == []
+
+
+def test_doctor_counts_this_houses_gpu_tests() -> None:
+    found = machine.gpu_tests()
+    assert {"test_graphs.py", "test_steps.py"} <= set(found)
+    assert "test_no_step_waits_for_a_gpu" in found["test_steps.py"]
+
+
+@pytest.mark.parametrize("method", ["pfedmoap", "zeroshot"])
+def test_profile_writes_a_trace_and_prints_where_the_time_goes(
+    method: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    quick = ["--dataset", "glyphs", "--clients", "2", "--shots", "4", "--n-ctx", "2"]
+    quick += ["--batch-size", "4", "--threads", "1", "--cache", str(tmp_path / "cache")]
+    quick += ["--steps", "2", "--top", "7", "--out", str(tmp_path / "p")]
+    if method == "pfedmoap":
+        quick += ["-o", "experts=2"]
+    code, out, err = call(capsys, "profile", method, *quick)
+    assert (code, err) == (0, "")
+    events = json.loads((tmp_path / "p" / "trace.json").read_text())["traceEvents"]
+    names = [event.get("name") for event in events]
+    assert sum(name == "fastfpl: evaluation" for name in names) == 1
+    steps = {"pfedmoap": 2, "zeroshot": 0}[method]
+    for phase in ("text", "loss", "gradients", "update"):
+        assert sum(name == f"fastfpl: {phase}" for name in names) == steps, phase
+    assert any(str(name).startswith("aten::") for name in names)
+    assert [path.name for path in (tmp_path / "p").iterdir()] == ["trace.json"]
+    # what is printed is what was seen
+    lines = out.splitlines()
+    assert next(line for line in lines if line.startswith(" evaluation")).split()[1] == "1"
+    shown = lines[[line.split()[:1] == ["operator"] for line in lines].index(True) + 1 :]
+    shown = [line.split() for line in shown[:7]]
+    assert all(cells[-1] == "%" for cells in shown)
+    shares = [float(cells[-2]) for cells in shown]
+    assert shares == sorted(shares, reverse=True)
+    assert 30 < sum(shares) <= 100.5
+    assert "GPU" not in out
+    assert re.search(r"^peak memory \d{2,} MiB$", out, re.MULTILINE)
+    assert "encode_text by " in out
+    assert ("gate_experts by " in out) == (method == "pfedmoap")  # the second round's
+    assert lines[-1].endswith("trace.json")
+
+
+def test_profile_takes_the_settings_of_a_run_but_those_it_sets(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    code, out, _ = call(capsys, "profile", "--help")
+    assert code == 0
+    taken = set(re.findall(r"--([a-z-]+)", out.partition("Options:")[2]))
+    mine = {name.replace("_", "-") for name in Settings.model_fields}
+    mine -= {"method", "options"} | {name.replace("_", "-") for name in PROFILED}
+    assert taken == mine | {"preset", "config", "option", "out", "cache", "steps", "top", "help"}
+    code, _, err = call(capsys, "profile", "promptfl", "--steps", "0")
+    assert (code, err) == (2, "error: fastfpl.profile: steps must be at least 1; got 0\n")
+    (tmp_path / "file").touch()
+    code, _, err = call(capsys, "profile", "promptfl", "--out", str(tmp_path / "file"))
+    assert code == 2
+    assert "fastfpl.profile: out must be a folder; got the file" in err
+
+
 def test_settings_refuse_unknown_keys_and_wrong_types() -> None:
     with pytest.raises(InputError, match=r"key must be a known one; got 'round'; did you mean"):
         make_settings({"method": "promptfl", "round": 3})
@@ -273,7 +418,7 @@ def test_settings_refuse_unknown_keys_and_wrong_types() -> None:
 
 def test_ctrl_c_leaves_a_resumable_run(tmp_path: Path) -> None:
     program = (
-        "import sys; from fastfpl.cli import main; import fastfpl.federation.rounds as r\n"
+        "import sys; from fastfpl.cli import main; import fastfpl.federation.experiment as r\n"
         "old = r.save_checkpoint\n"
         "def stop(*a):\n    old(*a)\n    raise KeyboardInterrupt\n"
         "r.save_checkpoint = stop\nmain(sys.argv[1:])\n"

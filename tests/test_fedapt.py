@@ -9,12 +9,12 @@ import torch
 from torch.nn import functional as F
 
 import fastfpl
-import fastfpl.federation.rounds
+import fastfpl.federation.preparation
 import fastfpl.methods.fedapt as module
 from fastfpl.config import make_settings
 from fastfpl.data import Dataset, Split, load_dataset
-from fastfpl.federation import Federation
 from fastfpl.federation.cohort import stack
+from fastfpl.federation.preparation import prepare
 from fastfpl.methods import check_options
 from fastfpl.methods.fedapt import key_weights
 from fastfpl.prompts import ClassPrompts
@@ -372,13 +372,16 @@ def test_passes_are_bounded(specific, passes, monkeypatch):
     assert passes == [5, len(image)]
     passes.clear()
     context = world.n_ctx * world.tower.width * (len(NAMES) if specific else 1)
-    monkeypatch.setattr(module, "_NUMBERS_PER_PASS", 3 * (context + len(NAMES) * world.tower.dim))
+    numbers = context + len(NAMES) * world.tower.dim
+    monkeypatch.setattr(
+        module, "_BYTES_PER_PASS", 3 * numbers * federation.method.task.dtype.itemsize
+    )
     parts = answers(federation.method, trained, image)
     assert max(passes) == 3
     assert sum(passes) == 5 + len(image)
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
     passes.clear()
-    monkeypatch.setattr(module, "_NUMBERS_PER_PASS", 1)
+    monkeypatch.setattr(module, "_BYTES_PER_PASS", 1)
     torch.testing.assert_close(answers(federation.method, trained, image), whole)
     assert set(passes) == {1}
 
@@ -622,7 +625,7 @@ def tinted():
     split = Tinted(whole.train, 240), Tinted(whole.test, 120)
     patch = pytest.MonkeyPatch()
     patch.setattr(
-        fastfpl.federation.rounds,
+        fastfpl.federation.preparation,
         "load_dataset",
         lambda name, root, **more: Dataset("tinted", whole.classnames, domains, *split),
     )
@@ -632,7 +635,7 @@ def tinted():
 
 def test_a_run_learns_which_domain_an_image_is_of(cache):
     settings = {**TINTED, "partition": "domain", "clients": 3, "lr": 0.2, "rounds": 12}
-    federation = Federation.prepare(
+    federation = prepare(
         make_settings({"method": "fedapt", **settings}), model=small_clip(), cache=cache
     )
     assert len(federation.method.keys) == 3
@@ -655,7 +658,7 @@ def test_a_domain_that_is_left_out_has_no_key(target, method, cache):
     settings |= {"partition": "domain-dirichlet", "clients": 4, "sampling": "domain", "rounds": 2}
     if method == "fedapt-unsupervised":
         settings |= {"augment": "views:1", "options": {"pseudo_rounds": 1, "threshold": 0.0}}
-    federation = Federation.prepare(
+    federation = prepare(
         make_settings({"method": method, **settings}), model=small_clip(), cache=cache
     )
     assert federation.client_domains == (0, 0, 1, 1)

@@ -13,9 +13,9 @@ import fastfpl
 from fastfpl.config import make_settings
 from fastfpl.data import load_dataset
 from fastfpl.errors import InputError
-from fastfpl.federation import Federation
 from fastfpl.federation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fastfpl.federation.cohort import stack
+from fastfpl.federation.preparation import prepare
 from fastfpl.methods import check_options
 from fastfpl.reference import fedapt_unsupervised as reference
 from fastfpl.reference.rounds import encode_tokens
@@ -679,7 +679,7 @@ def test_a_transductive_run_adapts_to_the_test_images(cache):
     assert result.data["transductive"] is True
     assert result.settings["transductive"] is True
     assert result.data["train_images"] == result.data["test_images"]
-    federation = Federation.prepare(
+    federation = prepare(
         make_settings({"method": "fedapt-unsupervised", **settings}),
         model=small_clip(),
         cache=cache,

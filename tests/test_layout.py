@@ -20,7 +20,7 @@ FLOORS = (
     {"methods"},
     {"released"},
     {"federation", "config", "presets"},
-    {"report", "flower", "accelerate"},
+    {"report", "flower", "dropin"},
     {"cli"},
 )
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
@@ -48,7 +48,7 @@ LATE = {
     "flwr",
 }
 # Files of ops/ and csrc/ that are no op.
-NO_OP = {"__init__", "faces", "launch", "memory", "native", "bindings"}
+NO_OP = {"__init__", "faces", "launch", "memory", "native", "tower", "bindings"}
 
 
 def imports(tree: ast.Module) -> Iterator[tuple[int, str, bool]]:

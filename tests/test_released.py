@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 import fastfpl
-import fastfpl.federation.rounds
+import fastfpl.federation.preparation
 from fastfpl.cli import main
 from fastfpl.data import Dataset, Shard, Split, load_dataset, restrict
 from fastfpl.errors import InputError
@@ -56,7 +56,7 @@ DOMAIN = ["domain-scrambled-labels", "domain-set-ordered-names"]
 
 
 def federation_of(world, *quirks):
-    """Lay quirks over the federation of a world, as `Federation.prepare` does."""
+    """Lay quirks over the federation of a world, as `prepare` does."""
     clean = world.federation()
     method = as_released(type(clean.method), quirks)(world_task(clean), world.options)
     visits = visits_of(quirks, world.config.schedule, world.config.lr)
@@ -587,7 +587,9 @@ def test_names_stand_in_any_order():
 
 def test_a_run_on_released_domains(play, monkeypatch):
     glyphs = replace(load_dataset("glyphs"), name="office_caltech10")
-    monkeypatch.setattr(fastfpl.federation.rounds, "load_dataset", lambda name, root, **_: glyphs)
+    monkeypatch.setattr(
+        fastfpl.federation.preparation, "load_dataset", lambda name, root, **_: glyphs
+    )
     settings = {"dataset": "office_caltech10", "partition": "domain-dirichlet", "clients": 6}
     settings |= {"shots": 1, "rounds": 1, "schedule": "constant", "beta": 5.0}
     clean = play("promptfl", **settings)
@@ -604,7 +606,7 @@ def test_a_run_on_released_domains(play, monkeypatch):
 def test_zero_shot_falls_to_chance_on_released_domains(play, monkeypatch):
     """As the published figures of this setting do: 9.8 and 9.4 % of ten classes."""
     ten = replace(restrict(load_dataset("glyphs"), range(10)), name="office_caltech10")
-    monkeypatch.setattr(fastfpl.federation.rounds, "load_dataset", lambda name, root, **_: ten)
+    monkeypatch.setattr(fastfpl.federation.preparation, "load_dataset", lambda name, root, **_: ten)
     settings = {"dataset": ten.name, "partition": "domain-dirichlet", "clients": 12}
     settings |= {"beta": 1.0, "shots": 1, "threads": 1, "cache": play.shared["cache"]}
     found = [

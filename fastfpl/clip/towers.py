@@ -12,7 +12,17 @@ from torch.nn import functional as F
 from fastfpl.errors import InputError, KindError
 from fastfpl.reference.text import Block, TextTower
 
-__all__ = ["Pooling", "family_of", "pooling_of", "text_of"]
+__all__ = [
+    "Pooling",
+    "activation_of",
+    "check_causal",
+    "check_plain",
+    "family_of",
+    "layer_weights",
+    "pooling_of",
+    "resblock_weights",
+    "text_of",
+]
 
 Family = Literal["resblocks", "transformers"]
 
@@ -109,32 +119,21 @@ def _resblocks(model: Any, sos: int, eot: int) -> TextTower:
     if getattr(text, "cls_emb", None) is not None:
         _refuse("have no class token in its text tower", "one (CoCa)")
     blocks = list(text.transformer.resblocks)
-    _check_causal(text, blocks)
+    check_causal(text, blocks)
     for i, block in enumerate(blocks):
-        _check_plain(i, block)
+        check_plain(i, block)
     norms = [n for b in blocks for n in (b.ln_1, b.ln_2)] + [text.ln_final]
     projection, projection_b = _projection(text.text_projection)
     return TextTower(
         token_embedding=text.token_embedding.weight.detach(),
         positional=text.positional_embedding.detach(),
-        blocks=tuple(
-            Block(
-                *_norm(b.ln_1),
-                b.attn.in_proj_weight.detach(),
-                _bias(b.attn.in_proj_bias, b.attn.in_proj_weight),
-                *_linear(b.attn.out_proj),
-                *_norm(b.ln_2),
-                *_linear(b.mlp.c_fc),
-                *_linear(b.mlp.c_proj),
-            )
-            for b in blocks
-        ),
+        blocks=tuple(resblock_weights(b) for b in blocks),
         ln_w=_norm(text.ln_final)[0],
         ln_b=_norm(text.ln_final)[1],
         projection=projection,
         projection_b=projection_b,
         heads=_one("number of heads", (b.attn.num_heads for b in blocks)),
-        activation=_one("activation", (_activation(b.mlp.gelu) for b in blocks)),
+        activation=_one("activation", (activation_of(b.mlp.gelu) for b in blocks)),
         eps=_one("LayerNorm eps", (n.eps for n in norms)),
         sos=sos,
         eot=eot,
@@ -148,34 +147,47 @@ def _transformers(model: Any, sos: int, eot: int) -> TextTower:
     layers = list(text.encoder.layers)
     norms = [n for b in layers for n in (b.layer_norm1, b.layer_norm2)] + [text.final_layer_norm]
     projection, projection_b = _projection(model.text_projection)
-    blocks = []
-    for layer in layers:
-        attn = layer.self_attn
-        qkv = [_linear(p) for p in (attn.q_proj, attn.k_proj, attn.v_proj)]
-        blocks.append(
-            Block(
-                *_norm(layer.layer_norm1),
-                torch.cat([w for w, _ in qkv]),
-                torch.cat([b for _, b in qkv]),
-                *_linear(attn.out_proj),
-                *_norm(layer.layer_norm2),
-                *_linear(layer.mlp.fc1),
-                *_linear(layer.mlp.fc2),
-            )
-        )
     return TextTower(
         token_embedding=text.embeddings.token_embedding.weight.detach(),
         positional=text.embeddings.position_embedding.weight.detach(),
-        blocks=tuple(blocks),
+        blocks=tuple(layer_weights(b) for b in layers),
         ln_w=_norm(text.final_layer_norm)[0],
         ln_b=_norm(text.final_layer_norm)[1],
         projection=projection,
         projection_b=projection_b,
         heads=_one("number of heads", (b.self_attn.num_heads for b in layers)),
-        activation=_one("activation", (_activation(b.mlp.activation_fn) for b in layers)),
+        activation=_one("activation", (activation_of(b.mlp.activation_fn) for b in layers)),
         eps=_one("LayerNorm eps", (n.eps for n in norms)),
         sos=sos,
         eot=eot,
+    )
+
+
+def resblock_weights(block: Any) -> Block:
+    """Read one block of OpenAI's clip or open_clip; every tensor shares the block's storage."""
+    return Block(
+        *_norm(block.ln_1),
+        block.attn.in_proj_weight.detach(),
+        _bias(block.attn.in_proj_bias, block.attn.in_proj_weight),
+        *_linear(block.attn.out_proj),
+        *_norm(block.ln_2),
+        *_linear(block.mlp.c_fc),
+        *_linear(block.mlp.c_proj),
+    )
+
+
+def layer_weights(layer: Any) -> Block:
+    """Read one layer of transformers; its query, key and value weights are fused, thus copied."""
+    attn = layer.self_attn
+    qkv = [_linear(p) for p in (attn.q_proj, attn.k_proj, attn.v_proj)]
+    return Block(
+        *_norm(layer.layer_norm1),
+        torch.cat([w for w, _ in qkv]),
+        torch.cat([b for _, b in qkv]),
+        *_linear(attn.out_proj),
+        *_norm(layer.layer_norm2),
+        *_linear(layer.mlp.fc1),
+        *_linear(layer.mlp.fc2),
     )
 
 
@@ -197,7 +209,8 @@ def _embedding(model: Any, family: Family) -> Any:
     return embeddings.token_embedding
 
 
-def _check_causal(text: Any, blocks: list[Any]) -> None:
+def check_causal(text: Any, blocks: list[Any]) -> None:
+    """Refuse a tower whose attention mask, where it can be seen, is not the causal one."""
     # open_clip hands one mask to the transformer, the original keeps one in each block
     if hasattr(text, "attn_mask"):
         masks = [text.attn_mask]
@@ -211,7 +224,7 @@ def _check_causal(text: Any, blocks: list[Any]) -> None:
             _refuse("have a causal text tower", "an attention mask that is not causal")
 
 
-def _check_plain(i: int, block: Any) -> None:
+def check_plain(i: int, block: Any) -> None:
     """Refuse whatever `TextTower` has no place for."""
     attn = block.attn
     extras = {
@@ -260,7 +273,7 @@ def _projection(projection: Any) -> tuple[Tensor, Tensor | None]:
     return weight.t(), None if projection.bias is None else bias
 
 
-def _activation(module: Any) -> Literal["quick_gelu", "gelu"]:
+def activation_of(module: Any) -> Literal["quick_gelu", "gelu"]:
     """Tell the activation by what it does, since every family has its own class for it."""
     x = torch.linspace(-4, 4, 33, dtype=torch.float32)
     y = module.forward(x)  # past the owner's hooks

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,14 @@ from torch import Tensor
 
 from fastfpl.config import Settings
 from fastfpl.errors import NotConverged
-from fastfpl.federation.feeds import Feed, Observer
+from fastfpl.federation.feeds import Feed, Observer, moved
+from fastfpl.federation.graphs import StepGraphs
+from fastfpl.federation.steps import Cohort
 from fastfpl.methods import Batch, Method, State
+from fastfpl.ops.memory import current_limit
 from fastfpl.seeds import generator
 
 __all__ = [
-    "CohortSGD",
     "Scores",
     "Trained",
     "group",
@@ -32,8 +35,9 @@ __all__ = [
 
 Indices = npt.NDArray[np.int64]
 
-# images of one client that are scored at once; bounds the (U, B, C) logits of an evaluation
-_SCORED = 1024
+# bytes of features, logits and what is between of the images that are scored at once: enough for
+# full-speed products
+_SCORED = 1 << 26
 
 
 def stack(states: Sequence[State]) -> State:
@@ -73,62 +77,6 @@ def group(
     ]
 
 
-class CohortSGD:
-    """SGD with momentum and weight decay over stacked parameters, one fresh state a client.
-
-    Equal to ``torch.optim.SGD`` on every client by itself: a client that is not in ``active`` keeps
-    its parameters and its momentum.
-
-    Parameters
-    ----------
-    parameters : State
-        Tensors with a leading U; changed in place.
-    rates : mapping from name to float
-    momentum, weight_decay : float
-    buffers : State, optional
-        Momentum to begin with, by name; zero for what is not in it.
-    """
-
-    def __init__(
-        self,
-        parameters: State,
-        rates: Mapping[str, float],
-        momentum: float,
-        weight_decay: float,
-        buffers: State | None = None,
-    ) -> None:
-        self._parameters = parameters
-        self._rates = dict(rates)
-        self._momentum = momentum
-        self._weight_decay = weight_decay
-        begin = buffers or {}
-        self.buffers = {
-            name: begin[name].clone() if name in begin else torch.zeros_like(p)
-            for name, p in parameters.items()
-        }
-
-    @torch.no_grad()
-    def step(
-        self,
-        gradients: Mapping[str, Tensor | None],
-        scales: Mapping[str, float],
-        active: Tensor | None = None,
-    ) -> None:
-        """Move the active clients (all if None); gradients have one row an active client.
-
-        ``scales`` multiply the rates. A parameter without a gradient stays, as in torch.
-        """
-        for name, gradient in gradients.items():
-            if gradient is None:
-                continue
-            p, buffer = self._parameters[name], self.buffers[name]
-            rows = slice(None) if active is None else active
-            g = gradient.add(p[rows], alpha=self._weight_decay)
-            moved = buffer[rows] * self._momentum + g
-            buffer[rows] = moved
-            p[rows] = p[rows] - self._rates[name] * scales[name] * moved
-
-
 def learning_rate(settings: Settings, round_: int, epoch: int, epochs: int) -> float:
     """Factor on the learning rates that follow the schedule in one of a round's local epochs."""
     if settings.schedule == "constant":
@@ -146,6 +94,14 @@ class _Epoch:
     draws: Indices | None  # (steps, U, B)
 
 
+def _steps(count: int, batch: int) -> int:
+    """Count the steps of an epoch over so many images; the incomplete last batch is dropped.
+
+    A client with fewer images than a batch takes them all in one step.
+    """
+    return max(1, count // batch)
+
+
 def _plan_epoch(
     members: Sequence[int],
     counts: Sequence[int],
@@ -154,12 +110,9 @@ def _plan_epoch(
     epoch: int,
     random: bool,
 ) -> _Epoch:
-    """Shuffle each client's images and cut them into batches; the incomplete last one is dropped.
-
-    A client with fewer images than a batch takes them all in one step. ``stream`` names the draws.
-    """
+    """Shuffle each client's images and cut them into batches. ``stream`` names the draws."""
     batch = settings.batch_size
-    steps = max(max(1, n // batch) for n in counts)
+    steps = max(_steps(n, batch) for n in counts)
     # one contiguous line a client, so that its images are written in order
     positions = np.zeros((len(members), steps * batch), dtype=np.int64)
     mask = np.zeros(positions.shape, dtype=np.bool_)
@@ -167,7 +120,7 @@ def _plan_epoch(
     for u, (client, count) in enumerate(zip(members, counts, strict=True)):
         draw = generator(settings.seed, *stream, client, epoch)
         order = torch.randperm(count, generator=draw).numpy()
-        used = count if count < batch else count // batch * batch
+        used = min(count, _steps(count, batch) * batch)
         positions[u] = order[0]
         positions[u, :used] = order[:used]
         mask[u, :used] = True
@@ -219,8 +172,11 @@ def train(
     stream: str = "order",
     factors: Sequence[float] | None = None,
     momentum: State | None = None,
+    graphs: StepGraphs | None = None,
 ) -> Trained:
     """Train one cohort for a round's local epochs.
+
+    Nothing waits for the device within an epoch; its losses are read when it has ended.
 
     Parameters
     ----------
@@ -243,104 +199,151 @@ def train(
         Multiplies the scheduled learning rates epoch by epoch, in place of the settings' schedule.
     momentum : State, optional
         Stacked buffers that SGD begins with; fresh ones if left out.
+    graphs : StepGraphs, optional
+        What replays steps that come back.
 
     Raises
     ------
     NotConverged
-        If a client's loss is not finite after an epoch.
+        After the epoch in which a client's loss was not finite, or a problem inside it did not
+        converge.
     """
     epochs = settings.local_epochs if epochs is None else epochs
+    # who has most steps comes first, so that the clients of a step are always the first few
+    steps = [_steps(len(images[c]), settings.batch_size) for c in members]
+    order = sorted(range(len(members)), key=lambda u: -steps[u])
+    back = sorted(range(len(members)), key=lambda i: order[i])
+    members, steps = [members[u] for u in order], [steps[u] for u in order]
+    down, own = _rows(down, order), _rows(own, order)
     counts = [len(images[c]) for c in members]
     with torch.no_grad():
         trained, fixed = method.start(down, own, training=True)
-        trained = {name: tensor.clone() for name, tensor in trained.items()}
         fixed = dict(fixed)
         if method.surveys(fixed):
-            everything = np.tile(np.arange(counts[0]), (len(members), 1))
-            whole = _batch(feed, members, images, everything, np.ones_like(everything, bool), None)
+            whole = _everything(feed, members, images, counts[0])
             fixed |= method.survey(method.text(trained, fixed), trained, fixed, whole)
-    sgd = CohortSGD(
-        trained,
-        {name: method.rate(name) for name in trained},
+    cohort = Cohort(
+        method,
+        {name: tensor.clone() for name, tensor in trained.items()},
+        fixed,
         settings.momentum,
         settings.weight_decay,
-        momentum,
+        None if momentum is None else _rows(momentum, order),
     )
+    play: Callable[[int, Batch], None] = cohort.step
+    if graphs is not None:
+        cohort, play = graphs.take(cohort)
     if factors is None:
         factors = [learning_rate(settings, round_, epoch, epochs) for epoch in range(epochs)]
     seen = 0
     mean = torch.zeros(len(members))
     for epoch in range(epochs):
         plan = _plan_epoch(members, counts, settings, (stream, round_), epoch, feed.random)
-        scales = {name: factors[epoch] if method.scheduled(name) else 1.0 for name in trained}
-        like = next(iter(trained.values()))
-        device = like.device
-        # sums of losses are never narrower than losses
-        sums = torch.promote_types(like.dtype, torch.float32)
-        total, taken = like.new_zeros((2, len(members)), dtype=sums)
-        for step in range(len(plan.positions)):
-            live = plan.mask[step].any(axis=-1)
-            rows = None if live.all() else torch.from_numpy(live.nonzero()[0]).to(device)
-            chosen = slice(None) if rows is None else live
-            part = trained if rows is None else {k: v[rows] for k, v in trained.items()}
-            constants = fixed if rows is None else {k: v[rows] for k, v in fixed.items()}
-            leaves = {k: v.detach().requires_grad_() for k, v in part.items()}
-            batch = _batch(
-                feed,
-                [c for c, alive in zip(members, live, strict=True) if alive],
-                images,
-                plan.positions[step, chosen],
-                plan.mask[step, chosen],
-                None if plan.draws is None else plan.draws[step, chosen],
-            )
-            text = method.text(leaves, constants)
-            loss = method.loss(text, leaves, constants, batch)
-            gradients = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True)
-            with torch.no_grad():
-                # before the step: the leaves share storage with what SGD moves
-                for name, value in method.after_step(text, leaves, constants, batch).items():
-                    fixed[name] = value if rows is None else fixed[name].index_copy(0, rows, value)
-            sgd.step(dict(zip(leaves, gradients, strict=True)), scales, rows)
-            at = slice(None) if rows is None else rows
-            total[at] += loss.detach()
-            taken[at] += 1
-            seen += int(plan.mask[step].sum())
-            observer(
-                "training",
-                epoch * len(plan.positions) + step + 1,
-                epochs * len(plan.positions),
-            )
-        mean = (total / taken).cpu()
-        wrong = (~mean.isfinite()).nonzero()
-        if len(wrong):
-            u = int(wrong[0])
-            raise NotConverged(
-                f"fastfpl.run: the loss must stay finite; got {mean[u].item()} for client "
-                f"{members[u]} in round {round_}, epoch {epoch}; lower lr={settings.lr}"
-            )
-    upload, kept = method.finish(trained, fixed, own)
-    return Trained(upload, kept, mean, seen, sgd.buffers)
+        scaled = {n: factors[epoch] if method.scheduled(n) else 1.0 for n in cohort.trained}
+        cohort.begin(scaled)
+        tell = partial(_tell, observer, epoch * steps[0], epochs * steps[0])
+        _play(play, _batches(feed, members, images, plan, steps), tell)
+        seen += int(plan.mask.sum())
+        mean = cohort.losses(steps)
+        where = f"in round {round_}, epoch {epoch}"
+        _refuse_losses(mean, members, where, settings.lr)
+        _refuse_residuals(cohort, members, where)
+    upload, kept = method.finish(cohort.trained, cohort.fixed, own)
+    sides = [upload, kept, cohort.sgd.buffers]
+    if graphs is not None:
+        # the tensors of a replayed cohort are those of the next one too
+        sides = [{name: tensor.clone() for name, tensor in state.items()} for state in sides]
+    upload, kept, buffers = (_rows(state, back) for state in sides)
+    return Trained(upload, kept, mean[back], seen, buffers)
 
 
-def _batch(
+def _play(
+    step: Callable[[int, Batch], None],
+    batches: Iterable[tuple[int, Batch]],
+    tell: Callable[[int], None],
+) -> None:
+    """Take the steps of an epoch; nothing in here waits for the device."""
+    for done, (live, batch) in enumerate(batches, start=1):
+        step(live, batch)
+        tell(done)
+
+
+def _tell(observer: Observer, before: int, total: int, done: int) -> None:
+    observer("training", before + done, total)
+
+
+def _rows(state: State, order: list[int]) -> State:
+    """Put the rows of a stacked state into another order."""
+    if order == sorted(order):
+        return dict(state)
+    return {name: tensor[order] for name, tensor in state.items()}
+
+
+def _refuse_losses(mean: Tensor, members: Sequence[int], where: str, lr: float) -> None:
+    wrong = (~mean.isfinite()).nonzero()
+    if len(wrong):
+        u = int(wrong[0])
+        raise NotConverged(
+            f"fastfpl.run: the loss must stay finite; got {mean[u].item()} for client "
+            f"{members[u]} {where}; lower lr={lr}"
+        )
+
+
+def _refuse_residuals(cohort: Cohort, members: Sequence[int], where: str) -> None:
+    wanted = cohort.method.tolerance
+    found = [] if wanted is None else cohort.beyond(wanted.tol)
+    if wanted is not None and found:
+        u, residual, image, number = found[0]
+        name = cohort.method.task.classes.names[number]
+        raise NotConverged(
+            f"fastfpl.run: {wanted.rule}; got a residual of {residual:.1e} for training image "
+            f"{image} and class {name!r} of client {members[u]} {where}; {wanted.cure}"
+        )
+
+
+def _batches(
     feed: Feed,
     members: Sequence[int],
     images: Mapping[int, Indices],
-    positions: Indices,
-    mask: npt.NDArray[np.bool_],
-    draws: Indices | None,
+    plan: _Epoch,
+    steps: Sequence[int],
+) -> Iterator[tuple[int, Batch]]:
+    """Yield each step's number of clients and its batch; what is small moves at once."""
+    mine = zip(members, plan.positions.swapaxes(0, 1), strict=True)
+    indices = np.stack([images[c][at] for c, at in mine], axis=1)
+    labels, domains = feed.labels(indices), feed.domains(indices)
+    positions = moved(torch.from_numpy(np.ascontiguousarray(plan.positions)), labels.device)
+    mask = moved(torch.from_numpy(np.ascontiguousarray(plan.mask)), labels.device)
+    for step, here in enumerate(indices):
+        live = sum(step < count for count in steps)
+        draws = None if plan.draws is None else plan.draws[step, :live]
+        strong = feed.strong(here[:live], draws) if feed.paired and draws is not None else None
+        yield (
+            live,
+            Batch(
+                image=feed.batch(here[:live], draws),
+                labels=labels[step, :live],
+                domains=domains[step, :live],
+                positions=positions[step, :live],
+                mask=mask[step, :live],
+                strong=strong,
+            ),
+        )
+
+
+def _everything(
+    feed: Feed, members: Sequence[int], images: Mapping[int, Indices], count: int
 ) -> Batch:
-    """Gather the images at ``positions`` (U, B) of each member's own list."""
-    indices = np.stack([images[c][at] for c, at in zip(members, positions, strict=True)])
-    image = feed.batch(indices, draws)
-    device = image.device
+    """Gather the whole training sets of clients, which have equally many images."""
+    indices = np.stack([images[c] for c in members])
+    labels = feed.labels(indices)
+    positions = torch.arange(count, device=labels.device).expand(len(members), count)
     return Batch(
-        image=image,
-        labels=feed.labels(indices),
+        image=feed.batch(indices),
+        labels=labels,
         domains=feed.domains(indices),
-        positions=torch.from_numpy(np.ascontiguousarray(positions)).to(device),
-        mask=torch.from_numpy(np.ascontiguousarray(mask)).to(device),
-        strong=feed.strong(indices, draws) if feed.paired and draws is not None else None,
+        positions=positions,
+        mask=torch.ones_like(positions, dtype=torch.bool),
     )
 
 
@@ -396,9 +399,12 @@ def score(
     """Evaluate a cohort, each client on its own test images over all C classes.
 
     Text features are encoded once; a down and own of one row serve all members (a global model).
+    So many images are scored at once as 64 MiB hold of their features and of what stands between
+    these and the logits, or the limit around (`fastfpl.ops.memory`) if it is lower.
     """
     trained, fixed = method.start(down, own, training=False)
     text = method.text(trained, fixed)
+    count = _at_once(method, fixed, feed.batch(images[members[0]][None, :1]))
     result = {}
     shared: dict[bytes, Scores] = {}
     for u, client in enumerate(members):
@@ -411,8 +417,8 @@ def score(
         mine = {k: v[at : at + 1] for k, v in trained.items()}
         constants = {k: v[at : at + 1] for k, v in fixed.items()}
         answers = []
-        for start in range(0, len(images[client]), _SCORED):
-            part = images[client][start : start + _SCORED][None]
+        for start in range(0, len(images[client]), count):
+            part = images[client][start : start + count][None]
             logits = method.logits(text[at : at + 1], mine, constants, feed.batch(part))
             answers.append(logits.argmax(dim=-1)[0].cpu().numpy())
         where = images[client]
@@ -422,3 +428,13 @@ def score(
         if key is not None:
             shared[key] = result[client]
     return result
+
+
+def _at_once(method: Method, fixed: State, image: Tensor) -> int:
+    """Say how many images are scored at once, given the features of one: (1, 1, ...)."""
+    numbers = method.scoring_numbers(fixed, image.shape[2:])
+    wide = torch.promote_types(image.dtype, method.task.dtype).itemsize
+    budget = min(_SCORED, current_limit() or _SCORED)
+    count = budget // (image.nbytes + numbers * wide)
+    together = method.scored_together
+    return max(together, count // together * together)

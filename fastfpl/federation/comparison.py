@@ -11,9 +11,9 @@ from typing import Any
 from fastfpl.clip import FrozenCLIP
 from fastfpl.config import Settings, load_preset, make_settings
 from fastfpl.errors import InputError, near
-from fastfpl.federation.feeds import Observer
+from fastfpl.federation.experiment import RoundObserver, run, unseen
+from fastfpl.federation.feeds import Observer, silent
 from fastfpl.federation.result import Result
-from fastfpl.federation.rounds import RoundObserver, _silent, _unseen, run
 from fastfpl.methods import check_options, find_method
 from fastfpl.released import share_quirks
 
@@ -105,8 +105,8 @@ def compare(
     resume: bool = False,
     model: FrozenCLIP | None = None,
     cache: str | Path | None = None,
-    observer: Observer = _silent,
-    on_round: RoundObserver = _unseen,
+    observer: Observer = silent,
+    on_round: RoundObserver = unseen,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     **settings: Any,
 ) -> Comparison:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,12 +19,26 @@ from fastfpl.errors import InputError
 from fastfpl.features import FeatureKey, Features, FeatureStore
 from fastfpl.seeds import seed_for
 
-__all__ = ["Eye", "Feed", "Observer", "evaluation_feed", "training_feed"]
+__all__ = ["Eye", "Feed", "Observer", "evaluation_feed", "moved", "silent", "training_feed"]
 
 #: ``observer(what, done, total)`` is told of every long step.
 Observer = Callable[[str, int, int], None]
 
+
+def silent(what: str, done: int, total: int) -> None:
+    """Report to nobody."""
+
+
 Indices = npt.NDArray[np.int64]
+
+# batches of features on their way to a device
+_AHEAD = 4
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the CPU to a device, without waiting for the device."""
+    ready = tensor.pin_memory() if device.type == "cuda" else tensor
+    return ready.to(device, non_blocking=True)
 
 
 class Feed:
@@ -60,14 +75,15 @@ class Feed:
         self._stores = stores
         self._encode = encode
         self._strong = strong
+        self._copies: deque[torch.cuda.Event] = deque()
 
     def labels(self, indices: Indices) -> Tensor:
         """Labels of images, any shape, int64."""
-        return torch.from_numpy(self.split.labels[indices]).to(self._device)
+        return moved(torch.from_numpy(self.split.labels[indices]), self._device)
 
     def domains(self, indices: Indices) -> Tensor:
         """Visual domains of images, any shape, int64."""
-        return torch.from_numpy(self.split.domains[indices]).to(self._device)
+        return moved(torch.from_numpy(self.split.domains[indices]), self._device)
 
     def batch(self, indices: Indices, draws: Indices | None = None) -> Tensor:
         """Features of images of any index shape (...): (..., D) or (..., P, D).
@@ -91,7 +107,7 @@ class Feed:
         flat = indices.reshape(-1)
         if callable(source):
             assert draws is not None
-            features = source(flat, draws.reshape(-1))
+            features = source(flat, draws.reshape(-1))  # on the device: the tower made them
         else:
             at = np.searchsorted(self._rows, flat)
             if len(source) == 1:
@@ -101,8 +117,20 @@ class Feed:
                 which = draws.reshape(-1) % len(source)
                 parts = torch.stack([view[at] for view in source])
                 features = parts[torch.from_numpy(which), torch.arange(len(flat))]
-        features = features.to(self._device)
+            features = moved(features, self._device)
+            self._stay_near()
         return features.reshape(*indices.shape, *features.shape[1:])
+
+    def _stay_near(self) -> None:
+        """Let the host be a few batches ahead of a CUDA device, not an epoch of pinned memory."""
+        if self._device.type != "cuda":
+            return
+        event = torch.cuda.Event()
+        event.record()
+        self._copies.append(event)
+        if len(self._copies) > _AHEAD:
+            # the device has the work of the batches since then
+            self._copies.popleft().synchronize()
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +164,7 @@ class Eye:
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Encode normalised pixels into features of the kind."""
-        ready = pixels.to(self.clip.device, self.clip.dtype)
+        ready = moved(pixels, self.clip.device).to(self.clip.dtype)
         if self.kind == "patches":
             return self.clip.encode_image_tokens(ready)
         return self.clip.encode_image(ready, normalize=self.kind == "pooled")

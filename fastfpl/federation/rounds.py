@@ -2,64 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.profiler import record_function
 
-from fastfpl.clip import FrozenCLIP, load_clip
-from fastfpl.config import Settings, load_preset, make_settings
-from fastfpl.data import Dataset, Shard, load_dataset, partition
-from fastfpl.errors import InputError, near
-from fastfpl.features import FeatureStore, TextFeatures
-from fastfpl.federation.checkpoint import (
-    CHECKPOINT,
-    Checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
+from fastfpl.clip import FrozenCLIP
+from fastfpl.config import Settings
+from fastfpl.data import Dataset, Shard
 from fastfpl.federation.cohort import Scores, group, score, stack, train, unstack
-from fastfpl.federation.feeds import Eye, Feed, Observer, evaluation_feed, training_feed
-from fastfpl.federation.lock import alone_in
-from fastfpl.federation.provenance import provenance
-from fastfpl.federation.result import (
-    RESULT,
-    Result,
-    environment,
-    forget_peak_memory,
-    peak_memory,
-    summarise,
-)
-from fastfpl.federation.scenarios import Scenario, arrange, personal
+from fastfpl.federation.feeds import Feed, Observer
+from fastfpl.federation.graphs import StepGraphs
+from fastfpl.federation.steps import PHASE
 from fastfpl.federation.turns import InTurn, Together
-from fastfpl.methods import Method, State, Task, check_options, find_method
-from fastfpl.ops.faces import recorded_faces
-from fastfpl.prompts import ClassPrompts
-from fastfpl.released import as_released, changes_data, choose_quirks, disturbed, visits_of
+from fastfpl.methods import Method, State
 from fastfpl.seeds import generator
 
-__all__ = ["Exam", "Federation", "RoundObserver", "run"]
+__all__ = ["Exam", "Federation"]
 
 Indices = npt.NDArray[np.int64]
-
-
-#: ``on_round(label, row)`` is told of every round that ended.
-RoundObserver = Callable[[str, Mapping[str, Any]], None]
-
-
-def _silent(what: str, done: int, total: int) -> None:
-    """Report to nobody."""
-
-
-def _unseen(label: str, row: Mapping[str, Any]) -> None:
-    """Report to nobody."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +55,7 @@ class Exam:
 
 @dataclass
 class Federation:
-    """A prepared run: frozen parts, shards, and the state that rounds move.
+    """A prepared run (see `prepare`): frozen parts, shards, and the state that rounds move.
 
     Attributes
     ----------
@@ -111,6 +78,8 @@ class Federation:
         Rows of ``result.json``.
     trainer : Together or InTurn
         How the clients of a round train.
+    graphs : StepGraphs or None
+        What replays training steps, if anything does.
     """
 
     settings: Settings
@@ -126,117 +95,11 @@ class Federation:
     clients: dict[int, State] = field(default_factory=dict)
     rounds: list[dict[str, Any]] = field(default_factory=list)
     trainer: Together | InTurn = field(default_factory=Together)
-
-    @classmethod
-    def prepare(
-        cls,
-        settings: Settings,
-        *,
-        model: FrozenCLIP | None = None,
-        cache: Path | None = None,
-        observer: Observer = _silent,
-    ) -> Federation:
-        """Load, partition and encode what the settings name.
-
-        Parameters
-        ----------
-        settings : Settings
-        model : FrozenCLIP, optional
-            A CLIP that is already loaded, in place of ``settings.clip``.
-        cache : Path, optional
-            Folder of the feature store.
-        observer : callable
-            Told of long steps.
-        """
-        kind = find_method(settings.method)
-        options = check_options(settings.method, settings.options)
-        quirks = choose_quirks(
-            settings.as_released, settings.method, settings.model_dump(), options
-        )
-        settings = settings.model_copy(update={"as_released": quirks})
-        if kind.paired and settings.augment == "none":
-            raise InputError(
-                f"fastfpl.run: augment must be fresh or views:V for {settings.method}, which "
-                "learns from strongly augmented images; got 'none'"
-            )
-        if settings.transductive and kind.supervised:
-            raise InputError(
-                "fastfpl.run: transductive must be left out but for methods that look at no label; "
-                f"got True for {settings.method}"
-            )
-        clip = model or load_clip(
-            settings.clip,
-            settings.pretrained,
-            device=_device(settings.device),
-            dtype=getattr(torch, settings.dtype),
-        )
-        root = None if settings.root is None else Path(settings.root)
-        dataset = load_dataset(settings.dataset, root, on_corrupt=settings.on_corrupt)
-        eye = _eye(settings, clip, dataset, kind.image_kind, FeatureStore(cache), observer)
-        scenario = arrange(settings, dataset, lambda mine: _deal(settings, mine))
-        if changes_data(quirks):
-            scenario = personal(
-                *disturbed(scenario.dataset, scenario.shards, quirks, settings.seed)
-            )
-        if settings.transductive:
-            scenario = scenario.transductive()
-        if settings.sampling == "domain" and scenario.client_domains is None:
-            raise InputError(
-                "fastfpl.run: sampling must be 'uniform' where a client holds several domains; got "
-                f"'domain' with partition={settings.partition!r}; use partition=domain or "
-                "domain-dirichlet"
-            )
-        method = as_released(kind, quirks)(_task(settings, clip, scenario), options)
-        exams = [
-            (
-                question,
-                method
-                if question.classnames == scenario.dataset.classnames
-                else method.on(ClassPrompts(clip, question.classnames, settings.position)),
-            )
-            for question in scenario.questions
-        ]
-        # a prompt that does not fit shows now, not after the images are encoded
-        server = method.server_init()
-        down = stack([method.download(server, 0, 0)])
-        with torch.no_grad():
-            for one, training in ((method, True), *((m, False) for _, m in exams)):
-                one.text(*one.start(down, {}, training=training))
-        method.task.text_features.clear()
-        train_rows = np.unique(np.concatenate([s.train for s in scenario.shards]))
-        return cls(
-            settings=settings,
-            clip=clip,
-            dataset=scenario.dataset,
-            shards=scenario.shards,
-            method=method,
-            train_feed=training_feed(
-                eye, scenario.dataset.train, train_rows, settings, paired=kind.paired
-            )
-            if kind.trains
-            else None,
-            exams=[
-                Exam(
-                    question.name,
-                    question.about,
-                    asked,
-                    evaluation_feed(
-                        eye, question.split, "test", np.unique(np.concatenate(question.images))
-                    ),
-                    question.images,
-                    question.domains,
-                )
-                for question, asked in exams
-            ],
-            client_domains=scenario.client_domains,
-            observer=observer,
-            server=server,
-            trainer=_trainer(settings),
-        )
+    graphs: StepGraphs | None = None
 
     def facts(self) -> dict[str, Any]:
         """Say what a checkpoint must agree with: settings that decide figures, weights, data."""
-        loose = {"rounds", "cohort", "threads", "device", "root"}
+        loose = {*("rounds", "cohort", "threads", "device", "root"), *("max_memory", "cuda_graphs")}
         if self.settings.schedule == "cosine-rounds":
             loose.remove("rounds")
         kept = {k: v for k, v in self.settings.model_dump().items() if k not in loose}
@@ -302,10 +165,13 @@ class Federation:
         }
         trained_with: dict[int, State] = {}
         if self.train_feed is not None:
-            trained_with = self._train(round_, self.train_feed, row)
+            with record_function(PHASE + "training"):
+                trained_with = self._train(round_, self.train_feed, row)
         last = round_ == settings.rounds - 1 or not method.trains
         if last or (round_ + 1) % settings.evaluate_every == 0:
-            for exam, scores in zip(self.exams, self._ask(round_, trained_with), strict=True):
+            with record_function(PHASE + "evaluation"):
+                asked = self._ask(round_, trained_with)
+            for exam, scores in zip(self.exams, asked, strict=True):
                 row["exams"][exam.name] = _marks(scores, exam.domains)
             headline = row["exams"][self.exams[0].name]
             row["clients"], row["accuracy"] = headline["clients"], headline["accuracy"]
@@ -411,6 +277,7 @@ class Federation:
                 lambda what, done, total: self.observer("fine-tuning", done, total),
                 epochs=self.method.tune_epochs,
                 stream="tune",
+                graphs=self.graphs,
             )
             tuned |= dict(zip(members, unstack(outcome.own, len(members)), strict=True))
         return tuned
@@ -419,68 +286,6 @@ class Federation:
     def finished(self) -> bool:
         """True when no round is left; a method that trains nothing has one."""
         return len(self.rounds) >= (self.settings.rounds if self.method.trains else 1)
-
-
-def _trainer(settings: Settings) -> Together | InTurn:
-    """Train clients together; one after another where a quirk of released code asks for it."""
-    visits = visits_of(settings.as_released, settings.schedule, settings.lr)
-    return Together() if visits is None else InTurn(visits)
-
-
-def _deal(settings: Settings, dataset: Dataset) -> list[Shard]:
-    return partition(
-        settings.partition,
-        dataset.train.labels,
-        dataset.test.labels,
-        dataset.train.domains,
-        dataset.test.domains,
-        classes=len(dataset.classnames),
-        clients=settings.clients,
-        seed=settings.seed,
-        beta=0.3 if settings.beta is None else settings.beta,
-        shots=settings.shots,
-        classes_per_client=settings.classes_per_client,
-        repeat_rate=settings.repeat_rate,
-        split_test=settings.split_test,
-    )
-
-
-def _eye(
-    settings: Settings,
-    clip: FrozenCLIP,
-    dataset: Dataset,
-    kind: str,
-    store: FeatureStore,
-    observer: Observer,
-) -> Eye:
-    mean, std = clip.mean, clip.std
-    if settings.statistics == "dataset":
-        if dataset.statistics is None:
-            raise InputError(
-                f"fastfpl.run: statistics must be 'clip' for {dataset.name}, which has none of its "
-                "own; got 'dataset'"
-            )
-        mean, std = dataset.statistics
-    return Eye(clip, kind, store, observer, mean, std)
-
-
-def _task(settings: Settings, clip: FrozenCLIP, scenario: Scenario) -> Task:
-    classes = ClassPrompts(clip, scenario.dataset.classnames, settings.position)
-    n_ctx = settings.n_ctx or 16
-    if settings.ctx_init is not None:
-        n_ctx = len(classes.words(settings.ctx_init))
-    return Task(
-        classes=classes,
-        logit_scale=clip.logit_scale,
-        clients=len(scenario.shards),
-        domains=scenario.dataset.domains,
-        client_domains=scenario.client_domains,
-        n_ctx=n_ctx,
-        ctx_init=settings.ctx_init,
-        lr=settings.lr,
-        seed=settings.seed,
-        text_features=TextFeatures(),
-    )
 
 
 def _marks(scores: Sequence[Scores], domains: tuple[str, ...]) -> dict[str, Any]:
@@ -505,190 +310,3 @@ def _marks(scores: Sequence[Scores], domains: tuple[str, ...]) -> dict[str, Any]
 
 def _size(state: State) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(
-            f"fastfpl.run: device must be auto, cpu or cuda; got {name!r}"
-            + near(name, ("auto", "cpu", "cuda"))
-        ) from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            f"fastfpl.run: device must be there; got {name!r} without a CUDA device; use cpu"
-        )
-    return device
-
-
-def run(
-    method: str | Settings,
-    *,
-    preset: str | None = None,
-    out: str | Path | None = None,
-    resume: bool = False,
-    model: FrozenCLIP | None = None,
-    cache: str | Path | None = None,
-    observer: Observer = _silent,
-    on_round: RoundObserver = _unseen,
-    **settings: Any,
-) -> Result:
-    """Run one federated experiment.
-
-    Parameters
-    ----------
-    method : str or Settings
-        Name of the algorithm, or complete settings.
-    preset : str, optional
-        A paper's settings by name; ``settings`` come on top. With complete settings, the preset
-        that they came from. The result says what differs from it and what the paper reports.
-    out : path, optional
-        Folder that gets ``result.json`` and, after every round, a checkpoint; one run at a
-        time holds it.
-    resume : bool
-        Go on from the checkpoint in ``out`` (or start, if there is none). Without it a folder that
-        holds a run is refused.
-    model : FrozenCLIP, optional
-        A CLIP that is already loaded, in place of ``clip=``.
-    cache : path, optional
-        Folder of the feature store.
-    observer : callable
-        ``observer(what, done, total)`` is told of every long step.
-    on_round : callable
-        ``on_round(method, row)`` is told of every round that ended, with its row of ``rounds``.
-    **settings
-        Fields of `fastfpl.Settings`.
-
-    Returns
-    -------
-    Result
-        The content of ``result.json``.
-
-    Raises
-    ------
-    FastfplError
-        With a sentence that names the argument, what came and the cure.
-    """
-    origin = None if preset is None else load_preset(preset)
-    if isinstance(method, Settings):
-        if settings:
-            raise InputError("fastfpl.run: settings must come alone or as keywords; got both")
-        chosen = method
-    elif origin is not None:
-        chosen = make_settings(origin.on_top(method, settings))
-    else:
-        chosen = make_settings({**settings, "method": method})
-    folder = None if out is None else Path(out)
-    if folder is None and resume:
-        raise InputError("fastfpl.run: out must name the folder to resume; got none")
-    held: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    old: list[Path] = []
-    if folder is not None:
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"fastfpl.run: out must be a folder; got the file {folder}")
-        held = alone_in(folder)
-        old = [] if resume else [folder / RESULT, folder / CHECKPOINT]
-    with held, _threads(chosen.threads):
-        if any(path.exists() for path in old):
-            raise InputError(
-                f"fastfpl.run: out must not hold a run already; got {folder}; "
-                "go on with it by resume (--resume), or name another folder"
-            )
-        store = None if cache is None else Path(cache)
-        result = _play(chosen, folder, resume, model, store, observer, on_round)
-        if origin is not None:
-            result = replace(result, preset=provenance(origin, result, model is not None))
-        if folder is not None:
-            result.save(folder)
-    return result
-
-
-@contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """Compute with so many threads, and give the caller back as many as there were."""
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        if count is not None:
-            torch.set_num_threads(before)
-
-
-def _play(
-    chosen: Settings,
-    folder: Path | None,
-    resume: bool,
-    model: FrozenCLIP | None,
-    cache: Path | None,
-    observer: Observer,
-    on_round: RoundObserver,
-) -> Result:
-    """Play the rounds that are left and save after each."""
-    forget_peak_memory()
-    with recorded_faces() as faces:
-        federation = Federation.prepare(chosen, model=model, cache=cache, observer=observer)
-        facts = federation.facts()
-        if folder is not None and resume:
-            found = load_checkpoint(folder, facts)
-            if found is not None:
-                if federation.method.trains and len(found.rounds) > chosen.rounds:
-                    raise InputError(
-                        f"fastfpl.run: rounds must be at least the {len(found.rounds)} that "
-                        f"{folder} has played; got {chosen.rounds}"
-                    )
-                device = federation.clip.device
-                federation.server = {k: v.to(device) for k, v in found.server.items()}
-                federation.clients = {
-                    c: {k: v.to(device) for k, v in s.items()} for c, s in found.clients.items()
-                }
-                federation.trainer.state = {k: v.to(device) for k, v in found.trainer.items()}
-                federation.rounds = found.rounds
-                for op, names in found.faces.items():
-                    faces.setdefault(op, set()).update(names)
-        while not federation.finished:
-            row = federation.round()
-            if folder is not None:
-                used = {op: sorted(names) for op, names in faces.items()}
-                save_checkpoint(
-                    folder,
-                    Checkpoint(
-                        facts,
-                        federation.rounds,
-                        used,
-                        federation.server,
-                        federation.clients,
-                        federation.trainer.state,
-                    ),
-                )
-            on_round(chosen.method, row)
-    return _result(federation, {op: sorted(names) for op, names in faces.items()})
-
-
-def _result(federation: Federation, faces: dict[str, list[str]]) -> Result:
-    settings = federation.settings.model_dump()
-    settings["options"] = federation.method.options.model_dump()
-    return Result(
-        method=federation.settings.method,
-        settings=settings,
-        environment=environment(federation.clip.device),
-        faces=faces,
-        rounds=federation.rounds,
-        final=summarise(federation.rounds),
-        peak_memory_bytes=peak_memory(federation.clip.device),
-        data={
-            "name": federation.dataset.name,
-            "classes": list(federation.dataset.classnames),
-            "train_images": [len(s.train) for s in federation.shards],
-            "test_images": [len(images) for images in federation.exams[0].images],
-            "exams": {exam.name: exam.about for exam in federation.exams},
-            "transductive": federation.settings.transductive,
-            "skipped": federation.dataset.skipped,
-            "notes": list(federation.dataset.notes),
-            "weights": federation.clip.weights_digest,
-        },
-    )

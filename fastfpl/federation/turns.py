@@ -71,6 +71,7 @@ class Together:
                 federation.settings,
                 round_,
                 _observer(federation, round_, number, len(cohorts)),
+                graphs=federation.graphs,
             )
             yield Turn(members, {c: downs[c] for c in members}, outcome)
 
@@ -119,6 +120,7 @@ class InTurn:
                 _observer(federation, round_, number, len(selected)),
                 factors=visits.factors(self.state, federation.settings.local_epochs),
                 momentum=visits.momentum(self.state),
+                graphs=federation.graphs,
             )
             left: State = {}
             if isinstance(method, Relayed):

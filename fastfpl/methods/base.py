@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -24,6 +24,7 @@ __all__ = [
     "Options",
     "State",
     "Task",
+    "Tolerance",
     "cross_entropy",
     "masked_mean",
     "weighted_mean",
@@ -64,6 +65,23 @@ class Batch:
     positions: Tensor
     mask: Tensor
     strong: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How well the problems inside a loss must be solved.
+
+    Attributes
+    ----------
+    tol : float
+        What no residual may exceed.
+    rule, cure : str
+        What must hold, and what helps where it does not; parts of a sentence.
+    """
+
+    tol: float
+    rule: str
+    cure: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +149,10 @@ class Method(ABC):
     tensor has a leading dimension U, one entry a client, and no entry may look at another.
     Methods with memory banks also use `survey` and `after_step`.
 
+    `text`, `loss`, `measured_loss` and `after_step` are a training step. They read no number of a
+    tensor (nothing that waits for the device), draw nothing, and take what changes from step to
+    step or round to round from their arguments alone: a step may be replayed without them.
+
     Attributes
     ----------
     name : str
@@ -152,6 +174,9 @@ class Method(ABC):
         False if the loss never looks at labels.
     all_first : bool
         True if every client trains in round 0, whatever the participation.
+    scored_together : int
+        Images of an evaluation whose logits depend on each other: the first so many, the next ones
+        and so on. 1 for every method as its paper has it.
     """
 
     name: ClassVar[str]
@@ -163,6 +188,7 @@ class Method(ABC):
     paired: ClassVar[bool] = False
     supervised: ClassVar[bool] = True
     all_first: ClassVar[bool] = False
+    scored_together: ClassVar[int] = 1
     Options: ClassVar[type[Options]] = Options
 
     def __init__(self, task: Task, options: Mapping[str, Any] | None = None) -> None:
@@ -176,6 +202,11 @@ class Method(ABC):
         Nothing of it is sent or kept.
         """
         return 0
+
+    @property
+    def tolerance(self) -> Tolerance | None:
+        """How well the problems inside the loss must be solved; None if it solves none."""
+        return None
 
     def on(self, classes: ClassPrompts) -> Method:
         """Return the same method over another class list; states stay valid."""
@@ -233,10 +264,26 @@ class Method(ABC):
         """Score unit-length image features (U, B, D) -> logits (U, B, C)."""
         return self.task.logit_scale * image @ text.mT
 
+    def scoring_numbers(self, fixed: State, image: Sequence[int]) -> int:
+        """Count the numbers that `logits` holds for each image beside its features, about.
+
+        ``image`` is the shape of one image's features.
+        """
+        return 2 * len(self.task.classes)
+
     def loss(self, text: Tensor, trained: State, fixed: State, batch: Batch) -> Tensor:
         """Return each client's mean loss over its unmasked images: (U,)."""
         logits = self.logits(text, trained, fixed, batch.image)
         return cross_entropy(logits.to(self.task.dtype), batch.labels, batch.mask)
+
+    def measured_loss(
+        self, text: Tensor, trained: State, fixed: State, batch: Batch
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the loss and, if it solves problems, their residuals: (U,) and (U, B, C).
+
+        Whoever trains reads the residuals after an epoch, and refuses those above `tolerance`.
+        """
+        return self.loss(text, trained, fixed, batch), None
 
     def surveys(self, fixed: State) -> bool:
         """Whether `survey` must see the clients' training sets before the local epochs."""

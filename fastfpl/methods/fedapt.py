@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,14 +19,15 @@ from fastfpl.methods.base import (
     weighted_mean,
 )
 from fastfpl.methods.base import Options as _Options
+from fastfpl.ops.memory import current_limit
 from fastfpl.ops.text import encode_text
 from fastfpl.prompts import ClassPrompts
 from fastfpl.seeds import generator
 
 __all__ = ["FedAPT", "key_weights"]
 
-# numbers of contexts and text features of one pass over several keys; bounds its memory
-_NUMBERS_PER_PASS = 1 << 24
+# bytes of the contexts and text features of one pass over several keys
+_BYTES_PER_PASS = 1 << 26
 
 
 class FedAPT(Method):
@@ -157,9 +158,14 @@ class FedAPT(Method):
         tower = self.task.classes.tower
         classes = len(self.task.classes)
         inputs = classes * keys[0].numel() if self.options.class_specific else keys[0].numel()
-        size = max(1, _NUMBERS_PER_PASS // (inputs + classes * tower.dim))
+        most = min(_BYTES_PER_PASS, current_limit() or _BYTES_PER_PASS)
+        size = max(1, most // ((inputs + classes * tower.dim) * self.task.dtype.itemsize))
         for some in keys.split(size):
             yield self._encode(ctx.expand(len(some), *ctx.shape), some)
+
+    def scoring_numbers(self, fixed: State, image: Sequence[int]) -> int:
+        """Count the unit-length features and the weights of the keys too."""
+        return super().scoring_numbers(fixed, image) + image[0] + 3 * len(self.keys)
 
     # -- logits and loss -----------------------------------------------------------------------
 

@@ -186,7 +186,8 @@ class FedAPTUnsupervised(FedAPT):
 
 def _refreshed(bank: Tensor, p: Tensor, batch: Batch) -> Tensor:
     """Write p (U, B, C) into a copy of the bank (U, n, C), masked images left out."""
-    u, b = batch.mask.nonzero(as_tuple=True)
-    fresh = bank.clone()
-    fresh[u, batch.positions[u, b]] = p.detach()[u, b]
-    return fresh
+    rows = torch.arange(len(bank), device=bank.device)[:, None]
+    # a masked place writes into a spare row behind the images
+    fresh = torch.cat((bank, bank[:, :1]), dim=1)
+    fresh[rows, torch.where(batch.mask, batch.positions, bank.shape[1])] = p.detach()
+    return fresh[:, :-1]

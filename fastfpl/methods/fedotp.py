@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fastfpl.errors import InputError
-from fastfpl.methods.base import Method, State, Task
+from fastfpl.methods.base import Batch, Method, State, Task, Tolerance, cross_entropy
 from fastfpl.methods.base import Options as _Options
 from fastfpl.ops.transport import transport_logits
 from fastfpl.seeds import generator
@@ -91,17 +91,33 @@ class FedOTP(Method):
 
     def logits(self, text: Tensor, trained: State, fixed: State, image: Tensor) -> Tensor:
         """Transport patches (U, B, P, D) onto the prompts (U, C, N, D) of each class."""
-        o = self.options
-        logits = transport_logits(
-            image,
-            text.to(self.task.dtype),  # the wider dtype decides about the logits
-            eps=o.eps,
-            mass=o.mass,
-            balanced=o.balanced,
-            max_iter=o.max_iter,
-            tol=o.tol,
-        )
+        # the wider dtype decides about the logits
+        logits: Tensor = transport_logits(image, text.to(self.task.dtype), **self._transport())
         return self.task.logit_scale * logits
+
+    def _transport(self) -> dict[str, Any]:
+        return self.options.model_dump(include={"eps", "mass", "balanced", "max_iter", "tol"})
+
+    def loss(self, text: Tensor, trained: State, fixed: State, batch: Batch) -> Tensor:
+        """Cross entropy; whether the transport ended is what `measured_loss` says."""
+        return self.measured_loss(text, trained, fixed, batch)[0]
+
+    def measured_loss(
+        self, text: Tensor, trained: State, fixed: State, batch: Batch
+    ) -> tuple[Tensor, Tensor | None]:
+        """Cross entropy, and the residuals of the transport."""
+        logits, ended = transport_logits(
+            batch.image, text.to(self.task.dtype), info=True, **self._transport()
+        )
+        scaled = (self.task.logit_scale * logits).to(self.task.dtype)
+        return cross_entropy(scaled, batch.labels, batch.mask), ended.residual
+
+    @property
+    def tolerance(self) -> Tolerance:
+        """How well the transport must be solved."""
+        o = self.options
+        rule = f"transport must end below tol={o.tol:g} after at most {o.max_iter} iterations"
+        return Tolerance(o.tol, rule, "raise max_iter, eps or tol")
 
     def finish(self, trained: State, fixed: State, own: State) -> tuple[State, State]:
         """Send the global prompts, keep the local ones."""

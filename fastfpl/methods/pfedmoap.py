@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -175,6 +175,14 @@ class PFedMoAP(Method):
         experts = torch.cat((mine, fixed["experts"].to(text.dtype)), dim=-2).to(self.task.dtype)
         mixed = gate_experts(image[..., :: self._stride].to(self.task.dtype), experts, gate)
         return self.options.local_weight * local + self.task.logit_scale * mixed
+
+    def scoring_numbers(self, fixed: State, image: Sequence[int]) -> int:
+        """Count the scores of the gate too, and their softmax: one a head, class and expert."""
+        numbers = super().scoring_numbers(fixed, image)
+        if "experts" in fixed:
+            classes, experts = fixed["experts"].shape[1:3]
+            numbers += 3 * self.options.heads * classes * (experts + 1)
+        return numbers
 
     def finish(self, trained: State, fixed: State, own: State) -> tuple[State, State]:
         """Send the prompt; keep prompt and gate."""

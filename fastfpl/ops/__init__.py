@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastfpl.ops.attention import prefix_attention
+    from fastfpl.ops.embedded import encode_embedded
+    from fastfpl.ops.entropic import sinkhorn
     from fastfpl.ops.faces import Face
     from fastfpl.ops.gate import Gate, gate_experts
     from fastfpl.ops.text import encode_text
@@ -15,18 +17,22 @@ if TYPE_CHECKING:
 __all__ = [
     "Gate",
     "all_faces",
+    "encode_embedded",
     "encode_text",
     "gate_experts",
     "prefix_attention",
+    "sinkhorn",
     "transport_logits",
     "transport_plan",
 ]
 
 _HOME = {
     "Gate": "fastfpl.ops.gate",
+    "encode_embedded": "fastfpl.ops.embedded",
     "encode_text": "fastfpl.ops.text",
     "gate_experts": "fastfpl.ops.gate",
     "prefix_attention": "fastfpl.ops.attention",
+    "sinkhorn": "fastfpl.ops.entropic",
     "transport_logits": "fastfpl.ops.transport",
     "transport_plan": "fastfpl.ops.transport",
 }

@@ -134,7 +134,8 @@ def _torch(
     classes, longest = at.shape
 
     def split(x: Tensor) -> Tensor:  # (..., rows, W) -> (..., H, rows, d)
-        return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
+        parts: Tensor = x.unflatten(-1, (heads, -1)).transpose(-3, -2)
+        return parts
 
     def behind(x: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor]:
         """SOS and prefix alone, and before every segment."""
@@ -158,8 +159,8 @@ def _torch(
         q_own = q[:, shared:][:, at]
         own_mask = real[:, None] & causal
     mask = torch.cat((own_mask.new_ones(*own_mask.shape[:2], before), own_mask), dim=-1)
-    own = F.scaled_dot_product_attention(split(q_own), k_all, v_all, attn_mask=mask[:, None])
-    own = own.transpose(2, 3).flatten(-2)
+    mixed = F.scaled_dot_product_attention(split(q_own), k_all, v_all, attn_mask=mask[:, None])
+    own: Tensor = mixed.transpose(2, 3).flatten(-2)
     if last_only:
         return own[:, :, 0]
     lead_mask = torch.ones(shared, before, dtype=torch.bool, device=qkv.device)

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastfpl.errors import InputError, NotSupported, near
 
-__all__ = ["NAMES", "Face", "choose", "face", "forced", "recorded_faces"]
+__all__ = ["NAMES", "Face", "choose", "face", "forced", "note_face", "recorded_faces"]
 
 #: Every name a face may have, best first.
 NAMES = ("cuda", "triton", "cpu", "torch", "reference")
@@ -35,12 +35,16 @@ class Face:
         ``missing()`` returns sentences why this machine cannot run the face at all.
     against : callable
         ``against(*arguments)`` returns sentences why the face does not take these arguments.
+    waits : bool
+        True if it reads a number of a tensor, which waits for a device: a step with it cannot be
+        replayed as a CUDA graph.
     """
 
     name: str
     run: Callable[..., Any]
     missing: Callable[[], list[str]] = _never
     against: Callable[..., list[str]] = _never
+    waits: bool = False
 
 
 _forced: ContextVar[dict[str | None, str] | None] = ContextVar("fastfpl_face", default=None)
@@ -88,6 +92,13 @@ def recorded_faces() -> Iterator[dict[str, set[str]]]:
         _recorder.reset(token)
 
 
+def note_face(op: str, name: str) -> None:
+    """Tell the `recorded_faces` block around, if there is one, that a face answered for an op."""
+    seen = _recorder.get()
+    if seen is not None:
+        seen.setdefault(op, set()).add(name)
+
+
 def forced(op: str) -> str | None:
     """Return the face that a ``with face(...)`` block asks for, if any."""
     choice = _forced.get() or {}
@@ -104,9 +115,7 @@ def choose(op: str, faces: tuple[Face, ...], *arguments: Any) -> Face:
             continue
         against = candidate.missing() or candidate.against(*arguments)
         if not against:
-            seen = _recorder.get()
-            if seen is not None:
-                seen.setdefault(op, set()).add(candidate.name)
+            note_face(op, candidate.name)
             return candidate
         reasons += [f"  {candidate.name}: {reason}" for reason in against]
     what = ", ".join(_describe(a) for a in arguments)

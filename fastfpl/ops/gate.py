@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastfpl.errors import InputError, KindError
+from fastfpl.ops import launch, native
 from fastfpl.ops.faces import Face, choose
 from fastfpl.reference import gate as reference
 from fastfpl.reference.gate import Gate
@@ -46,9 +53,16 @@ def gate_experts(image: Tensor, experts: Tensor, gate: Gate) -> Tensor:
 
     Notes
     -----
-    Differentiable in: image, experts, all eight tensors of the gate. Deterministic: yes on CPU.
-    Accumulates in the dtype of the inputs, float32 inside 16-bit matrix products.
-    Memory of the fast face: H B C E scores, no (B, C, D).
+    Differentiable in: image, experts, all eight tensors of the gate; once in the triton and cpu
+    faces. A bias of keys changes no softmax, so the gradient of b_k is zero there, and rounding
+    in the others. Deterministic: yes, whatever the number of threads; no atomics on a GPU.
+    Accumulates in float32, in float64 for float64. On a GPU float32 is multiplied exactly, or in
+    TF32 where ``torch.set_float32_matmul_precision`` allows that. The C++ face takes float32 and
+    float64, the kernels heads of at most 128 numbers.
+    Memory of the triton and cpu faces: the projections of images and experts, and where a gradient
+    is wanted two or three numbers an image, class and head; no (B, C, D) and no H B C E. The torch
+    face keeps H B C E scores and values.
+
     Source: Luo et al. 2025 (pFedMoAP, ICLR), equations 8 to 10.
     """
     op = "fastfpl.ops.gate_experts"
@@ -82,7 +96,7 @@ def gate_experts(image: Tensor, experts: Tensor, gate: Gate) -> Tensor:
     return logits
 
 
-def _gate_reassociated(image: Tensor, experts: Tensor, gate: Gate) -> Tensor:
+def _reassociated(image: Tensor, experts: Tensor, gate: Gate) -> Tensor:
     """Project images and experts once and contract with W_oᵀ x instead of forming outputs."""
     *lead, classes, count, width = experts.shape
 
@@ -105,9 +119,225 @@ def _gate_reassociated(image: Tensor, experts: Tensor, gate: Gate) -> Tensor:
     return torch.einsum("...hbce,...hbce->...bc", weight, value) + constant
 
 
+_Stats = tuple[Tensor, ...]
+
+
+class _Fused(NamedTuple):
+    """What a face does between the products with weights.
+
+    With qz (U, B, 2, H, d), queries and Wₒᵀ x, and kv (U, C, E, 2, H, d), keys and values without
+    their biases:
+
+    forward(qz, kv, scale, wanted) -> logits (U, B, C) and what the backward pass looks up;
+    backward(d_logits, qz, kv, stats, scale, of_images, of_experts) -> d_qz and d_kv, None where
+    nobody asks for them.
+    """
+
+    forward: Callable[[Tensor, Tensor, float, bool], tuple[Tensor, _Stats]]
+    backward: Callable[..., tuple[Tensor | None, Tensor | None]]
+
+
+class _Gate(torch.autograd.Function):
+    """The gate of U clients: products with weights by torch, all between them by `_Fused`.
+
+    A bias of keys adds one number to all scores of a softmax and changes nothing; one of values
+    passes through the mean, so that with b_o it is a bias W_o b_v + b_o of the output.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        fused: _Fused,
+        heads: int,
+        scale: float,
+        image: Tensor,
+        experts: Tensor,
+        w_q: Tensor,
+        b_q: Tensor,
+        w_k: Tensor,
+        b_k: Tensor,
+        w_v: Tensor,
+        b_v: Tensor,
+        w_o: Tensor,
+        b_o: Tensor,
+    ) -> Tensor:
+        (clients, images, width), (classes, count) = image.shape, experts.shape[1:3]
+        rows = experts.reshape(clients, classes * count, width)
+        w_qz, w_kv = torch.cat((w_q, w_o.mT), dim=1), torch.cat((w_k, w_v), dim=1)
+        qz, kv = image @ w_qz.mT, rows @ w_kv.mT
+        qz[..., :width] += b_q[:, None]
+        b_out = torch.baddbmm(b_o[..., None], w_o, b_v[..., None])
+        wanted = any(ctx.needs_input_grad)
+        logits, stats = fused.forward(
+            qz.view(clients, images, 2, heads, width // heads),
+            kv.view(clients, classes, count, 2, heads, width // heads),
+            scale,
+            wanted,
+        )
+        if wanted:
+            ctx.save_for_backward(image, rows, w_qz, w_kv, qz, kv, b_out, w_o, b_v, *stats)
+            ctx.fused, ctx.heads, ctx.scale, ctx.count = fused, heads, scale, count
+        return (logits + image @ b_out).to(image.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_logits: Tensor) -> tuple[Tensor | None, ...]:
+        image, rows, w_qz, w_kv, qz, kv, b_out, w_o, b_v, *stats = ctx.saved_tensors
+        needs = ctx.needs_input_grad[3:]
+        of_image, of_experts, of_w_q, of_b_q, of_w_k, of_b_k, of_w_v, of_b_v, of_w_o, of_b_o = needs
+        (clients, images, width), count = image.shape, ctx.count
+        classes = rows.shape[1] // count
+        d_qz, d_kv = ctx.fused.backward(
+            d_logits,
+            qz.view(clients, images, 2, ctx.heads, width // ctx.heads),
+            kv.view(clients, classes, count, 2, ctx.heads, width // ctx.heads),
+            stats,
+            ctx.scale,
+            of_image or of_w_q or of_b_q or of_w_o,
+            of_experts or of_w_k or of_w_v,
+        )
+        grads: dict[str, Tensor] = {}
+        # sums of few numbers over all images and classes: float64 costs nothing here
+        by_image = d_logits.sum(dim=-1, keepdim=True, dtype=torch.float64)
+        if of_b_v or of_w_o or of_b_o:
+            d_b_out = image.mT.double() @ by_image
+            grads["b_o"] = d_b_out[..., 0].to(image.dtype)
+            grads["b_v"] = (w_o.mT.double() @ d_b_out)[..., 0].to(image.dtype)
+        if d_qz is not None:
+            d_qz = d_qz.view(clients, images, 2 * width)
+            if of_image:
+                grads["image"] = torch.baddbmm(by_image.to(image.dtype) * b_out.mT, d_qz, w_qz)
+            if of_w_q and of_w_o:
+                grads["w_q"], d_z = (d_qz.mT @ image).split(width, dim=1)
+                grads["w_o"] = torch.baddbmm(d_z.mT, grads["b_o"][..., None], b_v[:, None])
+            elif of_w_q:
+                grads["w_q"] = d_qz[..., :width].mT @ image
+            elif of_w_o:
+                d_z = image.mT @ d_qz[..., width:]
+                grads["w_o"] = torch.baddbmm(d_z, grads["b_o"][..., None], b_v[:, None])
+            grads["b_q"] = d_qz[..., :width].sum(dim=1)
+        if d_kv is not None:
+            d_kv = d_kv.view(clients, classes * count, 2 * width)
+            if of_experts:
+                grads["experts"] = (d_kv @ w_kv).view(clients, classes, count, width)
+            if of_w_k or of_w_v:
+                grads["w_k"], grads["w_v"] = (d_kv.mT @ rows).split(width, dim=1)
+        if of_b_k:
+            grads["b_k"] = torch.zeros_like(b_v)
+        names = ("image", "experts", *Gate.tensor_names())
+        return (
+            *(None, None, None),
+            *(grads[name] if needed else None for name, needed in zip(names, needs, strict=True)),
+        )
+
+
+def _run(fused: _Fused, image: Tensor, experts: Tensor, gate: Gate) -> Tensor:
+    """Give every tensor one leading dimension of clients."""
+    lead = image.shape[:-2]
+    clients = math.prod(lead)
+    tensors = [
+        # a gate that clients share gets the sum of their gradients through expand
+        t.expand(clients, *t.shape) if t.dim() == own else t.reshape(clients, *t.shape[-own:])
+        for own, t in ((2 if n[0] == "w" else 1, t) for n, t in gate.tensors().items())
+    ]
+    logits: Tensor = _Gate.apply(
+        fused,
+        gate.heads,
+        gate.scale,
+        image.reshape(clients, *image.shape[-2:]),
+        experts.reshape(clients, *experts.shape[-3:]),
+        *tensors,
+    )
+    return logits.reshape(*lead, *logits.shape[1:])
+
+
+# numbers in a vector of the C++ face, by bytes of a number
+_LANES = {4: 16, 8: 8}
+# parts that the sum over classes is made of, whatever the number of threads
+_PARTS = 16
+
+
+def _cpu_forward(qz: Tensor, kv: Tensor, scale: float, wanted: bool) -> tuple[Tensor, _Stats]:
+    clients, images, _, heads, width = qz.shape
+    classes = kv.shape[1]
+    padded = -(-images // _LANES[qz.itemsize]) * _LANES[qz.itemsize]
+    by_number = qz.new_zeros(clients, 2, heads, width, padded)
+    by_number[..., :images] = qz.permute(0, 2, 3, 4, 1)
+    logits = qz.new_empty(clients, classes, padded)
+    stats = qz.new_empty(clients, classes, heads, 3, padded) if wanted else None
+    native.load("gate_fwd").gate_fwd(by_number, kv, logits, stats, scale, torch.get_num_threads())
+    return logits[..., :images].mT, () if stats is None else (by_number, stats)
+
+
+def _cpu_backward(
+    d_logits: Tensor,
+    qz: Tensor,
+    kv: Tensor,
+    stats: _Stats,
+    scale: float,
+    of_images: bool,
+    of_experts: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    by_number, kept = stats
+    clients, images, _, heads, width = qz.shape
+    classes, padded = kv.shape[1], by_number.shape[-1]
+    by_class = qz.new_zeros(clients, classes, padded)
+    by_class[..., :images] = d_logits.mT
+    chunks = max(1, min(classes, _PARTS))
+    parts = rows = d_kv = None
+    if of_images:
+        parts = qz.new_zeros(clients, chunks, *by_number.shape[1:])
+    if of_experts:
+        line = _LANES[qz.itemsize]
+        rows = qz.new_zeros(clients, 2, heads, padded, -(-width // line) * line)
+        rows[..., :images, :width] = qz.permute(0, 2, 3, 1, 4)
+        d_kv = torch.empty_like(kv)
+    if of_images or of_experts:
+        native.load("gate_bwd").gate_bwd(
+            *(by_class, by_number, rows, kv, kept, parts, d_kv, scale),
+            *(chunks, torch.get_num_threads()),
+        )
+    d_qz = None
+    if parts is not None:
+        d_qz = parts.sum(dim=1)[..., :images].permute(0, 4, 1, 2, 3).contiguous()
+    return d_qz, d_kv
+
+
+def _against_cpu(image: Tensor, experts: Tensor, gate: Gate) -> list[str]:
+    reasons = []
+    if image.device.type != "cpu":
+        reasons.append(f"image is on {image.device}, not on the CPU")
+    if image.dtype not in (torch.float32, torch.float64):
+        reasons.append(f"image is {image.dtype}, not float32 or float64")
+    return reasons
+
+
+def _triton(image: Tensor, experts: Tensor, gate: Gate) -> Tensor:
+    from fastfpl.kernels.gate import gate_bwd, gate_fwd
+
+    return _run(_Fused(gate_fwd, gate_bwd), image, experts, gate)
+
+
+def _against_triton(image: Tensor, experts: Tensor, gate: Gate) -> list[str]:
+    from fastfpl.kernels.gate import WIDEST
+
+    reasons = launch.against("gate_experts", image=image)
+    width = image.shape[-1] // gate.heads
+    if width > WIDEST:
+        reasons.append(f"heads have {width} numbers, at most {WIDEST}")
+    return reasons
+
+
 FACES = {
     "gate_experts": (
-        Face("torch", _gate_reassociated),
+        Face("triton", _triton, launch.missing, _against_triton),
+        Face(
+            "cpu",
+            functools.partial(_run, _Fused(_cpu_forward, _cpu_backward)),
+            functools.partial(native.missing, "gate_fwd"),
+            _against_cpu,
+        ),
+        Face("torch", _reassociated),
         Face("reference", reference.gate_experts),
     )
 }

@@ -11,10 +11,18 @@ from torch import Tensor
 
 from fastfpl.ops.faces import forced
 
-__all__ = ["OLDEST", "against", "interpreted", "missing"]
+__all__ = ["OLDEST", "UNFAITHFUL", "against", "interpreted", "missing", "unproven"]
 
 #: Compute capability below which no kernel is compiled or tested (Ampere).
 OLDEST = (8, 0)
+
+
+#: What the interpreter does otherwise than a GPU: nothing can be proved of it there.
+UNFAITHFUL = (
+    "tl.dot of bfloat16",
+    "rounding of float32 to bfloat16",
+    "programs that run at the same time",
+)
 
 
 def interpreted() -> bool:
@@ -34,6 +42,15 @@ def missing() -> list[str]:
     if interpreted() or torch.cuda.is_available():
         return []
     return ["torch sees no CUDA device; TRITON_INTERPRET=1 runs the kernels on the CPU, slowly"]
+
+
+def unproven(name: str) -> list[str]:
+    """Say what of the faces called ``name`` cannot be checked on this machine."""
+    if name == "cpu" or torch.cuda.is_available():
+        return []
+    if name == "triton" and interpreted():
+        return [f"{what}: the interpreter does it otherwise than a GPU" for what in UNFAITHFUL]
+    return ["all of it" if name in ("cuda", "triton") else "tensors on a CUDA device"]
 
 
 def against(op: str, **tensors: Tensor) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -9,17 +10,19 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from fastfpl.errors import KindError
+from fastfpl.ops import launch, native
+from fastfpl.ops import tower as engine
+from fastfpl.ops.attention import against_cpu, against_size
 from fastfpl.ops.faces import Face, choose
+from fastfpl.ops.memory import current_limit
 from fastfpl.reference import text as reference
 from fastfpl.reference.text import PromptLayout, TextTower, activate, block_norm, unit_length
 from fastfpl.shapes import check_shapes
 
 __all__ = ["FACES", "PromptLayout", "TextTower", "encode_text", "packed_tokens"]
-
-# rows of one pass when no gradient is wanted: bounds memory, large enough for full-speed GEMMs
-_ROWS_PER_PASS = 1 << 14
 
 
 def encode_text(
@@ -51,15 +54,20 @@ def encode_text(
     Raises
     ------
     InputError
-        If ctx does not have the layout's T and the tower's W.
+        If ctx does not have the layout's T and the tower's W, or one class does not fit into the
+        memory limit.
     KindError
         If ctx is not floating point or not on the tower's device.
 
     Notes
     -----
-    Differentiable in: ctx. Deterministic: yes on CPU. LayerNorm and normalisation in float32
-    (float64 for float64). Equal to the full-length pass up to rounding.
-    Memory: activations of (prefix + suffix) tokens per context when a gradient is wanted.
+    Differentiable in: ctx, once on the compiled faces. Deterministic: yes. LayerNorm and
+    normalisation in float32 (float64 for float64). Equal to the full-length pass up to rounding.
+    The compiled faces compute nothing that no context reaches: SOS, the first layer's keys and
+    values of names, all but the EOT rows in the last layer.
+    Memory: activations of (prefix + suffix) tokens per context when a gradient is wanted. Inside
+    `fastfpl.ops.memory.memory_limit` they stay below it: the call is cut into parts of contexts and
+    classes, and what does not fit is computed again in the backward pass (gradient caching).
     Source: shared-prefix identity of causal attention; prompts as in Zhou et al. 2022
     (arXiv 2109.01134), section 3.2.
     """
@@ -185,14 +193,48 @@ def _encode_packed(
     inner = 3 if class_specific else 2
     lead = ctx.shape[: ctx.dim() - inner]
     flat = ctx.reshape(math.prod(lead), *ctx.shape[ctx.dim() - inner :]).to(tower.dtype)
-    if torch.is_grad_enabled() and flat.requires_grad:
-        chunks = [flat]
-    else:
-        rows = packing.shared + packing.bins * packing.span
-        chunks = list(flat.split(max(1, _ROWS_PER_PASS // rows)))
-    parts = [_encode_pass(tower, packing, part, class_specific) for part in chunks]
-    features = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return features.reshape(*lead, len(packing.eot_rows), tower.dim)
+    wanted = torch.is_grad_enabled() and flat.requires_grad
+    # Bytes of a row of the tower's width: measured on one layer, autograd holds 24 such numbers,
+    # the attention's scores among them, and passes 16 by.
+    row = tower.width * tower.projection.element_size()
+    limit = current_limit()
+    cut = engine.cut_pass(
+        *(tower, layout, len(flat), class_specific, limit),
+        passing=16 * row,
+        holding=len(tower.blocks) * 24 * row if wanted else 0.0,
+    )
+    done: dict[int, list[Tensor]] = {}
+    for g, c in cut.parts(len(flat), len(layout.eot)):
+        packing = _packing(_some_classes(layout, c), class_specific)
+        arguments = (tower, packing, flat[g, c] if class_specific else flat[g], class_specific)
+        if limit is not None and wanted:
+            part = checkpoint(
+                _encode_pass, *arguments, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            part = _encode_pass(*arguments)
+        done.setdefault(g.start, []).append(part)
+    columns = [row[0] if len(row) == 1 else torch.cat(row, dim=1) for row in done.values()]
+    if not columns:
+        return ctx.new_empty(*lead, len(layout.eot), tower.dim, dtype=tower.dtype)
+    features = columns[0] if len(columns) == 1 else torch.cat(columns)
+    return features.reshape(*lead, len(layout.eot), tower.dim)
+
+
+_parts: WeakKeyDictionary[PromptLayout, dict[tuple[int, int], PromptLayout]] = WeakKeyDictionary()
+
+
+def _some_classes(layout: PromptLayout, part: slice) -> PromptLayout:
+    """Return the layout of a range of the classes; the same object every time."""
+    if part == slice(0, len(layout.eot)):
+        return layout
+    known = _parts.setdefault(layout, {})
+    key = (part.start, part.stop)
+    if key not in known:
+        known[key] = PromptLayout(
+            layout.tokens[part], layout.slots[part], layout.eot[part], layout.shared
+        )
+    return known[key]
 
 
 def _embed(tower: TextTower, packing: _Packing, ctx: Tensor, class_specific: bool) -> Tensor:
@@ -218,22 +260,34 @@ def _embed(tower: TextTower, packing: _Packing, ctx: Tensor, class_specific: boo
 
 
 def _encode_pass(tower: TextTower, packing: _Packing, ctx: Tensor, class_specific: bool) -> Tensor:
-    groups, shared, bins, span = ctx.shape[0], packing.shared, packing.bins, packing.span
+    x = packed_states(tower, packing, _embed(tower, packing, ctx, class_specific))
+    features = x @ tower.projection
+    if tower.projection_b is not None:
+        features = features + tower.projection_b
+    return unit_length(features)
+
+
+def packed_states(tower: TextTower, packing: _Packing, x: Tensor) -> Tensor:
+    """Run embedded rows (G, shared + R, W); return EOT states after the last norm (G, C, W).
+
+    Plain operations, so that autocast and autograd see them as they see the literal pass.
+    """
+    groups, shared, bins, span = len(x), packing.shared, packing.bins, packing.span
     heads, width = tower.heads, tower.width
     size = width // heads
-    x = _embed(tower, packing, ctx, class_specific)
-    mask = packing.mask.expand(groups, -1, -1, -1, -1).reshape(
-        groups * bins, 1, span, shared + span
-    )
-    bias = torch.zeros(mask.shape, dtype=tower.dtype, device=x.device)
-    bias.masked_fill_(~mask, float("-inf"))
+    bias: Tensor | None = None
     for depth, block in enumerate(tower.blocks):
         last = depth == len(tower.blocks) - 1
         h = block_norm(x, block.ln_1_w, block.ln_1_b, tower.eps)
         qkv = F.linear(h, block.qkv_w, block.qkv_b)
+        if bias is None:  # in the dtype of the products, which autocast chooses
+            hidden = ~packing.mask.expand(groups, -1, -1, -1, -1)
+            hidden = hidden.reshape(groups * bins, 1, span, shared + span)
+            bias = torch.zeros(hidden.shape, dtype=qkv.dtype, device=x.device)
+            bias.masked_fill_(hidden, float("-inf"))
         own = qkv[:, shared:].view(groups, bins, span, 3, heads, size)
         lead = qkv[:, None, :shared, width:].expand(-1, bins, -1, -1)
-        kv = torch.cat((lead.view(groups, bins, shared, 2, heads, size), own[:, :, :, 1:]), dim=2)
+        kv = torch.cat((lead.unflatten(-1, (2, heads, size)), own[:, :, :, 1:]), dim=2)
         q = own[:, :, :, 0].reshape(groups * bins, span, heads, size).transpose(1, 2)
         k, v = kv.view(groups * bins, shared + span, 2, heads, size).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
@@ -241,28 +295,48 @@ def _encode_pass(tower: TextTower, packing: _Packing, ctx: Tensor, class_specifi
         if last:
             # only the EOT rows reach the features
             mixed, x = mixed[:, packing.eot_rows], x[:, shared + packing.eot_rows]
-        else:
+        elif shared:
             q, k, v = (
-                part.view(groups, shared, heads, size).transpose(1, 2)
+                part.unflatten(-1, (heads, size)).transpose(1, 2)
                 for part in qkv[:, :shared].chunk(3, dim=-1)
             )
             first = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            first = first.transpose(1, 2).reshape(groups, shared, width)
-            mixed = torch.cat((first, mixed), dim=1)
+            mixed = torch.cat((first.transpose(1, 2).flatten(2), mixed), dim=1)
         x = x + F.linear(mixed, block.out_w, block.out_b)
         h = block_norm(x, block.ln_2_w, block.ln_2_b, tower.eps)
         h = activate(F.linear(h, block.fc_w, block.fc_b), tower.activation)
         x = x + F.linear(h, block.proj_w, block.proj_b)
-    x = block_norm(x, tower.ln_w, tower.ln_b, tower.eps)
-    features = x @ tower.projection
-    if tower.projection_b is not None:
-        features = features + tower.projection_b
-    return unit_length(features)
+    return block_norm(x, tower.ln_w, tower.ln_b, tower.eps)
+
+
+def _against_cpu(tower: TextTower, *_: object) -> list[str]:
+    return against_cpu("the tower", tower.projection) + against_size(tower.heads, tower.width)
+
+
+def _against_triton(tower: TextTower, *_: object) -> list[str]:
+    reasons = launch.against("encode_text", tower=tower.projection)
+    return reasons + against_size(tower.heads, tower.width)
+
+
+def _against_reference(*_: object) -> list[str]:
+    return ["the literal pass keeps to no memory limit"] if current_limit() is not None else []
 
 
 FACES = {
     "encode_text": (
+        Face(
+            "triton",
+            functools.partial(engine.encode, engine.triton_kernels),
+            launch.missing,
+            _against_triton,
+        ),
+        Face(
+            "cpu",
+            functools.partial(engine.encode, engine.cpu_kernels),
+            functools.partial(native.missing, "unit_bwd"),
+            _against_cpu,
+        ),
         Face("torch", _encode_packed),
-        Face("reference", reference.encode_text),
+        Face("reference", reference.encode_text, against=_against_reference),
     )
 }

@@ -50,4 +50,5 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     n, m = score.shape[-2:]
     later = torch.ones(n, m, dtype=torch.bool, device=score.device).triu(m - n + 1)
     weight = score.masked_fill(later, float("-inf")).softmax(-1)
-    return (weight @ v).transpose(1, 2).flatten(-2)
+    mixed: Tensor = (weight @ v).transpose(1, 2).flatten(-2)
+    return mixed

@@ -52,7 +52,7 @@ class Block:
     proj_b: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TextTower:
     """Frozen weights of a causal CLIP text transformer, whatever family they came from.
 

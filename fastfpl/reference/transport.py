@@ -57,12 +57,15 @@ def transport_logits(
     balanced: bool,
     max_iter: int,
     tol: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    plan_gradient: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sum plan * sim over the patches and prompts of every pair of image and class.
 
-    The plan is a constant: a gradient flows through sim alone. Returns logits, iterations and
-    residuals (..., B, C); see `fastfpl.ops.transport_logits`.
+    The plan is a constant, so that a gradient flows through sim alone; with ``plan_gradient`` it
+    also flows through every iteration. Returns logits (..., B, C), plans, iterations and residuals;
+    see `fastfpl.ops.transport_logits`.
     """
     sim = similarities(patches, prompts)
-    plan, iterations, residual = transport_plan(sim.detach(), eps, mass, balanced, max_iter, tol)
-    return (plan * sim).sum((-2, -1)), iterations, residual
+    given = sim if plan_gradient else sim.detach()
+    plan, iterations, residual = transport_plan(given, eps, mass, balanced, max_iter, tol)
+    return (plan * sim).sum((-2, -1)), plan.detach(), iterations, residual

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ class BatchStop(FedOTP):
     complaint. In evaluations the images of every `TEST_BATCH` stop together.
     """
 
+    scored_together = TEST_BATCH
+
     def logits(self, text: Tensor, trained: State, fixed: State, image: Tensor) -> Tensor:
         """Transport patches (U, B, P, D), a hundred images at a time."""
         parts = [
@@ -32,10 +35,17 @@ class BatchStop(FedOTP):
         ]
         return torch.cat(parts, dim=1)
 
-    def loss(self, text: Tensor, trained: State, fixed: State, batch: Batch) -> Tensor:
+    def scoring_numbers(self, fixed: State, image: Sequence[int]) -> int:
+        """Count the numbers of an image's plans, and of the logarithms that make them."""
+        plans = image[0] * len(self.task.classes) * self.options.prompts
+        return super().scoring_numbers(fixed, image) + 6 * plans
+
+    def measured_loss(
+        self, text: Tensor, trained: State, fixed: State, batch: Batch
+    ) -> tuple[Tensor, Tensor | None]:
         """Cross entropy; what stands in masked places does not delay the batch."""
         logits = self._together(text, batch.image, batch.mask)
-        return cross_entropy(logits, batch.labels, batch.mask)
+        return cross_entropy(logits, batch.labels, batch.mask), None
 
     def _together(self, text: Tensor, image: Tensor, mask: Tensor) -> Tensor:
         wide = torch.promote_types(self.task.dtype, image.dtype)
@@ -77,6 +87,7 @@ def stopped_together(
         log_u, log_v = torch.where(go, new_u, log_u), torch.where(go, new_v, log_v)
         # the difference of two infinities is never small, as it is in the released arithmetic
         running = running & ~(change.sum(dim=(1, 2, 3, 4)) / count < tol)
-        if not running.any():
+        # a device goes on with what stands still: asking would wait for it
+        if sim.device.type == "cpu" and not running.any():
             break
     return (log_u + log_k + log_v).exp()

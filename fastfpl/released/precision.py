@@ -42,6 +42,12 @@ class HalfContext(Method):
         """Compute the loss from the widened contexts."""
         return super().loss(text, self._widened(trained), fixed, batch)
 
+    def measured_loss(
+        self, text: Tensor, trained: State, fixed: State, batch: Batch
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute loss and residuals from the widened contexts."""
+        return super().measured_loss(text, self._widened(trained), fixed, batch)
+
     def _widened(self, state: State) -> State:
         return {
             name: tensor.to(self.task.dtype) if tensor.dtype == torch.float16 else tensor

@@ -1,0 +1,188 @@
+"""Exchange the class of a module for one whose named method is fast, and back."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+__all__ = [
+    "HOOKS",
+    "Instead",
+    "Kind",
+    "State",
+    "hooked",
+    "is_swapped",
+    "kind_of",
+    "named",
+    "refuse",
+    "register",
+    "state_of",
+    "swap",
+    "swap_back",
+]
+
+_STATE = "_fastfpl"
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Instead(Exception):
+    """Why this call, or this module, is left to the original code: a clause."""
+
+
+class State:
+    """What one swapped module remembers: nothing that a weight decides.
+
+    Attributes
+    ----------
+    calls : Counter of str
+        ``"fast"``, or the reason why the original ran, and how often.
+    memory : dict
+        Of the kind: structure that is checked again at every call.
+    """
+
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
+        self.memory: dict[Any, Any] = {}
+
+
+class Kind:
+    """One structure that is recognised, and its fast method."""
+
+    name: str
+    method: str
+
+    def examine(self, module: nn.Module) -> bool:
+        """Tell whether a module is of this kind; `Instead` if it nearly is."""
+        raise NotImplementedError
+
+    def methods(self, cls: type) -> tuple[str, ...]:
+        """Name the methods of a class that are exchanged."""
+        return (self.method,)
+
+    def run(
+        self,
+        module: Any,
+        state: State,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Answer a call; `Instead` hands it to the original."""
+        raise NotImplementedError
+
+
+_KINDS: dict[str, Kind] = {}
+
+
+def register(kind: Kind) -> Kind:
+    """Make a kind known by its name, which pickled modules carry."""
+    _KINDS[kind.name] = kind
+    return kind
+
+
+def _run(kind: str, base: type, method: str, module: Any, args: Any, kwargs: Any) -> Any:
+    original = functools.partial(getattr(base, method), module)
+    state: State = module.__dict__[_STATE]
+    if torch._C._get_tracing_state() is not None:  # torch.jit.trace
+        return original(*args, **kwargs)
+    try:
+        return _KINDS[kind].run(module, state, original, args, kwargs)
+    except Instead as reason:
+        state.calls[str(reason)] += 1
+        return original(*args, **kwargs)
+
+
+@functools.cache
+def _outside_graphs() -> Callable[..., Any]:
+    """Keep torch.compile from tracing the fast pass: it becomes a break between two graphs."""
+    hidden: Callable[..., Any] = torch.compiler.disable(_run)
+    return hidden
+
+
+_call: Callable[..., Any] | None = None
+
+
+@functools.cache
+def _subclass(base: type, kind_name: str) -> type:
+    global _call
+    # looked up as a global, so that torch.compile sees the disabled function itself
+    _call = _outside_graphs()
+
+    def exchanged(method: str) -> Any:
+        @functools.wraps(getattr(base, method))
+        def fast(self: Any, *args: Any, **kwargs: Any) -> Any:
+            assert _call is not None
+            return _call(kind_name, base, method, self, args, kwargs)
+
+        return fast
+
+    def reduced(self: Any, protocol: Any) -> Any:
+        # the class has no name to be found by: it is made again from its base
+        _, _, *rest = getattr(base, "__reduce_ex__")(self, protocol)  # noqa: B009 - typeshed
+        return (_rebuilt, (base, kind_name), *rest)
+
+    own = {
+        **{method: exchanged(method) for method in _KINDS[kind_name].methods(base)},
+        "__reduce_ex__": reduced,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "_fastfpl_base": base,
+        "_fastfpl_kind": kind_name,
+    }
+    return type(base.__name__, (base,), own)
+
+
+def _rebuilt(base: type, kind_name: str) -> Any:
+    cls: Any = _subclass(base, kind_name)
+    return cls.__new__(cls)
+
+
+def is_swapped(module: nn.Module) -> bool:
+    """Tell whether a module's class is one of ours."""
+    return hasattr(type(module), "_fastfpl_base")
+
+
+def state_of(module: nn.Module) -> State:
+    """Return what a swapped module remembers."""
+    state: State = module.__dict__[_STATE]
+    return state
+
+
+def named(name: str) -> Kind:
+    """Return a kind by its name."""
+    return _KINDS[name]
+
+
+def kind_of(module: nn.Module) -> Kind:
+    """Return the kind as which a module was swapped."""
+    return _KINDS[type(module)._fastfpl_kind]  # type: ignore[attr-defined]
+
+
+def swap(module: nn.Module, kind: Kind) -> State:
+    """Exchange the class of a module; parameters, buffers, hooks and names stay where they are."""
+    module.__dict__[_STATE] = State()
+    base: Any = type(module)
+    module.__class__ = _subclass(base, kind.name)
+    return state_of(module)
+
+
+def swap_back(module: nn.Module) -> None:
+    """Give a module its class back."""
+    module.__class__ = type(module)._fastfpl_base  # type: ignore[attr-defined]
+    del module.__dict__[_STATE]
+
+
+def hooked(module: nn.Module) -> bool:
+    """Tell whether a module has a hook that its call would fire."""
+    return any(getattr(module, name) for name in HOOKS)
+
+
+def refuse(reason: str) -> NoReturn:
+    """Leave it to the original code."""
+    raise Instead(reason)

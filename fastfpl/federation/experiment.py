@@ -1,0 +1,226 @@
+"""One experiment from settings to its result: rounds, checkpoints, files."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastfpl.clip import FrozenCLIP
+from fastfpl.config import Settings, load_preset, make_settings
+from fastfpl.errors import InputError
+from fastfpl.federation.checkpoint import (
+    CHECKPOINT,
+    Checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from fastfpl.federation.feeds import Observer, silent
+from fastfpl.federation.graphs import against
+from fastfpl.federation.lock import alone_in
+from fastfpl.federation.preparation import prepare
+from fastfpl.federation.provenance import provenance
+from fastfpl.federation.result import (
+    RESULT,
+    Result,
+    environment,
+    forget_peak_memory,
+    peak_memory,
+    summarise,
+)
+from fastfpl.federation.rounds import Federation
+from fastfpl.ops.faces import recorded_faces
+from fastfpl.ops.memory import memory_limit
+
+__all__ = ["RoundObserver", "run", "threads", "unseen"]
+
+#: ``on_round(label, row)`` is told of every round that ended.
+RoundObserver = Callable[[str, Mapping[str, Any]], None]
+
+
+def unseen(label: str, row: Mapping[str, Any]) -> None:
+    """Report to nobody."""
+
+
+def run(
+    method: str | Settings,
+    *,
+    preset: str | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    model: FrozenCLIP | None = None,
+    cache: str | Path | None = None,
+    observer: Observer = silent,
+    on_round: RoundObserver = unseen,
+    **settings: Any,
+) -> Result:
+    """Run one federated experiment.
+
+    Parameters
+    ----------
+    method : str or Settings
+        Name of the algorithm, or complete settings.
+    preset : str, optional
+        A paper's settings by name; ``settings`` come on top. With complete settings, the preset
+        that they came from. The result says what differs from it and what the paper reports.
+    out : path, optional
+        Folder that gets ``result.json`` and, after every round, a checkpoint; one run at a
+        time holds it.
+    resume : bool
+        Go on from the checkpoint in ``out`` (or start, if there is none). Without it a folder that
+        holds a run is refused.
+    model : FrozenCLIP, optional
+        A CLIP that is already loaded, in place of ``clip=``.
+    cache : path, optional
+        Folder of the feature store.
+    observer : callable
+        ``observer(what, done, total)`` is told of every long step.
+    on_round : callable
+        ``on_round(method, row)`` is told of every round that ended, with its row of ``rounds``.
+    **settings
+        Fields of `fastfpl.Settings`.
+
+    Returns
+    -------
+    Result
+        The content of ``result.json``.
+
+    Raises
+    ------
+    FastfplError
+        With a sentence that names the argument, what came and the cure.
+    """
+    origin = None if preset is None else load_preset(preset)
+    if isinstance(method, Settings):
+        if settings:
+            raise InputError("fastfpl.run: settings must come alone or as keywords; got both")
+        chosen = method
+    elif origin is not None:
+        chosen = make_settings(origin.on_top(method, settings))
+    else:
+        chosen = make_settings({**settings, "method": method})
+    folder = None if out is None else Path(out)
+    if folder is None and resume:
+        raise InputError("fastfpl.run: out must name the folder to resume; got none")
+    held: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    old: list[Path] = []
+    if folder is not None:
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"fastfpl.run: out must be a folder; got the file {folder}")
+        held = alone_in(folder)
+        old = [] if resume else [folder / RESULT, folder / CHECKPOINT]
+    with held, threads(chosen.threads):
+        if any(path.exists() for path in old):
+            raise InputError(
+                f"fastfpl.run: out must not hold a run already; got {folder}; "
+                "go on with it by resume (--resume), or name another folder"
+            )
+        store = None if cache is None else Path(cache)
+        result = _play(chosen, folder, resume, model, store, observer, on_round)
+        if origin is not None:
+            result = replace(result, preset=provenance(origin, result, model is not None))
+        if folder is not None:
+            result.save(folder)
+    return result
+
+
+@contextlib.contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Compute with so many threads, and give the caller back as many as there were."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if count is not None:
+            torch.set_num_threads(before)
+
+
+def _play(
+    chosen: Settings,
+    folder: Path | None,
+    resume: bool,
+    model: FrozenCLIP | None,
+    cache: Path | None,
+    observer: Observer,
+    on_round: RoundObserver,
+) -> Result:
+    """Play the rounds that are left and save after each."""
+    forget_peak_memory()
+    with recorded_faces() as faces, memory_limit(chosen.max_memory):
+        federation = prepare(chosen, model=model, cache=cache, observer=observer)
+        facts = federation.facts()
+        if folder is not None and resume:
+            found = load_checkpoint(folder, facts)
+            if found is not None:
+                if federation.method.trains and len(found.rounds) > chosen.rounds:
+                    raise InputError(
+                        f"fastfpl.run: rounds must be at least the {len(found.rounds)} that "
+                        f"{folder} has played; got {chosen.rounds}"
+                    )
+                device = federation.clip.device
+                federation.server = {k: v.to(device) for k, v in found.server.items()}
+                federation.clients = {
+                    c: {k: v.to(device) for k, v in s.items()} for c, s in found.clients.items()
+                }
+                federation.trainer.state = {k: v.to(device) for k, v in found.trainer.items()}
+                federation.rounds = found.rounds
+                for op, names in found.faces.items():
+                    faces.setdefault(op, set()).update(names)
+        while not federation.finished:
+            row = federation.round()
+            if folder is not None:
+                used = {op: sorted(names) for op, names in faces.items()}
+                save_checkpoint(
+                    folder,
+                    Checkpoint(
+                        facts,
+                        federation.rounds,
+                        used,
+                        federation.server,
+                        federation.clients,
+                        federation.trainer.state,
+                    ),
+                )
+            on_round(chosen.method, row)
+    return _result(federation, {op: sorted(names) for op, names in faces.items()})
+
+
+def _unreplayed(federation: Federation) -> list[str]:
+    """Say why no training step was replayed as a CUDA graph."""
+    if federation.graphs is not None:
+        return federation.graphs.reasons
+    return against(federation.settings, federation.method, federation.clip.device)
+
+
+def _result(federation: Federation, faces: dict[str, list[str]]) -> Result:
+    settings = federation.settings.model_dump()
+    settings["options"] = federation.method.options.model_dump()
+    return Result(
+        method=federation.settings.method,
+        settings=settings,
+        environment={
+            **environment(federation.clip.device),
+            "cuda_graphs": "; ".join(_unreplayed(federation)) or "steps are replayed",
+        },
+        faces=faces,
+        rounds=federation.rounds,
+        final=summarise(federation.rounds),
+        peak_memory_bytes=peak_memory(federation.clip.device),
+        data={
+            "name": federation.dataset.name,
+            "classes": list(federation.dataset.classnames),
+            "train_images": [len(s.train) for s in federation.shards],
+            "test_images": [len(images) for images in federation.exams[0].images],
+            "exams": {exam.name: exam.about for exam in federation.exams},
+            "transductive": federation.settings.transductive,
+            "skipped": federation.dataset.skipped,
+            "notes": list(federation.dataset.notes),
+            "weights": federation.clip.weights_digest,
+        },
+    )

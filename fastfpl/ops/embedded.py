@@ -1,0 +1,140 @@
+"""The text pass over prompts that are already embedded: other people's prompts, any layout."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from fastfpl.errors import InputError, KindError
+from fastfpl.ops.faces import Face, choose
+from fastfpl.ops.memory import current_limit
+from fastfpl.ops.text import PromptLayout, TextTower, _pack, _Packing, packed_states
+from fastfpl.reference import embedded as reference
+from fastfpl.shapes import check_shapes
+
+__all__ = ["FACES", "encode_embedded"]
+
+# rows of one pass when no gradient is wanted, as in ops/text.py
+_ROWS_PER_PASS = 1 << 14
+
+
+def encode_embedded(tower: TextTower, prompts: Tensor, eot: Tensor, *, shared: int = 0) -> Tensor:
+    r"""Encode embedded prompts into the states of their EOT tokens.
+
+    What follows an EOT is never computed, and the leading rows that all classes share are computed
+    once: with them, this is the pass of `encode_text` for prompts that somebody else laid out.
+
+    Parameters
+    ----------
+    tower : TextTower
+        Frozen weights; ``token_embedding`` and ``projection`` are not used.
+    prompts : Tensor, shape (..., C, L, W), floating point
+        Token embeddings without positions, at most the tower's context length of them. Any leading
+        dimensions (clients, several prompts a class).
+    eot : Tensor, shape (C,), int64
+        Position of each EOT token. On the CPU its values are read without waiting for a device.
+    shared : int
+        How many leading rows are the same for all classes. They are taken from the first class,
+        values and gradient: whoever passes it answers for it. It may not exceed an EOT position.
+
+    Returns
+    -------
+    Tensor, shape (..., C, W)
+        After the last LayerNorm, before the projection; dtype of the tower's residual stream.
+
+    Raises
+    ------
+    InputError
+        If a shape, an EOT position or ``shared`` is out of range.
+    KindError
+        If ``prompts`` is not floating point or not on the tower's device.
+    NotSupported
+        Inside `fastfpl.ops.memory.memory_limit`: this pass keeps to none.
+
+    Notes
+    -----
+    Differentiable in: prompts. Deterministic: yes on CPU. LayerNorm in the dtype of its weights.
+    Under autocast matrix products and attention run in autocast's dtype and the residual stream in
+    that of ``prompts``, as they do in the literal pass.
+    Memory: activations of (shared + suffix) tokens a group when a gradient is wanted.
+    Source: shared-prefix identity of causal attention.
+    """
+    op = "fastfpl.ops.encode_embedded"
+    known = {"C": len(eot), "W": tower.width}
+    sizes = check_shapes(op, known, prompts=(prompts, "... C L W"), eot=(eot, "C"))
+    if not prompts.is_floating_point():
+        raise KindError(f"{op}: prompts must be floating point; got {prompts.dtype}")
+    if prompts.device != tower.device:
+        raise KindError(
+            f"{op}: prompts must be on the tower's device {tower.device}; got {prompts.device}"
+        )
+    ends = tuple(eot.tolist())
+    if sizes["L"] > tower.context_length:
+        raise InputError(
+            f"{op}: prompts must have at most {tower.context_length} tokens; got {sizes['L']}"
+        )
+    if not ends or not 0 <= min(ends) <= max(ends) < sizes["L"]:
+        raise InputError(f"{op}: eot must lie in [0, {sizes['L']}) for every class; got {ends}")
+    if not 0 <= shared <= min(ends):
+        raise InputError(f"{op}: shared must be from 0 to {min(ends)}; got {shared}")
+    arguments = (tower, prompts, eot, shared)
+    face = choose("encode_embedded", FACES["encode_embedded"], *arguments)
+    states: Tensor = face.run(*arguments)
+    return states
+
+
+@functools.lru_cache(maxsize=64)
+def _packing(ends: tuple[int, ...], shared: int, device: torch.device) -> _Packing:
+    """Pack the rows of prompts; ``tokens`` are rows of the prompts cut behind the last EOT."""
+    length = max(ends) + 1
+    count = len(ends)
+    # kept beyond this call: a tensor made in inference mode could not be saved for a backward pass
+    with torch.inference_mode(False):
+        layout = PromptLayout(
+            tokens=torch.arange(count * length, device=device).view(count, length),
+            slots=torch.zeros(count, 0, dtype=torch.int64, device=device),
+            eot=torch.tensor(ends, device=device),
+            shared=shared,
+        )
+        return _pack(layout, shared)
+
+
+def _encode_packed(tower: TextTower, prompts: Tensor, eot: Tensor, shared: int) -> Tensor:
+    ends = tuple(eot.tolist())
+    packing = _packing(ends, shared, prompts.device)
+    *lead, classes, _, width = prompts.shape
+    cut = prompts[..., : max(ends) + 1, :]
+    flat = cut.reshape(math.prod(lead), classes * cut.shape[-2], width)
+    if torch.is_grad_enabled() and flat.requires_grad:
+        chunks = [flat]
+    else:
+        rows = packing.shared + packing.bins * packing.span
+        chunks = list(flat.split(max(1, _ROWS_PER_PASS // rows)))
+    parts = [_encode_pass(tower, packing, part) for part in chunks]
+    states = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return states.reshape(*lead, classes, width)
+
+
+def _encode_pass(tower: TextTower, packing: _Packing, flat: Tensor) -> Tensor:
+    """Run groups of embedded rows (G, C L', W) and return their EOT states (G, C, W)."""
+    shared = packing.shared
+    positional = tower.positional.to(flat.dtype)
+    x = flat.index_select(1, packing.tokens) + positional[packing.positions]
+    if shared:
+        x = torch.cat((flat[:, :shared] + positional[:shared], x), dim=1)
+    return packed_states(tower, packing, x)
+
+
+def _against_limit(*_: object) -> list[str]:
+    return ["it keeps to no memory limit"] if current_limit() is not None else []
+
+
+FACES = {
+    "encode_embedded": (
+        Face("torch", _encode_packed, against=_against_limit),
+        Face("reference", reference.encode_embedded, against=_against_limit),
+    )
+}

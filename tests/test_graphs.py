@@ -1,0 +1,372 @@
+"""Replayed steps are the steps: captured on the CPU by a stand-in, and on a GPU by CUDA itself."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import fastfpl
+import fastfpl.federation.graphs as graphs
+from fastfpl.errors import InputError, NotSupported
+from fastfpl.federation.graphs import CudaCapture, StepGraphs
+from fastfpl.federation.steps import Cohort
+from fastfpl.methods import METHODS, PromptFL
+from fastfpl.ops import all_faces
+from fastfpl.ops.faces import face, recorded_faces
+from tests.test_fedapt_unsupervised import PairedWorld
+from tests.test_federation import OPTIONS, SELECTED, assert_same_state, play
+from tests.worlds import GATE, TINY_RUN, World, drawn, small_clip
+
+ALL = pytest.mark.parametrize("method", [*OPTIONS, "fedapt-unsupervised"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Matrices are too small to share."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def seen_by_the_stand_in(request):
+    """Compute with torch's operations: the stand-in sees nothing of what C++ writes."""
+    if request.node.get_closest_marker("gpu"):
+        yield
+        return
+    with face("torch", "encode_text", "gate_experts"):
+        yield
+
+
+class Tape(TorchDispatchMode):
+    """Writes down every operation with its tensors; plays them again at the same addresses."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+        self.before = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self.before.append((value, value.clone()))
+        out = func(*args, **kwargs)
+        self.lines.append((func, args, kwargs, out))
+        return out
+
+    def undo(self):
+        """Leave the tensors as they were: a capture does nothing."""
+        with torch.no_grad():
+            for tensor, value in reversed(self.before):
+                tensor.copy_(value)
+        self.before = []
+
+    @torch.no_grad()
+    def replay(self):
+        for func, args, kwargs, out in self.lines:
+            again = func(*args, **kwargs)
+            if any(r.alias_info is not None for r in func._schema.returns):
+                continue  # a view of what is there, or what was written into
+            for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                if isinstance(old, torch.Tensor):
+                    old.copy_(new)
+
+
+class StandIn:
+    """Captures as CUDA does: nothing is done then, and addresses are kept."""
+
+    def __init__(self):
+        self.asides = 0
+        self.captures = 0
+        self.replays = 0
+
+    def aside(self, work):
+        self.asides += 1
+        work()
+
+    def capture(self, work):
+        self.captures += 1
+        with Tape() as tape:
+            work()
+        tape.undo()
+
+        def replay():
+            self.replays += 1
+            tape.replay()
+
+        return replay
+
+
+def world_of(method, **settings):
+    settings = {"schedule": "cosine", "local_epochs": 3, **settings}
+    if method == "fedapt-unsupervised":
+        return PairedWorld(torch.float32, **settings)
+    return World(method, options=OPTIONS[method], settings=settings)
+
+
+def rounds_of(world, capture=None, rounds=4):
+    federation = world.federation()
+    if capture is not None:
+        federation.graphs = StepGraphs(capture)
+    return play(federation, rounds, SELECTED)
+
+
+@ALL
+def test_replayed_steps_are_the_steps(method):
+    capture = StandIn()
+    # cohorts of two and one
+    world = world_of(method, cohort=2)
+    assert_same_state(rounds_of(world), rounds_of(world, capture))
+    assert 0 < capture.captures < capture.replays
+    # two steps of every shape ran as they are
+    assert capture.asides >= 2 * capture.captures
+
+
+def test_a_shape_is_captured_when_it_comes_the_third_time():
+    capture = StandIn()
+    federation = world_of("promptfl").federation()
+    federation.graphs = StepGraphs(capture)
+    # client 3 takes three steps an epoch, client 2 two, clients 0 and 1 one
+    seen = []
+    for members, counts in (
+        ([3], (2, 1, 7)),  # nine steps of one shape
+        ([3], (0, 0, 9)),  # the same again: replayed from the first on
+        ([0, 3], (4, 2, 12)),  # three of two clients, six of one of the two, whose cohort is new
+        ([0, 3], (0, 0, 9)),
+    ):
+        before = capture.asides, capture.captures, capture.replays
+        federation.sample = lambda round_, members=members: members
+        federation.round()
+        after = capture.asides, capture.captures, capture.replays
+        seen.append((tuple(b - a for a, b in zip(before, after, strict=True)), counts))
+    (one, _), (two, _), (three, _), (four, _) = seen
+    assert one == (2, 1, 7)
+    assert two == (0, 0, 9)
+    assert three == (4, 2, 5)
+    assert four == (0, 0, 9)
+
+
+def test_the_stand_in_sees_a_number_that_was_captured(monkeypatch):
+    """A step that reads what changes beside its arguments is not the step when it is replayed."""
+    plain = PromptFL.loss
+
+    def counting(self, text, trained, fixed, batch):
+        self.count = getattr(self, "count", 0) + 1
+        return plain(self, text, trained, fixed, batch) * self.count
+
+    monkeypatch.setattr(PromptFL, "loss", counting)
+    world = world_of("promptfl")
+    one, other = rounds_of(world), rounds_of(world, StandIn())
+    assert not torch.equal(one.server["ctx"], other.server["ctx"])
+
+
+def test_the_stand_in_sees_a_rate_that_was_captured(monkeypatch):
+    monkeypatch.setattr(
+        "fastfpl.federation.steps.CohortSGD.scale",
+        lambda self, scales: self._rates.update(
+            {n: torch.tensor(self._base[n] * s) for n, s in scales.items()}
+        ),
+    )
+    world = world_of("promptfl")
+    one, other = rounds_of(world), rounds_of(world, StandIn())
+    assert not torch.equal(one.server["ctx"], other.server["ctx"])
+
+
+def test_the_stand_in_sees_tensors_that_were_left_behind(monkeypatch):
+    monkeypatch.setattr(Cohort, "take", lambda self, other: None)
+    world = world_of("promptfl")
+    one, other = rounds_of(world), rounds_of(world, StandIn())
+    assert not torch.equal(one.server["ctx"], other.server["ctx"])
+
+
+def test_few_signatures_are_kept(monkeypatch):
+    monkeypatch.setattr(graphs, "_SIGNATURES", 1)
+    capture = StandIn()
+    # pFedMoAP's cohorts come with and without experts, so that they drive each other out
+    world = world_of("pfedmoap")
+    assert_same_state(rounds_of(world), rounds_of(world, capture))
+    assert capture.captures > 0
+
+
+def test_few_graphs_of_a_signature_are_kept(monkeypatch):
+    monkeypatch.setattr(graphs, "_GRAPHS", 1)
+    capture = StandIn()
+    world = world_of("promptfl")
+    assert_same_state(rounds_of(world), rounds_of(world, capture))
+    assert capture.captures == 2  # one for cohorts of three, one for those of two
+
+
+def test_what_is_constant_and_repeated_is_kept_once():
+    """FedPGP hands the reference features to every client as one tensor, expanded."""
+    federation = world_of("fedpgp").federation()
+    method = federation.method
+    down = {"ctx": drawn(5, 3, 32, seed=1, dtype=torch.float32)}
+    trained, fixed = method.start(down, {}, training=True)
+    twin = Cohort(method, trained, fixed, 0.9, 0.0).still()
+    assert twin.fixed["reference"].stride(0) == 0
+    assert twin.fixed["reference"].untyped_storage().nbytes() * 5 == twin.fixed["reference"].nbytes
+    assert twin.fixed["reference"].data_ptr() != fixed["reference"].data_ptr()
+    changed = {"reference": torch.ones(1, *fixed["reference"].shape[1:]).expand(5, -1, -1)}
+    twin.take(Cohort(method, trained, changed, 0.9, 0.0))
+    assert bool((twin.fixed["reference"] == 1).all())
+
+
+def test_a_replayed_step_names_its_faces():
+    federation = world_of("pfedmoap").federation()
+    federation.graphs = StepGraphs(StandIn())
+    federation.settings = federation.settings.model_copy(update={"evaluate_every": 100})
+    federation.sample = lambda round_: [0, 1, 3]
+    for _ in range(3):
+        federation.round()
+    capture = federation.graphs._capture
+    before = capture.asides
+    with recorded_faces() as faces:
+        federation.round()
+    assert capture.asides == before  # replayed throughout
+    assert faces == {"encode_text": {"torch"}, "gate_experts": {"torch"}}
+
+
+# --- where steps cannot be captured ---------------------------------------------------------------
+
+
+@pytest.fixture
+def waiting(monkeypatch):
+    """Let the face that encodes texts be one that waits."""
+    faces = {op: tuple(replace(f, waits=True) for f in all_) for op, all_ in all_faces().items()}
+    monkeypatch.setattr(graphs, "all_faces", lambda: faces)
+
+
+def test_a_face_that_waits_is_not_captured(waiting):
+    capture = StandIn()
+    world = world_of("promptfl")
+    federation = rounds_of(world, capture)
+    assert (capture.captures, capture.replays, capture.asides) == (0, 0, 1)
+    assert federation.graphs.reasons == ["the face 'torch' of encode_text waits for the device"]
+    assert_same_state(rounds_of(world), federation)
+
+
+def test_a_face_that_waits_is_refused_if_graphs_must_be(waiting):
+    federation = world_of("promptfl").federation()
+    federation.graphs = StepGraphs(StandIn(), required=True)
+    sentence = r"must be auto or off .* got 'on', but the face 'torch' of encode_text waits"
+    with pytest.raises(NotSupported, match=sentence):
+        federation.round()
+
+
+def test_which_faces_wait():
+    waits = {(op, f.name) for op, faces in all_faces().items() for f in faces if f.waits}
+    assert waits >= {
+        ("transport_plan", "reference"),
+        ("transport_logits", "reference"),
+        ("transport_logits", "torch"),
+    }
+    assert not any(op in ("encode_text", "gate_experts") for op, _ in waits)
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return small_clip()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("features")
+
+
+def test_graphs_that_must_be_are_refused_on_the_cpu(clip, cache):
+    sentence = r"cuda_graphs must be auto or off .*; got 'on', but the run is on cpu, not on a CUDA"
+    with pytest.raises(NotSupported, match=sentence):
+        fastfpl.run("promptfl", model=clip, cache=cache, cuda_graphs="on", **TINY_RUN)
+    # in a comparison all methods have the same settings; where there is no step, none is refused
+    fastfpl.run("zeroshot", model=clip, cache=cache, cuda_graphs="on", **TINY_RUN)
+    with pytest.raises(InputError, match="cuda_graphs is refused"):
+        fastfpl.run("promptfl", model=clip, cuda_graphs="maybe", **TINY_RUN)
+
+
+@pytest.mark.parametrize(
+    ("given", "kept", "said"),
+    [
+        ("auto", "auto", "the run is on cpu, not on a CUDA device"),
+        (False, "off", "cuda_graphs is off"),  # as YAML reads off
+    ],
+)
+def test_a_result_says_why_nothing_was_replayed(clip, cache, given, kept, said):
+    small = {**TINY_RUN, "rounds": 1, "local_epochs": 1}
+    result = fastfpl.run("promptfl", model=clip, cache=cache, cuda_graphs=given, **small)
+    assert result.settings["cuda_graphs"] == kept
+    assert result.environment["cuda_graphs"] == said
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+
+def tiny(method, **more):
+    options = {"pfedmoap": GATE, "fedapt-unsupervised": {"pseudo_rounds": 1}}.get(method, {})
+    paired = {"augment": "views:1"} if METHODS[method].paired else {}
+    return {**TINY_RUN, "rounds": 3, "schedule": "cosine", "options": options, **paired, **more}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", [name for name, kind in METHODS.items() if kind.trains])
+def test_replayed_runs_are_the_runs_on_a_gpu(method, clip, cache):
+    on_gpu = clip.to("cuda")
+    runs = {
+        mode: fastfpl.run(method, model=on_gpu, cache=cache, cuda_graphs=mode, **tiny(method))
+        for mode in ("off", "auto")
+    }
+    for one, other in zip(runs["off"].rounds, runs["auto"].rounds, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert other["clients"] == pytest.approx(one["clients"], abs=0.02)
+    assert runs["off"].environment["cuda_graphs"] == "cuda_graphs is off"
+    assert runs["off"].faces == runs["auto"].faces
+    waits = method == "fedotp" and "torch" in runs["auto"].faces["transport_logits"]
+    assert (runs["auto"].environment["cuda_graphs"] == "steps are replayed") != waits
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["promptfl", "pfedmoap", "fedapt-unsupervised"])
+def test_captures_change_nothing_on_a_gpu(method):
+    """The same law as with the stand-in: a capture is no step, and a replay is one."""
+    one = gpu_rounds(method)
+    other = gpu_rounds(method, CudaCapture(torch.device("cuda", 0)))
+    assert_same_state(one, other, rtol=1e-4, atol=1e-6)
+
+
+def gpu_rounds(method, capture=None):
+    federation = world_of(method).federation()
+    device = torch.device("cuda", 0)
+    move_world(federation, device)
+    if capture is not None:
+        federation.graphs = StepGraphs(capture, required=True)
+    return play(federation, 4, SELECTED)
+
+
+def move_world(federation, device):
+    """Put a world's tower, its features and what the server holds on a device."""
+    method = federation.method
+    classes = method.task.classes
+    classes.tower = classes.tower.to(device, classes.tower.dtype)
+    if hasattr(method, "keys"):
+        method.keys = method.keys.to(device)
+    federation.server = method.server_init()
+    for feed in {id(f): f for f in (federation.train_feed, federation.exams[0].feed)}.values():
+        kind = type(feed)
+
+        class Moved(kind):
+            def labels(self, indices):
+                return super().labels(indices).to(device)
+
+            def domains(self, indices):
+                return super().domains(indices).to(device)
+
+            def batch(self, indices, draws=None):
+                return super().batch(indices, draws).to(device)
+
+            def strong(self, indices, draws):
+                return super().strong(indices, draws).to(device)
+
+        feed.__class__ = Moved
