@@ -572,11 +572,12 @@ def prefix_attention_bwd(
 
     settings["BLOCK_M"] = step or 16
     tables = (level, mean, d_mixed, qkv, bias, begin, ends, asked)
-    block_k = block or _block(False)
-    tiles = triton.cdiv(rows - shared, block_k)
-    # both parts of every float32 factor in registers: there is room for 16 columns
-    narrow = {"BLOCK_D": 16} if settings["PRECISION"] == "tf32x3" else {}
-    own = settings | {"BLOCK_N": block_k} | narrow
+    # a factor of three products is two numbers: 32 x 16 of the gradients leave room for them
+    thrice = settings["PRECISION"] == "tf32x3"
+    own = settings | {"BLOCK_N": block or (32 if thrice else 64)}
+    if thrice:
+        own["BLOCK_D"] = 16
+    tiles = triton.cdiv(rows - shared, own["BLOCK_N"])
     _prefix_attention_bwd_key_kernel[(tiles * heads * _chunks(own) * groups,)](
         *(d_qkv, None, *tables, tiles, 1, queries, rows, queries, shared),
         LEAD=False,

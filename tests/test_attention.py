@@ -120,6 +120,18 @@ def test_gradcheck(face):
 
 
 @pytest.mark.parametrize("face", COMPILED)
+def test_the_gradient_handed_in_may_be_a_view(face):
+    given_ = case("odd head", torch.float64)
+    leaf = given_.pop("qkv").requires_grad_()
+    with fastfpl.face(face):
+        mixed = prefix_attention(leaf, **given_)
+    row = torch.linspace(-1, 2, mixed.shape[-1], dtype=torch.float64)
+    views = row.expand_as(mixed), row.expand_as(mixed).contiguous()
+    expanded, plain = (torch.autograd.grad(mixed, leaf, v, retain_graph=True)[0] for v in views)
+    assert torch.equal(expanded, plain)
+
+
+@pytest.mark.parametrize("face", COMPILED)
 @pytest.mark.parametrize("last_only", [False, True])
 def test_reads_stay_inside(face, last_only):
     given_ = case("odd head", torch.float32)
