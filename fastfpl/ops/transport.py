@@ -618,7 +618,8 @@ def _reference_logits(
     wide = _wide(patches, prompts)
     x, t = patches.to(wide), prompts.to(wide)
     with torch.no_grad():
-        sim = reference.similarities(x, t).reshape(-1, *_shape(patches, prompts)).transpose(2, 3)
+        sim = reference.similarities(x, t)
+        sim = sim.reshape(math.prod(patches.shape[:-3]), *_shape(patches, prompts)).transpose(2, 3)
     _check_similarities(sim, eps, functools.partial(_refuse_product, patches.shape[:-3], (0, 0, 0)))
     logits, plan, iterations, residual = reference.transport_logits(
         x, t, eps, mass, balanced, max_iter, tol, plan_gradient
@@ -895,7 +896,7 @@ def _zeros(like: Tensor, others: Tensor, dtype: torch.dtype) -> Tensor:
 def _multiply(weight: Tensor, features: Tensor, out: Tensor, *, first: bool) -> None:
     """Write (u, rows, k) @ (u, x, y, D), flattened to (u, k, D), into ``out``, or add it."""
     flat = features.flatten(1, 2)
-    place = out.view(len(out), -1, out.shape[-1])
+    place = out.view(len(out), out.shape[1] * out.shape[2], out.shape[3])
     if first:
         torch.bmm(weight, flat, out=place)
     else:
