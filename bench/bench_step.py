@@ -24,7 +24,7 @@ from bench.bench_text import NAMES, SLOTS, WIDTH, operations, tower
 from bench.bench_transport import published
 from bench.clock import checked
 from fastfpl.features import TextFeatures
-from fastfpl.federation.cohort import CohortSGD
+from fastfpl.federation.steps import CohortSGD
 from fastfpl.methods import Batch, Method, State, Task, find_method
 from fastfpl.ops.faces import recorded_faces
 from fastfpl.ops.text import encode_text
@@ -120,7 +120,7 @@ def ours(name: str, dtype: torch.dtype) -> Callable[[], Tensor]:
         loss = method.loss(method.text(leaves, fixed), leaves, fixed, batch)
         gradients = torch.autograd.grad(loss.sum(), list(leaves.values()))
         found = flattened(loss, [g for k, g in zip(leaves, gradients, strict=True) if compared(k)])
-        sgd.step(dict(zip(leaves, gradients, strict=True)), dict.fromkeys(leaves, 1.0))
+        sgd.step(dict(zip(leaves, gradients, strict=True)))
         return found
 
     return step

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import math
 import os
 import shutil
 import signal
@@ -238,7 +239,7 @@ def test_a_diverged_run_keeps_its_last_checkpoint(play, whole, tmp_path, monkeyp
 
     right = cohort.learning_rate
     monkeypatch.setattr(
-        cohort, "learning_rate", lambda s, t, *e: 1e30 if t == 2 else right(s, t, *e)
+        cohort, "learning_rate", lambda s, t, *e: math.inf if t == 2 else right(s, t, *e)
     )
     with pytest.raises(NotConverged, match="in round 2, epoch"):
         play(tmp_path)

@@ -470,7 +470,8 @@ def pull_back(
     eye = torch.eye(size, dtype=torch.float64, device=plan.device)
     edge = edge * (1 - eye)
     degree = edge.sum(-1)
-    scale = degree.amax(-1)[..., None, None].clamp_min(1e-300)
+    most = degree.amax(-1)[..., None, None]
+    scale = torch.where(most > 0, most, 1)  # no edge at all, as with one column: beta is the level
     # of the constants that do not matter take none; columns that share no row are left alone
     system = torch.diag_embed(degree) - edge + scale * (1 / size + 1e-14 * eye)
     beta = torch.linalg.solve(system, right.unsqueeze(-1)).mT  # (..., 1, N)
