@@ -143,7 +143,9 @@ def test_laws(face):
     # at a high temperature only the weights count
     law(a.unsqueeze(-1) * b.unsqueeze(-2), a, b, M, 1e9)
     # equal weights are the transport of patches onto prompts
-    fewer = solved(face, None, torch.full((4,), 0.2, dtype=torch.float64), M, 0.1, partial=True, **options)
+    fewer = solved(
+        face, None, torch.full((4,), 0.2, dtype=torch.float64), M, 0.1, partial=True, **options
+    )
     expected = transport_plan(-M, eps=0.1, mass=0.8, tol=1e-12)
     torch.testing.assert_close(fewer, expected, **near)
 

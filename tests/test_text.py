@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -23,7 +24,8 @@ from fastfpl.reference.text import Block, TextTower, embed_prompts
 from tests.truth import assert_as_good_as_eager
 from tests.worlds import small_clip
 
-FAST = [f.name for f in FACES["encode_text"] if f.name != "reference"]
+#: The interpreter takes seconds for a tower: the Triton face has a test of its own.
+FAST = [f.name for f in FACES["encode_text"] if f.name not in ("reference", "triton")]
 NAMES = ("cat", "sea horse", "very old oak tree", "a", "traffic light")
 
 
@@ -88,14 +90,18 @@ def random_tower(
 
 
 def both(
-    tower: TextTower, classes: ClassPrompts, ctx: Tensor, class_specific: bool = False
+    tower: TextTower,
+    classes: ClassPrompts,
+    ctx: Tensor,
+    class_specific: bool = False,
+    faces: Sequence[str] = FAST,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     layout = classes.layout(ctx.shape[-2])
     weight = torch.randn(
         (len(classes), tower.dim), generator=torch.Generator().manual_seed(1), dtype=torch.float64
     )
     found = {}
-    for name in (*FAST, "reference"):
+    for name in (*faces, "reference"):
         if name == "cpu" and tower.dtype == torch.float16:
             continue
         leaf = ctx.clone().requires_grad_()
@@ -109,7 +115,7 @@ def both(
 def agree(found: dict[str, tuple[Tensor, Tensor]], off: float, gradient: float) -> None:
     """Compare every face with the literal pass: features absolutely, gradients relatively."""
     features, exact = found["reference"]
-    for name in FAST:
+    for name in found.keys() - {"reference"}:
         torch.testing.assert_close(found[name][0], features, rtol=0, atol=off)
         assert relative(found[name][1], exact) < gradient, name
 
@@ -133,6 +139,23 @@ def test_packed_equals_full_length(
     found = both(tower, classes, ctx, class_specific)
     assert found["reference"][0].shape == (*lead, len(NAMES), tower.dim)
     assert found["reference"][0].std() > 0.01
+    agree(found, 1e-13, 1e-12)
+
+
+@pytest.mark.parametrize("class_specific", [False, True], ids=["shared", "class-specific"])
+@pytest.mark.parametrize("position", ["end", "middle"])
+def test_the_kernels_equal_full_length(position: Any, class_specific: bool) -> None:
+    tower = random_tower(
+        bias=position == "end", activation="gelu" if class_specific else "quick_gelu"
+    )
+    classes = ClassPrompts(WordsClip(tower), NAMES[:3], position)
+    inner = (3, 4) if class_specific else (4,)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ctx = torch.randn(2, *inner, tower.width, dtype=torch.float64)
+    found = both(
+        tower.to(device, torch.float64), classes, ctx.to(device), class_specific, ["triton"]
+    )
+    assert set(found) == {"triton", "reference"}
     agree(found, 1e-13, 1e-12)
 
 
