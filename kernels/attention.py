@@ -574,7 +574,8 @@ def prefix_attention_bwd(
     tables = (level, mean, d_mixed, qkv, bias, begin, ends, asked)
     # a factor of three products is two numbers: 32 x 16 of the gradients leave room for them
     thrice = settings["PRECISION"] == "tf32x3"
-    own = settings | {"BLOCK_N": block or (32 if thrice else 64)}
+    narrow = width // heads <= 64
+    own = settings | {"BLOCK_N": block or (64 if narrow else 32) // (2 if thrice else 1)}
     if thrice:
         own["BLOCK_D"] = 16
     tiles = triton.cdiv(rows - shared, own["BLOCK_N"])
@@ -627,16 +628,19 @@ def _settings(qkv: Tensor, heads: int, last_only: bool, step: int | None) -> dic
     else:
         plain = torch.backends.cuda.matmul.fp32_precision == "tf32"
         precision = "tf32" if plain else "tf32x3"
+    # so much of a head at a time as leaves no register spilled: half where it is in several pieces
+    widest = (64 if half else 32) // (1 if head <= 64 else 2)
     return {
         "WIDTH": width,
         "HEAD": head,
         "SCALE": head**-0.5,
         "LAST": last_only,
         "BLOCK_N": step or (32 if half else 16),
-        "BLOCK_D": max(16, min(64 if half else 32, triton.next_power_of_2(head))),
+        "BLOCK_D": max(16, min(widest, triton.next_power_of_2(head))),
         "ACC": tl.float64 if qkv.dtype == torch.float64 else tl.float32,
         "PRECISION": precision,
         "num_warps": 4,
+        "maxnreg": 255,  # of itself the assembler keeps to fewer on some cards, and spills
     }
 
 

@@ -265,13 +265,16 @@ def _rows(x: Tensor) -> tuple[tuple[int], dict[str, Any]]:
     count, width = x.shape
     block = triton.next_power_of_2(width)
     rows = 4 if count >= _MANY[1] else 2 if count >= _MANY[0] else 1
+    warps = min(8, max(1, rows * block // 512))
     return (triton.cdiv(count, rows),), {
         "count": count,
         "WIDTH": width,
         "ROWS": rows,
         "BLOCK_W": block,
         "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
-        "num_warps": min(8, max(1, rows * block // 512)),
+        "num_warps": warps,
+        # of itself the assembler keeps to fewer on some cards, and spills
+        "maxnreg": min(255, 2048 // warps),
     }
 
 

@@ -331,11 +331,13 @@ def test_fine_tuning_serves_the_evaluation_and_is_forgotten():
 def test_statistics_of_the_set_change_the_pixels(store, clip, monkeypatch):
     """The run sees what a CLIP with these statistics would see."""
     from fastfpl.data import Statistics
-    from fastfpl.federation import rounds
+    from fastfpl.federation import preparation
 
     digits = load_dataset("digits")
     own = Statistics((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    monkeypatch.setattr(rounds, "load_dataset", lambda *a, **more: replace(digits, statistics=own))
+    monkeypatch.setattr(
+        preparation, "load_dataset", lambda *a, **more: replace(digits, statistics=own)
+    )
     plain, special = (
         run("promptfl", model=clip, cache=store, **SMALL, statistics=kind)
         for kind in ("clip", "dataset")
@@ -355,7 +357,7 @@ def test_a_set_without_statistics_of_its_own_says_so(store, clip):
 
 
 def test_notes_on_the_images_reach_the_report(store, clip, monkeypatch):
-    from fastfpl.federation import Comparison, rounds
+    from fastfpl.federation import Comparison, preparation
     from fastfpl.report import markdown_table
 
     digits = replace(load_dataset("digits"), skipped=3, notes=("the split was drawn here",))
@@ -365,7 +367,7 @@ def test_notes_on_the_images_reach_the_report(store, clip, monkeypatch):
         asked.append(on_corrupt)
         return digits
 
-    monkeypatch.setattr(rounds, "load_dataset", load)
+    monkeypatch.setattr(preparation, "load_dataset", load)
     result = run("zeroshot", model=clip, cache=store, **SMALL, on_corrupt="skip")
     assert asked == ["skip"]
     assert (result.data["skipped"], result.data["notes"]) == (3, ["the split was drawn here"])
