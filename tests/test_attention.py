@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastfpl
-from fastfpl.errors import InputError, KindError
+from fastfpl.errors import InputError, KindError, NotSupported
 from fastfpl.ops import prefix_attention
 from fastfpl.ops.attention import FACES
 from tests.truth import assert_as_good_as_eager, assert_fences_hold, fenced
@@ -231,3 +231,9 @@ def test_refuses_with_reasons(change, error, sentence):
     with pytest.raises(error) as caught:
         prefix_attention(**given_)
     assert sentence in str(caught.value)
+
+
+def test_wide_heads_in_float32_are_for_another_face():
+    given_ = case("wide head", torch.float32)
+    with fastfpl.face("triton"), pytest.raises(NotSupported, match="128 numbers a head in float32"):
+        prefix_attention(**given_)

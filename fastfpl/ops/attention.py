@@ -23,6 +23,7 @@ __all__ = [
     "Launchers",
     "against_cpu",
     "against_size",
+    "against_wide",
     "cpu_launchers",
     "prefix_attention",
     "triton_launchers",
@@ -289,6 +290,14 @@ def against_size(heads: int, width: int) -> list[str]:
     return [] if size <= 128 else [f"{size} numbers a head, at most 128"]
 
 
+def against_wide(heads: int, width: int, dtype: torch.dtype) -> list[str]:
+    """Say why the Triton kernels do not take heads of this size in this dtype."""
+    size = width // heads
+    if dtype == torch.float32 and size > 64:
+        return [f"{size} numbers a head in float32, at most 64: wider ones leave no registers"]
+    return against_size(heads, width)
+
+
 def against_cpu(name: str, tensor: Tensor) -> list[str]:
     """Say why the C++ faces of the text pass do not take a tensor."""
     reasons = []
@@ -305,7 +314,7 @@ def _against_cpu(qkv: Tensor, heads: int, *_: object) -> list[str]:
 
 def _against_triton(qkv: Tensor, heads: int, *_: object) -> list[str]:
     reasons = launch.against("prefix_attention", qkv=qkv)
-    return reasons + against_size(heads, qkv.shape[-1] // 3)
+    return reasons + against_wide(heads, qkv.shape[-1] // 3, qkv.dtype)
 
 
 FACES = {

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from fastfpl.errors import KindError
 from fastfpl.ops import launch, native
 from fastfpl.ops import tower as engine
-from fastfpl.ops.attention import against_cpu, against_size
+from fastfpl.ops.attention import against_cpu, against_size, against_wide
 from fastfpl.ops.faces import Face, choose
 from fastfpl.ops.memory import current_limit
 from fastfpl.reference import text as reference
@@ -315,7 +315,7 @@ def _against_cpu(tower: TextTower, *_: object) -> list[str]:
 
 def _against_triton(tower: TextTower, *_: object) -> list[str]:
     reasons = launch.against("encode_text", tower=tower.projection)
-    return reasons + against_size(tower.heads, tower.width)
+    return reasons + against_wide(tower.heads, tower.width, tower.dtype)
 
 
 def _against_reference(*_: object) -> list[str]:
