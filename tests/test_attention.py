@@ -233,7 +233,11 @@ def test_refuses_with_reasons(change, error, sentence):
     assert sentence in str(caught.value)
 
 
-def test_wide_heads_in_float32_are_for_another_face():
-    given_ = case("wide head", torch.float32)
-    with fastfpl.face("triton"), pytest.raises(NotSupported, match="128 numbers a head in float32"):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_wide_heads_are_for_another_face(dtype):
+    given_ = case("wide head", dtype)
+    with (
+        fastfpl.face("triton"),
+        pytest.raises(NotSupported, match=f"128 numbers a head in {dtype}"),
+    ):
         prefix_attention(**given_)

@@ -182,7 +182,6 @@ def odd_launches() -> None:
     _launch(half, 64, shared=75, longest=2)
     _launch(half, 32)
     _launch(half, 80, width=640)
-    _launch(half, 128, width=1024, groups=1000)
 
 
 @pytest.mark.slow
