@@ -82,8 +82,8 @@ def prefix_attention(
     Differentiable in: qkv, once. Deterministic: yes, on every face; the prefix' gradients are sums
     of parts in a fixed order. Accumulates in float32; in float64 for float64. Memory: the result;
     the softmax is recomputed in the backward pass and nothing but the arguments is kept. The
-    C++ face takes heads of at most 128 numbers and no float16, the Triton face heads of at most 64 in
-    float32 and 80 in 16 bits.
+    C++ face takes heads of at most 128 numbers and no float16, the Triton face heads of at most 64
+    numbers in float32 and 80 in 16 bits.
     Source: causal attention of Vaswani et al. 2017 (arXiv 1706.03762), equation 1; shared prefixes
     as in design section 4.1.
     """
