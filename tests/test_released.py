@@ -353,7 +353,7 @@ def test_a_prompt_is_in_the_pool_at_once():
     rounds = {
         turn.members[0]: dict(
             zip(
-                *(turn.downs[turn.members[0]][f"expert_{k}"].tolist() for k in ("owner", "round")),
+                *(turn.down[f"expert_{k}"][0].tolist() for k in ("owner", "round")),
                 strict=True,
             )
         )

@@ -12,6 +12,7 @@ from fastfpl.config import Settings
 from fastfpl.data import Dataset, Shard, load_dataset, partition
 from fastfpl.errors import InputError, near
 from fastfpl.features import FeatureStore, TextFeatures
+from fastfpl.federation.budget import Budget
 from fastfpl.federation.cohort import stack
 from fastfpl.federation.feeds import Eye, Observer, evaluation_feed, silent, training_feed
 from fastfpl.federation.graphs import step_graphs
@@ -19,6 +20,7 @@ from fastfpl.federation.rounds import Exam, Federation
 from fastfpl.federation.scenarios import Scenario, arrange, personal
 from fastfpl.federation.turns import InTurn, Together
 from fastfpl.methods import Task, check_options, find_method
+from fastfpl.ops.memory import memory_limit
 from fastfpl.prompts import ClassPrompts
 from fastfpl.released import as_released, changes_data, choose_quirks, disturbed, visits_of
 
@@ -92,12 +94,14 @@ def prepare(
     # a prompt that does not fit shows now, not after the images are encoded
     server = method.server_init()
     down = stack([method.download(server, 0, 0)])
-    with torch.no_grad():
+    budget = None if settings.max_memory is None else Budget(settings.max_memory, clip.device)
+    text = None if budget is None else budget.room // 2
+    with torch.no_grad(), memory_limit(text):
         for one, training in ((method, True), *((m, False) for _, m in exams)):
             one.text(*one.start(down, {}, training=training))
     method.task.text_features.clear()
     train_rows = np.unique(np.concatenate([s.train for s in scenario.shards]))
-    return Federation(
+    federation = Federation(
         settings=settings,
         clip=clip,
         dataset=scenario.dataset,
@@ -126,7 +130,12 @@ def prepare(
         server=server,
         trainer=_trainer(settings),
         graphs=graphs,
+        budget=budget,
     )
+    if budget is not None:
+        budget.settle()
+        federation.rehearse()
+    return federation
 
 
 def _trainer(settings: Settings) -> Together | InTurn:

@@ -111,7 +111,7 @@ def profile(
     if out.exists() and not out.is_dir():
         raise InputError(f"fastfpl.profile: out must be a folder; got the file {out}")
     short = settings.model_copy(update=PROFILED)
-    with threads(short.threads), memory_limit(short.max_memory):
+    with threads(short.threads), memory_limit(None):
         federation = prepare(short, model=model, cache=cache, observer=observer)
         images = steps * short.batch_size
         federation.shards = [Shard(s.train[:images], s.test) for s in federation.shards]
