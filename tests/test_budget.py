@@ -131,6 +131,7 @@ def test_the_result_says_what_was_chosen(play, tmp_path):
     written = json.loads((tmp_path / "run" / "result.json").read_text())["memory"]
     assert written == result.memory
     assert written["limit_bytes"] == 64 << 30
+    assert written["text_cache_bytes"] == 256 << 20
     assert 100 << 20 < written["taken_bytes"] < 4 << 30
     # the first round without experts, later ones with a gate, and those who never trained
     assert [one["what"] for one in written["passes"]][:2] == ["training", "evaluation"]

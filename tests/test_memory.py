@@ -282,11 +282,13 @@ def test_prompts_are_encoded_within_a_limit(clip, limits):
 def test_the_flag(capsys, tmp_path):
     quick = ["--dataset", "digits", "--clients", "2", "--shots", "2", "--threads", "1"]
     where = ["--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "a")]
-    code, _, err = call(capsys, "run", "zeroshot", *quick, *where, "--max-memory", "64GiB")
+    code, out, err = call(capsys, "run", "zeroshot", *quick, *where, "--max-memory", "64GiB")
     assert (code, err) == (0, "")
+    assert "memory: 65536 MiB allowed, " in out
+    assert "evaluation: 64 clients at most, texts in " in out
     result = fastfpl.Result.load(tmp_path / "a")
     assert result.settings["max_memory"] == 64 << 30
-    code, _, err = call(capsys, "run", "zeroshot", *quick, "--max-memory", "much")
+    code, _, err = call(capsys, "run", "zeroshot", *quick, "--memory", "much")
     assert code == 2
     assert err == (
         "error: fastfpl.Settings: max_memory must be bytes or a text such as '2GiB'; got 'much'\n"

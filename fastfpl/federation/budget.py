@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import resource
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastfpl.errors import InputError
+from fastfpl.features import TextFeatures
 from fastfpl.federation.cohort import Share, shapes, stack
 from fastfpl.methods import State
 from fastfpl.ops.memory import memory_limit
 
-__all__ = ["Budget", "Living"]
+__all__ = ["Budget", "Living", "uncapped"]
 
 # the rest is for what no trial shows: work space of matrix products, fragments
 _PLANNED = 0.85
@@ -63,6 +65,20 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
+# CUDA devices of which PyTorch was told to give no more than a limit
+_capped: set[torch.device] = set()
+
+
+@contextmanager
+def uncapped() -> Iterator[None]:
+    """At the end, let PyTorch give the whole of every device again that a budget has capped."""
+    try:
+        yield
+    finally:
+        while _capped:
+            torch.cuda.set_per_process_memory_fraction(1.0, _capped.pop())
+
+
 class Budget:
     """Bytes that a run may take on its device, and who shares a pass so that it takes no more.
 
@@ -83,6 +99,8 @@ class Budget:
     limit : int
     taken : int
         Bytes that were taken before the first pass: weights, data, libraries.
+    reserved : int
+        Bytes that are kept for caches of text features.
     passes : list of dict
         What was chosen for every kind of cohort: ``what`` it is for, ``clients`` at most,
         ``text_bytes`` for activations of the text pass, and ``tried_bytes`` that
@@ -96,11 +114,15 @@ class Budget:
 
     def __init__(self, limit: int, device: torch.device) -> None:
         self.limit = limit
-        self.taken = 0
+        self.taken = self.reserved = 0
         self.passes: list[dict[str, Any]] = []
         self._device = device
         self._shares: dict[Hashable, Share] = {}
         self.settle()
+        if device.type == "cuda":
+            whole = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, limit / whole), device)
+            _capped.add(device)
 
     def settle(self) -> None:
         """Count anew what is taken before a pass."""
@@ -115,7 +137,13 @@ class Budget:
     @property
     def room(self) -> int:
         """Bytes that a pass is planned with."""
-        return int(_PLANNED * (self.limit - self.taken))
+        return int(_PLANNED * (self.limit - self.taken)) - self.reserved
+
+    def text_features(self) -> TextFeatures:
+        """Make a cache of text features, and keep bytes for it."""
+        cache = TextFeatures(min(TextFeatures.MOST, self.room // 8))
+        self.reserved += cache.max_bytes
+        return cache
 
     def share(
         self,
@@ -213,7 +241,12 @@ class Budget:
 
     def to_json(self) -> dict[str, Any]:
         """Say what was chosen, for ``result.json``."""
-        return {"limit_bytes": self.limit, "taken_bytes": self.taken, "passes": self.passes}
+        return {
+            "limit_bytes": self.limit,
+            "taken_bytes": self.taken,
+            "text_cache_bytes": self.reserved,
+            "passes": self.passes,
+        }
 
 
 def _taken(device: torch.device) -> int:

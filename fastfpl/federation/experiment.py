@@ -13,6 +13,7 @@ import torch
 from fastfpl.clip import FrozenCLIP
 from fastfpl.config import Settings, load_preset, make_settings
 from fastfpl.errors import InputError
+from fastfpl.federation.budget import uncapped
 from fastfpl.federation.checkpoint import (
     CHECKPOINT,
     Checkpoint,
@@ -154,7 +155,7 @@ def _play(
     """Play the rounds that are left and save after each."""
     forget_peak_memory()
     # a limit around a run is for passes of the caller
-    with recorded_faces() as faces, memory_limit(None):
+    with recorded_faces() as faces, memory_limit(None), uncapped():
         federation = prepare(chosen, model=model, cache=cache, observer=observer)
         facts = federation.facts()
         if folder is not None:

@@ -66,6 +66,7 @@ def prepare(
         device=_device(settings.device),
         dtype=getattr(torch, settings.dtype),
     )
+    budget = None if settings.max_memory is None else Budget(settings.max_memory, clip.device)
     root = None if settings.root is None else Path(settings.root)
     dataset = load_dataset(settings.dataset, root, on_corrupt=settings.on_corrupt)
     eye = _eye(settings, clip, dataset, kind.image_kind, FeatureStore(cache), observer)
@@ -80,7 +81,7 @@ def prepare(
             f"'domain' with partition={settings.partition!r}; use partition=domain or "
             "domain-dirichlet"
         )
-    method = as_released(kind, quirks)(_task(settings, clip, scenario), options)
+    method = as_released(kind, quirks)(_task(settings, clip, scenario, budget), options)
     exams = [
         (
             question,
@@ -94,7 +95,6 @@ def prepare(
     # a prompt that does not fit shows now, not after the images are encoded
     server = method.server_init()
     down = stack([method.download(server, 0, 0)])
-    budget = None if settings.max_memory is None else Budget(settings.max_memory, clip.device)
     text = None if budget is None else budget.room // 2
     with torch.no_grad(), memory_limit(text):
         for one, training in ((method, True), *((m, False) for _, m in exams)):
@@ -181,7 +181,7 @@ def _eye(
     return Eye(clip, kind, store, observer, mean, std)
 
 
-def _task(settings: Settings, clip: FrozenCLIP, scenario: Scenario) -> Task:
+def _task(settings: Settings, clip: FrozenCLIP, scenario: Scenario, budget: Budget | None) -> Task:
     classes = ClassPrompts(clip, scenario.dataset.classnames, settings.position)
     n_ctx = settings.n_ctx or 16
     if settings.ctx_init is not None:
@@ -196,7 +196,7 @@ def _task(settings: Settings, clip: FrozenCLIP, scenario: Scenario) -> Task:
         ctx_init=settings.ctx_init,
         lr=settings.lr,
         seed=settings.seed,
-        text_features=TextFeatures(),
+        text_features=TextFeatures() if budget is None else budget.text_features(),
     )
 
 

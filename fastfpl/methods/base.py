@@ -213,7 +213,8 @@ class Method(ABC):
 
     def on(self, classes: ClassPrompts) -> Method:
         """Return the same method over another class list; states stay valid."""
-        task = replace(self.task, classes=classes, text_features=TextFeatures())
+        cache = TextFeatures(self.task.text_features.max_bytes)
+        task = replace(self.task, classes=classes, text_features=cache)
         return type(self)(task, self.options.model_dump())
 
     # -- values ------------------------------------------------------------------------------
