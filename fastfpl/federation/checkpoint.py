@@ -59,6 +59,11 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     moment at which the checkpoint counts; a process that dies before it leaves the previous one
     valid.
     """
+    if checkpoint.clients.folder != folder / CLIENTS:
+        raise InputError(
+            f"fastfpl.run: the clients of a checkpoint must lie in {folder / CLIENTS}; got "
+            f"{checkpoint.clients.folder}"
+        )
     tensors = {f"server.{name}": tensor for name, tensor in checkpoint.server.items()}
     tensors |= {f"trainer.{name}": tensor for name, tensor in checkpoint.trainer.items()}
     flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -75,10 +75,14 @@ class StateFiles(Mapping[int, StoredState]):
         folder that lives as long as this object, and former files go at once.
     device : torch.device
         Where tensors are read to.
+
+    Attributes
+    ----------
+    folder : Path or None
     """
 
     def __init__(self, folder: Path | None = None, device: torch.device | str = "cpu") -> None:
-        self._folder = folder
+        self.folder = folder
         self._device = torch.device(device)
         self._entries: dict[int, _Entry] = {}
         self._former: list[Path] = []
@@ -122,7 +126,7 @@ class StateFiles(Mapping[int, StoredState]):
         self._entries[client] = _Entry(version, tuple(state), _digest(content))
         if old is not None:
             self._former.append(self._path(client, old.version))
-        if self._folder is None:
+        if self.folder is None:
             self.sweep()
         else:
             self._unsettled.append(path)
@@ -179,8 +183,8 @@ class StateFiles(Mapping[int, StoredState]):
         self._former.clear()
 
     def _where(self) -> Path:
-        if self._folder is not None:
-            return self._folder
+        if self.folder is not None:
+            return self.folder
         if self._temporary is None:
             self._temporary = Path(tempfile.mkdtemp(prefix="fastfpl-"))
             weakref.finalize(self, shutil.rmtree, self._temporary, ignore_errors=True)
