@@ -250,17 +250,27 @@ def test_problems_do_not_influence_each_other(face):
 
 
 @NATIVE
-def test_threads_do_not_change_a_bit():
-    sim = similar(9001, 37, 2, dtype=torch.float32)
+@pytest.mark.parametrize(
+    ("problems", "prompts", "spread"),
+    [(9001, 2, 0.04), (3001, 3, 0.04), (1001, 4, 1.0)],
+    ids=["pair", "many", "many in double"],
+)
+def test_threads_do_not_change_a_bit(problems, prompts, spread):
+    sim = similar(problems, 37, prompts, dtype=torch.float32, spread=spread)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         one = solved("cpu", sim, eps=0.02, mass=0.8)
         torch.set_num_threads(5)
         assert torch.equal(solved("cpu", sim, eps=0.02, mass=0.8), one)
+        # whichever thread finds it: the first value that is not finite is named
+        sim[[10, -10], 5, 1] = torch.tensor([math.inf, math.nan])
+        with pytest.raises(InputError, match=r"got inf at \(10, 5, 1\)"):
+            solved("cpu", sim)
     finally:
         torch.set_num_threads(before)
-    rows = torch.tensor([0, 1, 4500, 8999, 9000])
+    rows = torch.tensor([0, 1, problems // 2, problems - 2, problems - 1])
+    sim = similar(problems, 37, prompts, dtype=torch.float32, spread=spread)
     assert torch.equal(solved("cpu", sim[rows], eps=0.02, mass=0.8), one[rows])
 
 
@@ -322,8 +332,9 @@ def test_survives_torch_compile():
 
 
 @pytest.mark.parametrize("face", FACES)
-def test_says_when_it_has_not_converged(face):
-    sim = similar(2, 3, 49, 2)
+@pytest.mark.parametrize("prompts", [2, 3])
+def test_says_when_it_has_not_converged(face, prompts):
+    sim = similar(2, 3, 49, prompts)
     with fastfpl.face(face):
         with pytest.raises(
             NotConverged, match=r"6 of 6 problems .* tol=1e-09 after at most 2 iter"
@@ -333,7 +344,7 @@ def test_says_when_it_has_not_converged(face):
     assert ended.iterations.tolist() == [[2] * 3] * 2
     assert (ended.residual > 1e-9).all()
     # columns are exact at any time, and the residual bounds the rows
-    torch.testing.assert_close(plan.sum(-2), even(0.4, 2, 3, 2))
+    torch.testing.assert_close(plan.sum(-2), even(0.8 / prompts, 2, 3, prompts))
     assert (plan.sum(-1).amax(-1) * 49 <= ended.residual.exp() + 1e-12).all()
 
 
@@ -439,6 +450,14 @@ def test_compiled_entry_refuses_what_it_cannot_read():
     ]:
         with pytest.raises(kind, match=message):
             entry(**good | {name: tensor}, **options)
+    weights = {"rows": torch.ones(2, 7), "columns": torch.ones(2, 2), "logits": torch.zeros(2)}
+    for names, message in [
+        (["rows"], r"columns must come with rows; got one of both"),
+        (["columns"], r"columns must come with rows; got one of both"),
+        (["rows", "columns", "logits"], r"logits must come without rows; got both"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            entry(**good, **options, **{name: weights[name] for name in names})
     assert np.isfinite(good["plan"].numpy()).all()
 
 

@@ -202,9 +202,10 @@ def transport_plan(
     10 to 20 residuals from its limit, more as mass nears 1. The C++ face, for N up to 16, finds
     the same limit by Newton steps, 3 to 10 for similarities as CLIP makes them: on two scalars for
     N of 1 or 2, for more on the shares of the columns, with the level of all of them found exactly
-    at each. The Triton face, for N up to 16 and P up to 1024, takes the same steps on two scalars
-    for N of 1 or 2 and the published ones for more, all in registers. Below about 1e-6 float32
-    cannot tell residuals from rounding.
+    at each. There it may take some hundreds where columns fill whole rows: cosines of all of
+    [-1, 1] at eps=.005. The Triton face, for N up to 16 and P up to 1024, takes the same steps on
+    two scalars for N of 1 or 2 and the published ones for more, all in registers. Below about 1e-6
+    float32 cannot tell residuals from rounding.
 
     Source: Li et al. 2024 (FedOTP), arXiv 2403.00041; partial transport by scaling: Benamou et al.
     2015, arXiv 1412.5154.
