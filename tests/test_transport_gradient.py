@@ -175,13 +175,13 @@ def test_columns_that_hardly_share_a_row(kind, free, dtype):
     assert ((alpha[:, 0] == 0) == ~held).all()
 
 
-@pytest.mark.parametrize("decades", [2, 5, 20])
+@pytest.mark.parametrize("decades", [2, 4, 6])
 def test_gradients_of_a_small_eps_are_those_of_float64(decades):
-    # two prompts that share patches at so many decades, and a third that shares none
-    lift = 0.005 * decades * math.log(10)
-    rows = [[0.3, 0.3 - lift, -0.3], [0.3 - lift, 0.3, -0.3], [-0.3, -0.3, 0.3]]
+    # two prompts that share patches so many decades below their own, and a third twenty below
+    lift, far = (0.3 - 0.005 * d * math.log(10) for d in (decades, 20))
+    rows = [[0.3, lift, far], [lift, 0.3, far], [far, far, 0.3]]
     sim = torch.tensor(rows * 3) + 0.004 * similar(9, 3, spread=1, dtype=torch.float32)
-    by = torch.linspace(-1, 2, 27).reshape(9, 3)
+    by = torch.randn(9, 3, generator=torch.Generator().manual_seed(1))
     found = []
     for dtype in (torch.float64, torch.float32):
         leaf = sim.to(dtype).requires_grad_()
@@ -189,4 +189,5 @@ def test_gradients_of_a_small_eps_are_those_of_float64(decades):
         plan = transport_plan(leaf, eps=0.005, plan_gradient=True, **options)
         found += torch.autograd.grad((plan * by.to(dtype)).sum(), leaf)
     exact, mine = found
-    assert (mine.double() - exact).abs().max() <= 1e-3 * exact.abs().max() + 1e-5
+    # an entry of the plan / eps is 22, which float32 rounds to 1e-6
+    assert (mine.double() - exact).abs().max() <= 1e-3 * exact.abs().max() + 3e-6
