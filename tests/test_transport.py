@@ -252,7 +252,7 @@ def test_problems_do_not_influence_each_other(face):
 @NATIVE
 @pytest.mark.parametrize(
     ("problems", "prompts", "spread"),
-    [(9001, 2, 0.04), (3001, 3, 0.04), (1001, 4, 1.0)],
+    [(9001, 2, 0.04), (3001, 3, 0.04), (6001, 4, 1.0)],
     ids=["pair", "many", "many in double"],
 )
 def test_threads_do_not_change_a_bit(problems, prompts, spread):
