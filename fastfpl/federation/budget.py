@@ -252,7 +252,7 @@ class Budget:
 def _taken(device: torch.device) -> int:
     """Bytes that the process has now: allocations on a GPU, resident memory on a CPU."""
     if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
+        return int(torch.cuda.memory_allocated(device))
     status = Path("/proc/self/status")
     if status.exists():
         for line in status.read_text(encoding="ascii", errors="replace").splitlines():
