@@ -227,7 +227,7 @@ class Budget:
             if self._device.type != "cuda":
                 with Living() as seen:
                     run(count)
-                return seen.most
+                return int(seen.most)
             torch.cuda.synchronize(self._device)
             before = torch.cuda.memory_allocated(self._device)
             torch.cuda.reset_peak_memory_stats(self._device)
