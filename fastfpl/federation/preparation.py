@@ -10,10 +10,18 @@ import torch
 from fastfpl.clip import FrozenCLIP, load_clip
 from fastfpl.config import Settings
 from fastfpl.data import Dataset, Shard, load_dataset, partition
+from fastfpl.data.loader import Workers, choose_workers
 from fastfpl.errors import InputError, near
 from fastfpl.features import FeatureStore, TextFeatures
 from fastfpl.federation.cohort import stack
-from fastfpl.federation.feeds import Eye, Observer, evaluation_feed, silent, training_feed
+from fastfpl.federation.feeds import (
+    RESIDENT,
+    Eye,
+    Observer,
+    evaluation_feed,
+    silent,
+    training_feed,
+)
 from fastfpl.federation.graphs import step_graphs
 from fastfpl.federation.rounds import Exam, Federation
 from fastfpl.federation.scenarios import Scenario, arrange, personal
@@ -169,7 +177,18 @@ def _eye(
                 "own; got 'dataset'"
             )
         mean, std = dataset.statistics
-    return Eye(clip, kind, store, observer, mean, std)
+    wanted = settings.feature_dtype
+    return Eye(
+        clip,
+        kind,
+        store,
+        observer,
+        mean,
+        std,
+        Workers(choose_workers(clip.device.type, settings.workers)),
+        RESIDENT if settings.resident is None else settings.resident,
+        None if wanted == "auto" else getattr(torch, wanted),
+    )
 
 
 def _task(settings: Settings, clip: FrozenCLIP, scenario: Scenario) -> Task:
