@@ -593,7 +593,7 @@ def _progress() -> Iterator[tuple[Callable[[str, int, int], None], Callable[...,
     class Rate(ProgressColumn):
         def render(self, task: Task) -> Text:
             speed = task.finished_speed or task.speed
-            unit = " images" if task.description.startswith(ENCODING) else ""
+            unit = " images" if ENCODING in task.description else ""
             return Text("" if speed is None else f"{speed:.1f}{unit}/s")
 
     columns = (

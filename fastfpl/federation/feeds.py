@@ -190,7 +190,7 @@ class Feed:
 def _chosen(views: list[Features], which: Indices, at: Indices) -> Tensor:
     """Gather of each row the view that is chosen for it, and nothing of the others."""
     rows = torch.empty((len(at), *views[0].shape[1:]), dtype=views[0].dtype)
-    for v in np.unique(which).tolist():
+    for v in sorted(set(which.tolist())):
         mine = np.flatnonzero(which == v)
         rows[torch.from_numpy(mine)] = views[v][at[mine]]
     return rows
