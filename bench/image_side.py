@@ -55,11 +55,11 @@ def compared(lines: dict[str, Callable[[], float]], repeats: int) -> None:
         click.echo(f"  {name:44} {rate:8.1f} images/s ({spread})  {rate / first:.2f}")
 
 
-def eye_of(clip: str, folder: Path, workers: Workers, resident: int) -> Eye:
+def eye_of(clip: str, folder: Path, workers: Workers, resident: int, chunk: int = 256) -> Eye:
     model = MODELS.setdefault(
         clip, load_clip(clip, None if clip == "tiny" else "random", device="cpu")
     )
-    store = FeatureStore(folder)
+    store = FeatureStore(folder, chunk=chunk)
     return Eye(model, "pooled", store, silent, model.mean, model.std, workers, resident)
 
 
@@ -67,11 +67,11 @@ MODELS: dict[str, object] = {}
 
 
 def encoding(clip: str, split: Split, count: int, workers: Workers) -> Callable[[], float]:
-    """Encode the first images into a new store."""
+    """Encode the first images into a new store, in four chunks."""
 
     def line() -> float:
         with tempfile.TemporaryDirectory() as folder:
-            eye = eye_of(clip, Path(folder), workers, 0)
+            eye = eye_of(clip, Path(folder), workers, 0, count // 4)
             begin = time.perf_counter()
             training_feed(eye, split, np.arange(count), make_settings({"method": "local"}))
             return count / (time.perf_counter() - begin)
@@ -127,11 +127,11 @@ def main(threads: int, repeats: int, only: str) -> None:
             }
 
         parts = {
-            "encoding, JPEG files, ViT-B-32": lambda: encoded("ViT-B-32", photos, 256),
+            "encoding, JPEG files, ViT-B-32": lambda: encoded("ViT-B-32", photos, 48),
             "encoding, JPEG files, tiny": lambda: encoded("tiny", photos, 384),
-            "encoding, glyphs, tiny": lambda: encoded("tiny", glyphs, 2048),
+            "encoding, glyphs, tiny": lambda: encoded("tiny", glyphs, 1024),
             "fresh crops, JPEG files, tiny": lambda: fresh("tiny", photos, 384),
-            "fresh crops, glyphs, tiny": lambda: fresh("tiny", glyphs, 2048),
+            "fresh crops, glyphs, tiny": lambda: fresh("tiny", glyphs, 512),
         }
         for name, part in parts.items():
             if only in name:

@@ -278,7 +278,7 @@ def test_how_many_threads_are_chosen(monkeypatch):
     monkeypatch.setattr(module, "_cores", lambda: 16)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
     assert choose_workers("cuda") == 8
-    assert choose_workers("cpu") == 1
+    assert choose_workers("cpu") == 2
     assert [choose_workers(d, n) for d in ("cuda", "cpu") for n in (0, 3)] == [0, 3, 0, 3]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert choose_workers("cpu") == 0

@@ -27,21 +27,22 @@ Job = tuple[Indices, Indices | None]
 _FEWEST, _MOST = 8, 64
 # images that are prepared beyond those that are waited for: one chunk of the feature store
 _AHEAD = 256
-# more threads than that wait for each other: a fifth of their work is Python's own
-_MOST_WORKERS = 8
+# threads at most, where it is not said how many: two were better than one on a CPU of two cores, by
+# bench/image_side.py; eight leave Python's lock to the thread that launches kernels (not measured)
+_BESIDE_CPU, _BESIDE_CUDA = 2, 8
 
 
 def choose_workers(device: str, asked: int | None = None) -> int:
     """Say how many threads prepare images for a kind of device, unless it is asked for.
 
     Beside a CUDA device one for each core that this process may use, eight at most; on a CPU, where
-    the tower takes all cores, a single one, and none where the tower has one thread.
+    the tower takes all cores, two, and none where the tower has one thread.
     """
     if asked is not None:
         return asked
     if device == "cuda":
-        return min(_cores(), _MOST_WORKERS)
-    return 1 if min(_cores(), torch.get_num_threads()) > 1 else 0
+        return min(_cores(), _BESIDE_CUDA)
+    return _BESIDE_CPU if min(_cores(), torch.get_num_threads()) > 1 else 0
 
 
 def _cores() -> int:
