@@ -604,9 +604,7 @@ def _progress() -> Iterator[tuple[Callable[[str, int, int], None], Callable[...,
         TimeRemainingColumn(),
     )
     # a chunk of images may take a minute on a CPU, and a rate needs several
-    with Progress(
-        *columns, console=console, transient=True, speed_estimate_period=_PERIOD
-    ) as bars:
+    with Progress(*columns, console=console, transient=True, speed_estimate_period=_PERIOD) as bars:
         current: dict[str, Any] = {}
 
         def observer(what: str, done: int, total: int) -> None:
