@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _Command = Callable[..., None]
+# seconds over which a rate is taken
+_PERIOD = 600.0
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -231,7 +233,10 @@ def run(
 def _chosen(memory: Mapping[str, Any], peak: int) -> str:
     """Say in a line what a run was allowed, what it chose, and what it took."""
     passes = "; ".join(
-        f"{one['what']}: {one['clients']} clients at most, texts in {one['text_bytes'] >> 20} MiB"
+        f"{one['what']}: {one['images']} images at once"
+        if "images" in one
+        else f"{one['what']}: {one['clients']} clients at most, texts in "
+        f"{one['text_bytes'] >> 20} MiB"
         for one in memory["passes"]
     )
     return (
@@ -604,10 +609,13 @@ def _progress() -> Iterator[tuple[Callable[[str, int, int], None], Callable[...,
     )
     from rich.text import Text
 
+    from fastfpl.federation.feeds import ENCODING
+
     class Rate(ProgressColumn):
         def render(self, task: Task) -> Text:
             speed = task.finished_speed or task.speed
-            return Text("" if speed is None else f"{speed:.1f}/s")
+            unit = " images" if ENCODING in task.description else ""
+            return Text("" if speed is None else f"{speed:.1f}{unit}/s")
 
     columns = (
         TextColumn("{task.description}"),
@@ -616,7 +624,8 @@ def _progress() -> Iterator[tuple[Callable[[str, int, int], None], Callable[...,
         Rate(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bars:
+    # a chunk of images may take a minute on a CPU, and a rate needs several
+    with Progress(*columns, console=console, transient=True, speed_estimate_period=_PERIOD) as bars:
         current: dict[str, Any] = {}
 
         def observer(what: str, done: int, total: int) -> None:
@@ -624,6 +633,7 @@ def _progress() -> Iterator[tuple[Callable[[str, int, int], None], Callable[...,
                 if current:
                     bars.remove_task(current["task"])
                 current.update(what=what, task=bars.add_task(what, total=total))
+            # the first report is where the rate begins: what was there before does not count
             bars.update(current["task"], completed=done, total=total)
 
         def on_round(label: str, row: Mapping[str, Any]) -> None:

@@ -156,6 +156,23 @@ class Settings(BaseModel):
         description="replay training steps as CUDA graphs: where they can be, never, or refuse "
         "where they cannot; decides speed, not figures",
     )
+    feature_dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "auto",
+        description="of image features on disk, which training and evaluation widen again; auto is "
+        "the CLIP's",
+    )
+    workers: int | None = Field(
+        None,
+        ge=0,
+        description="threads that read, decode and crop images while the image tower is at work; 0 "
+        "does it in between; chosen by device and cores if left out; decides speed, not figures",
+    )
+    resident: Bytes | None = Field(
+        None,
+        ge=0,
+        description="decoded images that stay in memory where they are used again, by fresh crops "
+        "or several views, such as 4GiB (1GiB); 0 keeps none; decides speed, not figures",
+    )
     device: str = Field("auto", description="cpu, cuda or auto")
     dtype: Literal["float32", "float16", "bfloat16", "float64"] = Field(
         "float32", description="of the frozen CLIP; prompts train in float32 or wider"
@@ -231,9 +248,9 @@ class Settings(BaseModel):
 def make_settings(values: Mapping[str, Any]) -> Settings:
     """Check values and fill in defaults, or refuse with a sentence that names the key.
 
-    ``shots`` also takes ``"all"``, ``as_released`` names separated by commas, ``max_memory`` a text
-    such as ``"2GiB"``, ``cuda_graphs`` the truth values that YAML makes of on and off, and numbers
-    may come as integers where a float is meant.
+    ``shots`` also takes ``"all"``, ``as_released`` names separated by commas, ``max_memory`` and
+    ``resident`` a text such as ``"2GiB"``, ``cuda_graphs`` the truth values that YAML makes of on
+    and off, and numbers may come as integers where a float is meant.
     """
     known = Settings.model_fields
     for key in values:
@@ -244,8 +261,12 @@ def make_settings(values: Mapping[str, Any]) -> Settings:
     clean = dict(values)
     if clean.get("shots") in ("all", 0):
         clean["shots"] = None
-    if clean.get("max_memory") is not None:
-        clean["max_memory"] = parse_bytes("fastfpl.Settings", clean["max_memory"])
+    none = str(clean.get("resident")) == "0"
+    for key in ("max_memory", "resident"):
+        if clean.get(key) is not None and not (none and key == "resident"):
+            clean[key] = parse_bytes("fastfpl.Settings", clean[key], key)
+    if none:
+        clean["resident"] = 0
     if isinstance(clean.get("cuda_graphs"), bool):
         clean["cuda_graphs"] = "on" if clean["cuda_graphs"] else "off"
     clean["as_released"] = quirk_names(clean.get("as_released", []))

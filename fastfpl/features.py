@@ -7,15 +7,13 @@ import json
 import logging
 import math
 import os
-import secrets
 import threading
-import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +22,7 @@ from torch import Tensor
 
 from fastfpl import __version__
 from fastfpl.errors import Damaged, InputError, KindError, near
+from fastfpl.files import Growing, sweep_parts
 
 __all__ = ["FeatureKey", "FeatureStore", "Features", "TextFeatures", "default_directory"]
 
@@ -40,7 +39,8 @@ _DTYPES: dict[str, tuple[torch.dtype, str, type[np.generic]]] = {
 }
 _MOST_HEADER = 1 << 20
 _PIECE = 1 << 26
-_ABANDONED_AFTER = 24 * 3600.0
+# seconds after which half a file goes that nobody can go on with, or that nobody went on with
+_PRIVATE_FOR, _RESUMABLE_FOR = 24 * 3600.0, 7 * 24 * 3600.0
 
 # files whose checksum this process has seen to be right: path -> identity of the file
 _verified: dict[Path, tuple[int, int, int, int]] = {}
@@ -132,7 +132,14 @@ class Features:
                 raise KindError(
                     f"fastfpl.features.Features: indices must be integers; got {where.dtype}"
                 )
-            rows = self._rows[where]
+            n = len(self)
+            if where.size and not (-n <= where.min() and where.max() < n):
+                raise IndexError(f"rows of {n} images; got {where.min()} to {where.max()}")
+            # torch's own memory, which whoever plans a run can count
+            gathered = torch.empty((*where.shape, *self.shape[1:]), dtype=self.dtype)
+            here = gathered.view(torch.int16) if self.dtype == torch.bfloat16 else gathered
+            np.take(self._rows, where, axis=0, out=here.numpy(), mode="wrap")
+            return gathered
         return torch.from_numpy(rows).view(self.dtype)
 
 
@@ -148,10 +155,12 @@ class FeatureStore:
 
     Notes
     -----
-    A file appears under its name only when it is whole, so a process that dies leaves nothing that
-    is taken for features. Any number of processes may share a directory; two that miss the same key
-    at the same time both compute it, and the later file replaces the equal earlier one. What a dead
-    process left behind is removed a day later.
+    A file appears under its name only when it is whole. What a process has encoded before it died
+    is not lost: the next one that asks for the key with the same ``chunk`` verifies the chunks that
+    are there and goes on after the last whole one; the file is, byte for byte, the one that would
+    have been written without the interruption. Any number of processes may share a directory; one
+    that misses a key while another one is encoding it does not wait but encodes it too, and the
+    later file replaces the equal earlier one. What nobody goes on with is removed after a week.
 
     The checksum of a file is verified when a process opens it for the first time. A file that is
     damaged, or of another version of this library, is computed again, with a warning of the logger
@@ -170,6 +179,8 @@ class FeatureStore:
         n: int,
         build: Callable[[npt.NDArray[np.int64]], Tensor],
         progress: Callable[[int, int], None] | None = None,
+        *,
+        ahead: Callable[[Iterable[npt.NDArray[np.int64]]], None] | None = None,
     ) -> Features:
         """Open the features of a key, computing them first if they are not there.
 
@@ -182,7 +193,10 @@ class FeatureStore:
             ``build(indices)`` with indices (m,), int64, returns finite features, floating Tensor of
             shape (m, ...), which are converted to the key's dtype.
         progress : callable, optional
-            Called as ``progress(done, n)`` after each chunk that is computed.
+            Called as ``progress(done, n)`` after each chunk that is computed, and before the first
+            one if some are there already.
+        ahead : callable, optional
+            Told, before the first chunk is built, of the indices of all of them in their order.
 
         Returns
         -------
@@ -205,7 +219,7 @@ class FeatureStore:
             _LOG.warning("%s; it is computed again", error)
             found = None
         if found is None:
-            self._write(path, key, n, build, progress)
+            self._write(path, key, n, _Job(build, progress or _unseen, ahead or _unseen))
             found = _open(path, key, n)
         if found is None:
             raise Damaged(
@@ -214,67 +228,123 @@ class FeatureStore:
             )
         return found
 
-    def _write(
-        self,
-        path: Path,
-        key: FeatureKey,
-        n: int,
-        build: Callable[[npt.NDArray[np.int64]], Tensor],
-        progress: Callable[[int, int], None] | None,
-    ) -> None:
-        part = path.with_name(f".{path.stem}-{os.getpid()}-{secrets.token_hex(4)}.part")
+    def _write(self, path: Path, key: FeatureKey, n: int, job: _Job) -> None:
         with _disk(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._sweep()
-            file = part.open("xb")
-        try:
-            with file:
-                self._fill(file, key, n, build, progress)
-            with _disk(self.directory):
-                os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+            sweep_parts(self.directory, private=_PRIVATE_FOR, resumable=_RESUMABLE_FOR)
+            growing = Growing(path, {**_facts(key, (n,)), "chunk": self.chunk})
+        with growing:
+            # another process may have ended since this one looked
+            if _intact(path, key, n):
+                growing.forget()
+            else:
+                self._fill(growing, key, n, job)
 
-    def _fill(
-        self,
-        file: BinaryIO,
-        key: FeatureKey,
-        n: int,
-        build: Callable[[npt.NDArray[np.int64]], Tensor],
-        progress: Callable[[int, int], None] | None,
-    ) -> None:
+    def _fill(self, growing: Growing, key: FeatureKey, n: int, job: _Job) -> None:
+        counts = [min(self.chunk, n - start) for start in range(0, n, self.chunk)]
         shape: tuple[int, ...] = ()
         digest = hashlib.blake2b(digest_size=16)
-        for start in range(0, n, self.chunk):
-            stop = min(n, start + self.chunk)
-            rows = build(np.arange(start, stop, dtype=np.int64))
-            if start == 0:
-                shape = (n, *rows.shape[1:])
+        done = 0
+        if _is_row(growing.note):
+            shape = (n, *growing.note)
+            digest, row = _digest(key, shape), _nbytes(key, shape[1:])
+            with _disk(self.directory):
+                for kept in growing.resume(_offset(key, shape), (c * row for c in counts)):
+                    digest.update(kept)
+                    done += len(kept) // row
+        resumed = done
+        if resumed:
+            _LOG.info("fastfpl.features: %d of %d images are there already", done, n)
+            job.progress(done, n)
+        chunks = [
+            np.arange(at, min(n, at + self.chunk), dtype=np.int64)
+            for at in range(done, n, self.chunk)
+        ]
+        job.ahead(chunks)
+        for count, leaving in _built(chunks, job.build, key):
+            row_shape = tuple(leaving.rows.shape[1:])
+            if done == 0:
+                shape = (n, *row_shape)
                 digest = _digest(key, shape)
                 with _disk(self.directory):
-                    file.write(_header(key, shape, digest.hexdigest()))
-            data = _raw(rows, (stop - start, *shape[1:]), key)
+                    growing.begin(_offset(key, shape), list(row_shape))
+            elif done == resumed and row_shape != shape[1:]:
+                # what is there was built by something else
+                growing.forget()
+                return self._fill(growing, key, n, job)
+            data = _raw(leaving, (count, *shape[1:]), key)
             digest.update(data)
             with _disk(self.directory):
-                file.write(data)
-            if progress is not None:
-                progress(stop, n)
+                growing.append(data)
+            done += count
+            job.progress(done, n)
         # the checksum is known only now; the header keeps its length
         with _disk(self.directory):
-            file.seek(0)
-            file.write(_header(key, shape, digest.hexdigest()))
-            file.flush()
-            os.fsync(file.fileno())
+            growing.finish(_header(key, shape, digest.hexdigest()))
 
-    def _sweep(self) -> None:
-        """Remove what processes that died while they wrote have left behind."""
-        limit = time.time() - _ABANDONED_AFTER
-        for part in self.directory.glob(".*.part"):
-            try:
-                if part.stat().st_mtime < limit:
-                    part.unlink()
-            except OSError:  # another process was faster, or it is another user's
-                continue
+
+@dataclass(frozen=True)
+class _Job:
+    """Who builds features, and who is told of it."""
+
+    build: Callable[[npt.NDArray[np.int64]], Tensor]
+    progress: Callable[[int, int], None]
+    ahead: Callable[[Iterable[npt.NDArray[np.int64]]], None]
+
+
+def _unseen(*_: Any) -> None:
+    """Tell nobody."""
+
+
+@dataclass(frozen=True)
+class _Leaving:
+    """Features on the host, or on their way to it until the event."""
+
+    rows: Tensor
+    finite: Tensor
+    event: torch.cuda.Event | None
+
+
+def _built(
+    chunks: Iterable[npt.NDArray[np.int64]],
+    build: Callable[[npt.NDArray[np.int64]], Tensor],
+    key: FeatureKey,
+) -> Iterator[tuple[int, _Leaving]]:
+    """Build chunk after chunk; a CUDA device gets the next one before the last one is written."""
+    waiting: tuple[int, _Leaving] | None = None
+    for at in chunks:
+        try:
+            leaving = _leave(build(at), key)
+        except BaseException:
+            if waiting is not None:
+                yield waiting
+            raise
+        if waiting is not None:
+            yield waiting
+        waiting = (len(at), leaving)
+        if leaving.event is None:
+            yield waiting
+            waiting = None
+    if waiting is not None:
+        yield waiting
+
+
+def _leave(rows: Tensor, key: FeatureKey) -> _Leaving:
+    """Convert what was built and send it to the host, without waiting for a CUDA device."""
+    if not rows.is_floating_point():
+        raise KindError(
+            f"fastfpl.features.FeatureStore: build must return floating point; got {rows.dtype}"
+        )
+    kept = rows.detach().to(_DTYPES[key.dtype][0]).contiguous()
+    finite = torch.isfinite(kept).all()
+    if not kept.is_cuda:
+        return _Leaving(kept.cpu(), finite.cpu(), None)
+    hosts = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in (kept, finite)]
+    for host, tensor in zip(hosts, (kept, finite), strict=True):
+        host.copy_(tensor, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return _Leaving(hosts[0], hosts[1], event)
 
 
 @contextmanager
@@ -288,24 +358,34 @@ def _disk(directory: Path) -> Iterator[None]:
         ) from error
 
 
-def _raw(rows: Tensor, shape: tuple[int, ...], key: FeatureKey) -> memoryview:
-    """Check what was built and return its bytes."""
-    if not rows.is_floating_point():
-        raise KindError(
-            f"fastfpl.features.FeatureStore: build must return floating point; got {rows.dtype}"
-        )
+def _raw(leaving: _Leaving, shape: tuple[int, ...], key: FeatureKey) -> memoryview:
+    """Wait for features, check them and return their bytes."""
+    rows = leaving.rows
     if tuple(rows.shape) != shape or rows.numel() == 0:
         raise InputError(
             f"fastfpl.features.FeatureStore: build must return shape {shape}, none of it 0; got "
             f"{tuple(rows.shape)}"
         )
-    kept = rows.detach().to("cpu", _DTYPES[key.dtype][0]).contiguous()
-    if not bool(torch.isfinite(kept).all()):
+    if leaving.event is not None:
+        leaving.event.synchronize()
+    if not bool(leaving.finite):
         raise InputError(
             f"fastfpl.features.FeatureStore: build must return features that are finite in "
             f"{key.dtype}; got a value that is not"
         )
-    return kept.view(-1).view(torch.uint8).numpy().data
+    return rows.view(-1).view(torch.uint8).numpy().data
+
+
+def _is_row(note: Any) -> bool:
+    """Whether what a journal notes is the shape of a row."""
+    return isinstance(note, list) and all(type(size) is int and size > 0 for size in note)
+
+
+def _intact(path: Path, key: FeatureKey, n: int) -> bool:
+    try:
+        return _open(path, key, n) is not None
+    except Damaged:
+        return False
 
 
 def _facts(key: FeatureKey, shape: tuple[int, ...]) -> dict[str, str]:
@@ -323,9 +403,17 @@ def _digest(key: FeatureKey, shape: tuple[int, ...]) -> hashlib.blake2b:
     return hashlib.blake2b(facts.encode(), digest_size=16)
 
 
+def _nbytes(key: FeatureKey, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * _DTYPES[key.dtype][0].itemsize
+
+
+def _offset(key: FeatureKey, shape: tuple[int, ...]) -> int:
+    """Say where the first row stands in the file."""
+    return len(_header(key, shape, _digest(key, shape).hexdigest()))
+
+
 def _header(key: FeatureKey, shape: tuple[int, ...], checksum: str) -> bytes:
-    _, name, width = _DTYPES[key.dtype]
-    size = math.prod(shape) * np.dtype(width).itemsize
+    name, size = _DTYPES[key.dtype][1], _nbytes(key, shape)
     text = json.dumps(
         {
             "__metadata__": {**_facts(key, shape), "checksum": checksum},
@@ -374,7 +462,7 @@ def _open(path: Path, key: FeatureKey, n: int) -> Features | None:
         if _header(key, shape, checksum) != length.to_bytes(8, "little") + text:
             raise damaged("got a changed header")
         dtype, _, width = _DTYPES[key.dtype]
-        size = math.prod(shape) * np.dtype(width).itemsize
+        size = _nbytes(key, shape)
         if size <= 0 or status.st_size != 8 + length + size:
             raise damaged(f"got {status.st_size} bytes instead of {8 + length + size}")
         raw = np.asarray(np.memmap(file, np.uint8, "r", offset=8 + length))

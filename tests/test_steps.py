@@ -228,7 +228,7 @@ def numberless(method, federation, round_):
     )
     strong = views if type(method).paired else None
     rows = np.arange(shape[0])
-    feed = Feed(META, split, rows, views[:1] if strong else views, None, strong)
+    feed = Feed(META, split, rows, views[:1] if strong else views, strong)
     trained, fixed = ({k: v.to(META) for k, v in s.items()} for s in (trained, fixed))
     if method.surveys(fixed):
         classes = len(NAMES)

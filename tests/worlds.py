@@ -126,6 +126,9 @@ class Feed:
     def domains(self, indices: np.ndarray) -> Tensor:
         return torch.from_numpy(self.split.domains[indices])
 
+    def expect(self, batches: list[tuple[np.ndarray, np.ndarray | None]]) -> None:
+        pass
+
     def batch(self, indices: np.ndarray, draws: np.ndarray | None = None) -> Tensor:
         assert draws is None
         return self._features[torch.from_numpy(indices)]

@@ -77,6 +77,10 @@ class Preprocess:
         Missing
             If torchvision cannot be imported.
         """
+        return self.normalised(self.squares(images))
+
+    def squares(self, images: Images) -> Tensor:
+        """Resize the short side and crop the centre: (b, 3, size, size), uint8."""
         pixels = _vision()
         done = []
         for image in _checked(images):
@@ -91,7 +95,7 @@ class Preprocess:
             if image.shape[1:] != (self.size, self.size):
                 image = pixels.center_crop(image, [self.size, self.size])
             done.append(image)
-        return self._normalised(done)
+        return self._together(done)
 
     def augmented(
         self,
@@ -131,6 +135,17 @@ class Preprocess:
         fit, the largest centred one with an allowed shape is taken.
         Source: Zhou et al. 2022, CoOp, arXiv 2109.01134 (training transforms).
         """
+        return self.normalised(self.crops(images, seeds, scale=scale, flip=flip))
+
+    def crops(
+        self,
+        images: Images,
+        seeds: Sequence[int] | npt.NDArray[np.int64],
+        *,
+        scale: tuple[float, float] = (0.08, 1.0),
+        flip: float = 0.5,
+    ) -> Tensor:
+        """Cut and maybe mirror as `augmented` does: (b, 3, size, size), uint8."""
         _check_seeds("augmented", images, seeds)
         if not 0 < scale[0] <= scale[1] <= 1:
             raise InputError(
@@ -158,7 +173,7 @@ class Preprocess:
                 antialias=True,
             )
             done.append(pixels.horizontal_flip(image) if mirrored else image)
-        return self._normalised(done)
+        return self._together(done)
 
     def strong(self, images: Images, seeds: Sequence[int] | npt.NDArray[np.int64]) -> Tensor:
         """Squeeze each image into the square, maybe mirror it, and distort its colours.
@@ -190,6 +205,10 @@ class Preprocess:
         pixels, sigma uniform in [1, 2].
         Source: strong augmentation of FedAPT (Su et al. 2024, arXiv 2211.07864) as released.
         """
+        return self.normalised(self.distorted(images, seeds))
+
+    def distorted(self, images: Images, seeds: Sequence[int] | npt.NDArray[np.int64]) -> Tensor:
+        """Squeeze and distort as `strong` does: (b, 3, size, size), uint8."""
         _check_seeds("strong", images, seeds)
         pixels = _vision()
         change = {
@@ -217,14 +236,20 @@ class Preprocess:
             if drawn.sigma is not None:
                 image = pixels.gaussian_blur(image, [_KERNEL, _KERNEL], [drawn.sigma, drawn.sigma])
             done.append(image)
-        return self._normalised(done)
+        return self._together(done)
 
-    def _normalised(self, images: list[Tensor]) -> Tensor:
+    def normalised(self, squares: Tensor) -> Tensor:
+        """Normalise pixels (b, 3, size, size), uint8, where they are: float32, 0 to 1 before."""
+        pixels = squares.to(torch.float32).div_(255)
+        # by numbers, not tensors, which a CUDA device would have to be waited for
+        for channel, (mean, std) in enumerate(zip(self.mean, self.std, strict=True)):
+            pixels[:, channel].sub_(mean).div_(std)
+        return pixels
+
+    def _together(self, images: list[Tensor]) -> Tensor:
         if not images:
-            return torch.empty((0, 3, self.size, self.size))
-        mean = torch.tensor(self.mean).view(3, 1, 1)
-        std = torch.tensor(self.std).view(3, 1, 1)
-        return torch.stack(images).to(torch.float32).div_(255).sub_(mean).div_(std)
+            return torch.empty((0, 3, self.size, self.size), dtype=torch.uint8)
+        return torch.stack(images)
 
 
 def _vision() -> Any:

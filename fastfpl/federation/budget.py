@@ -100,11 +100,12 @@ class Budget:
     taken : int
         Bytes that were taken before the first pass: weights, data, libraries.
     reserved : int
-        Bytes that are kept for caches of text features.
+        Bytes that are kept for caches of text features and for decoded images.
     passes : list of dict
         What was chosen for every kind of cohort: ``what`` it is for, ``clients`` at most,
         ``text_bytes`` for activations of the text pass, and ``tried_bytes`` that
-        ``tried_clients`` needed.
+        ``tried_clients`` needed; for the encoding of images ``images``, ``tried_images`` and
+        ``tried_bytes``.
 
     Raises
     ------
@@ -203,13 +204,9 @@ class Budget:
             known = f", but one needs {_readable(first)}"
             text //= 2
         text *= 2
-        # twice the clients need at most twice as much, so that no trial needs more than there is
-        top = _ENOUGH if most is None else most
-        count, needed = 1, first
-        while 2 * count <= top and 2 * needed <= room:
-            count *= 2
-            needed = count * beside + self._needs(run, count, text)
-        tried, count = count, min(count * room // needed, top)
+        count, tried, needed = self._doubled(
+            lambda n: n * beside + self._needs(run, n, text), first, most or _ENOUGH
+        )
         self.passes.append(
             {
                 "what": what,
@@ -220,6 +217,47 @@ class Budget:
             }
         )
         return Share(count, text)
+
+    def _doubled(self, needs: Callable[[int], int], first: int, top: int) -> tuple[int, int, int]:
+        """Double what shares a pass while it fits; return how many do, were tried and needed.
+
+        Twice as many need at most twice as much, so that no trial needs more than there is.
+        """
+        tried, needed = 1, max(first, 1)
+        while 2 * tried <= top and 2 * needed <= self.room:
+            tried *= 2
+            needed = max(needs(tried), 1)
+        return min(tried * self.room // needed, top), tried, needed
+
+    def images(self, encode: Callable[[Tensor], object], size: int, most: int) -> int:
+        """Choose how many images the image tower encodes at once, ``most`` at the most.
+
+        ``encode`` takes pixels (n, 3, size, size), uint8.
+        """
+
+        def run(count: int) -> None:
+            encode(torch.zeros(count, 3, size, size, dtype=torch.uint8))
+
+        first = self._needs(run, 1, self.room)
+        if first > self.room:
+            raise InputError(
+                f"fastfpl.run: max_memory must hold the encoding of one image; got "
+                f"{_readable(self.limit)}, of which {_readable(self.taken)} are taken, but one "
+                f"needs {_readable(first)}; raise it or take a smaller CLIP"
+            )
+        count, tried, needed = self._doubled(lambda n: self._needs(run, n, self.room), first, most)
+        self.passes.append(
+            {"what": "encoding", "images": count, "tried_images": tried, "tried_bytes": needed}
+        )
+        return count
+
+    def decoded(self, wanted: int | None, otherwise: int) -> int:
+        """Keep bytes for decoded images where they are the device's too, and say how many."""
+        if self._device.type != "cpu":
+            return otherwise if wanted is None else wanted
+        count = min(otherwise, self.room // 8) if wanted is None else wanted
+        self.reserved += count
+        return count
 
     def _needs(self, run: Callable[[int], None], count: int, text: int) -> int:
         """Measure the bytes that a trial has at a time beside what was there before."""
@@ -244,7 +282,7 @@ class Budget:
         return {
             "limit_bytes": self.limit,
             "taken_bytes": self.taken,
-            "text_cache_bytes": self.reserved,
+            "reserved_bytes": self.reserved,
             "passes": self.passes,
         }
 

@@ -395,14 +395,18 @@ def _batches(
     labels, domains = feed.labels(indices), feed.domains(indices)
     positions = moved(torch.from_numpy(np.ascontiguousarray(plan.positions)), labels.device)
     mask = moved(torch.from_numpy(np.ascontiguousarray(plan.mask)), labels.device)
+    asked = []
     for step, here in enumerate(indices):
         live = sum(step < count for count in steps)
-        draws = None if plan.draws is None else plan.draws[step, :live]
-        strong = feed.strong(here[:live], draws) if feed.paired and draws is not None else None
+        asked.append((here[:live], None if plan.draws is None else plan.draws[step, :live]))
+    feed.expect(asked)
+    for step, (here, draws) in enumerate(asked):
+        live = len(here)
+        strong = feed.strong(here, draws) if feed.paired and draws is not None else None
         yield (
             live,
             Batch(
-                image=feed.batch(here[:live], draws),
+                image=feed.batch(here, draws),
                 labels=labels[step, :live],
                 domains=domains[step, :live],
                 positions=positions[step, :live],

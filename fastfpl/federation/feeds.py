@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -13,13 +13,25 @@ from torch import Tensor
 
 from fastfpl.clip import FrozenCLIP
 from fastfpl.config import Settings
-from fastfpl.data import Split
+from fastfpl.data import Images, Split
+from fastfpl.data.loader import Job, Loader, Resident, Workers
 from fastfpl.data.transforms import Preprocess
 from fastfpl.errors import InputError
 from fastfpl.features import FeatureKey, Features, FeatureStore
 from fastfpl.seeds import seed_for
 
-__all__ = ["Eye", "Feed", "Observer", "evaluation_feed", "moved", "silent", "training_feed"]
+__all__ = [
+    "ENCODING",
+    "RESIDENT",
+    "Encoder",
+    "Eye",
+    "Feed",
+    "Observer",
+    "evaluation_feed",
+    "moved",
+    "silent",
+    "training_feed",
+]
 
 #: ``observer(what, done, total)`` is told of every long step.
 Observer = Callable[[str, int, int], None]
@@ -31,14 +43,51 @@ def silent(what: str, done: int, total: int) -> None:
 
 Indices = npt.NDArray[np.int64]
 
-# batches of features on their way to a device
+#: What the name of a step begins with in which images are counted.
+ENCODING = "encoding"
+
+# batches on their way to a device
 _AHEAD = 4
+#: Bytes of decoded images that stay where they are used again, unless settings say otherwise: the
+#: few-shot sets of a hundred classes fit.
+RESIDENT = 1 << 30
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor of the CPU to a device, without waiting for the device."""
     ready = tensor.pin_memory() if device.type == "cuda" else tensor
     return ready.to(device, non_blocking=True)
+
+
+class Encoder:
+    """Encodes images of a split, while threads prepare those that will be asked for next.
+
+    Parameters
+    ----------
+    eye : Eye
+    read : callable
+        ``read(indices)`` returns images.
+    cut : callable
+        ``cut(images, seeds)`` returns their pixels, uint8.
+    """
+
+    def __init__(
+        self,
+        eye: Eye,
+        read: Callable[[Indices], Images],
+        cut: Callable[[Images, Indices | None], Tensor],
+    ) -> None:
+        pinned = eye.clip.device.type == "cuda"
+        self._eye = eye
+        self._loader = Loader(read, cut, eye.clip.image_size, eye.workers, pinned=pinned)
+
+    def expect(self, jobs: Iterable[Job]) -> None:
+        """Be told what will be asked for next; see `Loader.expect`."""
+        self._loader.expect(jobs)
+
+    def __call__(self, indices: Indices, seeds: Indices | None = None) -> Tensor:
+        """Features of images (b,), each drawn by its seed, on the device."""
+        return self._eye.encode(self._loader.pixels(indices, seeds))
 
 
 class Feed:
@@ -50,12 +99,12 @@ class Feed:
     split : Split
     rows : ndarray, shape (n,), int64
         Images that may be asked for, ascending.
-    stores : list of Features
-        One entry a view, each with n rows; empty if every batch is encoded afresh.
-    encode : callable
-        ``encode(indices, seeds)`` draws, augments and encodes images; used without stores.
-    strong : callable or list of Features, optional
+    plain : list of Features, or Encoder
+        One entry a view, each with n rows; or what encodes every batch afresh.
+    strong : list of Features, or Encoder, optional
         The strongly augmented view, likewise.
+    dtype : torch.dtype, optional
+        What features that were stored are converted to; theirs if left out.
     """
 
     def __init__(
@@ -63,18 +112,19 @@ class Feed:
         device: torch.device,
         split: Split,
         rows: Indices,
-        stores: list[Features],
-        encode: Callable[[Indices, Indices], Tensor],
-        strong: Callable[[Indices, Indices], Tensor] | list[Features] | None = None,
+        plain: list[Features] | Encoder,
+        strong: list[Features] | Encoder | None = None,
+        *,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.split = split
         self.paired = strong is not None
-        self.random = len(stores) != 1 or self.paired
+        self.random = not isinstance(plain, list) or len(plain) != 1 or self.paired
         self._device = device
         self._rows = rows
-        self._stores = stores
-        self._encode = encode
+        self._plain = plain
         self._strong = strong
+        self._dtype = dtype
         self._copies: deque[torch.cuda.Event] = deque()
 
     def labels(self, indices: Indices) -> Tensor:
@@ -85,13 +135,20 @@ class Feed:
         """Visual domains of images, any shape, int64."""
         return moved(torch.from_numpy(self.split.domains[indices]), self._device)
 
+    def expect(self, batches: Iterable[tuple[Indices, Indices | None]]) -> None:
+        """Be told of the next batches, indices and draws, so that they can be prepared ahead."""
+        asked = [(at, draws) for at, draws in batches if draws is not None]
+        for source in (self._plain, self._strong):
+            if isinstance(source, Encoder):
+                source.expect([(at.reshape(-1), draws.reshape(-1)) for at, draws in asked])
+
     def batch(self, indices: Indices, draws: Indices | None = None) -> Tensor:
         """Features of images of any index shape (...): (..., D) or (..., P, D).
 
         ``draws``, integers of the same shape, choose the view or seed the augmentation; a feed
         that is not `random` needs none.
         """
-        return self._view(self._stores or self._encode, indices, draws)
+        return self._view(self._plain, indices, draws)
 
     def strong(self, indices: Indices, draws: Indices) -> Tensor:
         """Features of the strongly augmented view, as `batch` gives those of the plain one."""
@@ -99,13 +156,10 @@ class Feed:
         return self._view(self._strong, indices, draws)
 
     def _view(
-        self,
-        source: Callable[[Indices, Indices], Tensor] | list[Features],
-        indices: Indices,
-        draws: Indices | None,
+        self, source: list[Features] | Encoder, indices: Indices, draws: Indices | None
     ) -> Tensor:
         flat = indices.reshape(-1)
-        if callable(source):
+        if isinstance(source, Encoder):
             assert draws is not None
             features = source(flat, draws.reshape(-1))  # on the device: the tower made them
         else:
@@ -114,11 +168,11 @@ class Feed:
                 features = source[0][at]
             else:
                 assert draws is not None
-                which = draws.reshape(-1) % len(source)
-                parts = torch.stack([view[at] for view in source])
-                features = parts[torch.from_numpy(which), torch.arange(len(flat))]
+                features = _chosen(source, draws.reshape(-1) % len(source), at)
             features = moved(features, self._device)
-            self._stay_near()
+            if self._dtype is not None:
+                features = features.to(self._dtype)
+        self._stay_near()
         return features.reshape(*indices.shape, *features.shape[1:])
 
     def _stay_near(self) -> None:
@@ -131,6 +185,15 @@ class Feed:
         if len(self._copies) > _AHEAD:
             # the device has the work of the batches since then
             self._copies.popleft().synchronize()
+
+
+def _chosen(views: list[Features], which: Indices, at: Indices) -> Tensor:
+    """Gather of each row the view that is chosen for it, and nothing of the others."""
+    rows = torch.empty((len(at), *views[0].shape[1:]), dtype=views[0].dtype)
+    for v in sorted(set(which.tolist())):
+        mine = np.flatnonzero(which == v)
+        rows[torch.from_numpy(mine)] = views[v][at[mine]]
+    return rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,6 +209,12 @@ class Eye:
     observer : Observer
     mean, std : tuple of float
         What pixels are normalised by.
+    workers : Workers
+        Who prepares pixels.
+    resident : int
+        Bytes of decoded images that stay in memory where they are used again.
+    dtype : torch.dtype
+        Of features that are stored; the CLIP's if left out.
     """
 
     clip: FrozenCLIP
@@ -154,6 +223,9 @@ class Eye:
     observer: Observer
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    workers: Workers = field(default_factory=lambda: Workers(0))
+    resident: int = RESIDENT
+    dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         if self.kind == "patches" and self.clip.patches is None:
@@ -163,8 +235,9 @@ class Eye:
             )
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Encode normalised pixels into features of the kind."""
-        ready = moved(pixels, self.clip.device).to(self.clip.dtype)
+        """Encode pixels, uint8 as they were cut, into features of the kind."""
+        here = moved(pixels, self.clip.device)
+        ready = self.prepare.normalised(here).to(self.clip.dtype)
         if self.kind == "patches":
             return self.clip.encode_image_tokens(ready)
         return self.clip.encode_image(ready, normalize=self.kind == "pooled")
@@ -183,53 +256,55 @@ def training_feed(
     A paired feed's plain view is the deterministic one; ``augment`` decides whether the strong view
     is drawn anew every time or is one of a fixed number of views.
     """
-    prepare, scale = eye.prepare, (settings.crop, 1.0)
+    prepare = eye.prepare
+    # crops of one image are cut anew from the same pixels
+    again = settings.augment == "fresh" or settings.views + paired > 1
+    read = Resident(split, eye.resident).images if again and eye.resident else split.images
 
-    def crop(indices: Indices, seeds: Indices) -> Tensor:
-        pixels = prepare.augmented(split.images(indices), seeds, scale=scale, flip=settings.flip)
-        return eye.encode(pixels)
+    def crop(images: Images, seeds: Indices | None) -> Tensor:
+        assert seeds is not None
+        return prepare.crops(images, seeds, scale=(settings.crop, 1.0), flip=settings.flip)
 
-    def distort(indices: Indices, seeds: Indices) -> Tensor:
-        return eye.encode(prepare.strong(split.images(indices), seeds))
+    def distort(images: Images, seeds: Indices | None) -> Tensor:
+        assert seeds is not None
+        return prepare.distorted(images, seeds)
 
-    def views(encode: Callable[[Indices, Indices], Tensor], name: str) -> list[Features]:
-        stores = []
-        for v in range(settings.views):
+    def views(cut: Callable[[Images, Indices | None], Tensor], name: str) -> list[Features]:
+        # views do not depend on the run's seed, so that runs share them
+        return [
+            _stored(
+                *(eye, split, "train", rows, f"{name}-{v}", Encoder(eye, read, cut)),
+                what=f"view {v + 1} of {settings.views}",
+                seed=v,
+            )
+            for v in range(settings.views)
+        ]
 
-            def build(at: Indices, v: int = v) -> Tensor:
-                # views do not depend on the run's seed, so that runs share them
-                seeds = np.array([seed_for(v, "view", int(i)) for i in rows[at]])
-                return encode(rows[at], seeds)
-
-            stores.append(_stored(eye, split, "train", rows, f"{name}-{v}", build, f"view {v + 1}"))
-        return stores
-
+    fresh, dtype = settings.augment == "fresh", eye.clip.dtype
     if paired:
-        plain = _plain(eye, split, "train", rows)
-        strong = distort if settings.augment == "fresh" else views(distort, "strong")
-        return Feed(eye.clip.device, split, rows, [plain], crop, strong)
-    if settings.augment == "fresh":
-        return Feed(eye.clip.device, split, rows, [], crop)
+        plain = [_plain(eye, split, "train", rows, read)]
+        strong = Encoder(eye, read, distort) if fresh else views(distort, "strong")
+        return Feed(eye.clip.device, split, rows, plain, strong, dtype=dtype)
+    if fresh:
+        return Feed(eye.clip.device, split, rows, Encoder(eye, read, crop))
     if settings.augment == "none":
-        return Feed(eye.clip.device, split, rows, [_plain(eye, split, "train", rows)], crop)
-    stores = views(crop, f"crop-{settings.crop}-{settings.flip}")
-    return Feed(eye.clip.device, split, rows, stores, crop)
+        stores = [_plain(eye, split, "train", rows, read)]
+    else:
+        stores = views(crop, f"crop-{settings.crop}-{settings.flip}")
+    return Feed(eye.clip.device, split, rows, stores, dtype=dtype)
 
 
 def evaluation_feed(eye: Eye, split: Split, name: str, rows: Indices) -> Feed:
     """Feed evaluations: one deterministic view of every image."""
-
-    def encode(indices: Indices, seeds: Indices) -> Tensor:
-        return eye.encode(eye.prepare(split.images(indices)))
-
-    return Feed(eye.clip.device, split, rows, [_plain(eye, split, name, rows)], encode)
+    stores = [_plain(eye, split, name, rows, split.images)]
+    return Feed(eye.clip.device, split, rows, stores, dtype=eye.clip.dtype)
 
 
-def _plain(eye: Eye, split: Split, name: str, rows: Indices) -> Features:
-    def build(at: Indices) -> Tensor:
-        return eye.encode(eye.prepare(split.images(rows[at])))
-
-    return _stored(eye, split, name, rows, "centre", build, "images")
+def _plain(
+    eye: Eye, split: Split, name: str, rows: Indices, read: Callable[[Indices], Images]
+) -> Features:
+    encode = Encoder(eye, read, lambda images, seeds: eye.prepare.squares(images))
+    return _stored(eye, split, name, rows, "centre", encode, what="images")
 
 
 def _stored(
@@ -238,9 +313,12 @@ def _stored(
     name: str,
     rows: Indices,
     view: str,
-    build: Callable[[Indices], Tensor],
+    encode: Encoder,
+    *,
     what: str,
+    seed: int | None = None,
 ) -> Features:
+    """Open the features of images, encoding what is not there; ``seed`` draws the view of each."""
     # few-shot runs need a small part of the training split: only that part is encoded
     part = "all" if len(rows) == len(split) else f"{seed_for(0, *rows.tolist()):016x}"
     clip = eye.clip
@@ -250,7 +328,22 @@ def _stored(
         split=f"{name}-{part}",
         view=f"{view}-{clip.image_size}-{eye.mean}-{eye.std}",
         kind=eye.kind,
-        dtype=str(clip.dtype).removeprefix("torch."),
+        dtype=str(eye.dtype or clip.dtype).removeprefix("torch."),
     )
-    title = f"encoding {name} {what}"
-    return eye.store.get(key, len(rows), build, lambda done, n: eye.observer(title, done, n))
+
+    def job(at: Indices) -> Job:
+        if seed is None:
+            return rows[at], None
+        return rows[at], np.array([seed_for(seed, "view", int(i)) for i in rows[at]])
+
+    def jobs(chunks: Iterable[Indices]) -> Iterator[Job]:
+        return (job(at) for at in chunks)
+
+    title = f"{ENCODING} {name} {what}"
+    return eye.store.get(
+        key,
+        len(rows),
+        lambda at: encode(*job(at)),
+        lambda done, n: eye.observer(title, done, n),
+        ahead=lambda chunks: encode.expect(jobs(chunks)),
+    )

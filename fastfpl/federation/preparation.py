@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,19 @@ import torch
 from fastfpl.clip import FrozenCLIP, load_clip
 from fastfpl.config import Settings
 from fastfpl.data import Dataset, Shard, load_dataset, partition
+from fastfpl.data.loader import Workers, choose_workers
 from fastfpl.errors import InputError, near
 from fastfpl.features import FeatureStore, TextFeatures
 from fastfpl.federation.budget import Budget
 from fastfpl.federation.cohort import stack
-from fastfpl.federation.feeds import Eye, Observer, evaluation_feed, silent, training_feed
+from fastfpl.federation.feeds import (
+    RESIDENT,
+    Eye,
+    Observer,
+    evaluation_feed,
+    silent,
+    training_feed,
+)
 from fastfpl.federation.graphs import step_graphs
 from fastfpl.federation.rounds import Exam, Federation
 from fastfpl.federation.scenarios import Scenario, arrange, personal
@@ -69,7 +78,11 @@ def prepare(
     budget = None if settings.max_memory is None else Budget(settings.max_memory, clip.device)
     root = None if settings.root is None else Path(settings.root)
     dataset = load_dataset(settings.dataset, root, on_corrupt=settings.on_corrupt)
-    eye = _eye(settings, clip, dataset, kind.image_kind, FeatureStore(cache), observer)
+    store = FeatureStore(cache)
+    eye = _eye(settings, clip, dataset, kind.image_kind, store, observer, budget)
+    if budget is not None:
+        chunk = budget.images(eye.encode, clip.image_size, store.chunk)
+        eye = replace(eye, store=FeatureStore(cache, chunk=chunk))
     scenario = arrange(settings, dataset, lambda mine: _deal(settings, mine))
     if changes_data(quirks):
         scenario = personal(*disturbed(scenario.dataset, scenario.shards, quirks, settings.seed))
@@ -169,6 +182,7 @@ def _eye(
     kind: str,
     store: FeatureStore,
     observer: Observer,
+    budget: Budget | None,
 ) -> Eye:
     mean, std = clip.mean, clip.std
     if settings.statistics == "dataset":
@@ -178,7 +192,22 @@ def _eye(
                 "own; got 'dataset'"
             )
         mean, std = dataset.statistics
-    return Eye(clip, kind, store, observer, mean, std)
+    wanted, resident = settings.feature_dtype, settings.resident
+    if budget is not None:
+        resident = budget.decoded(resident, RESIDENT)
+    elif resident is None:
+        resident = RESIDENT
+    return Eye(
+        clip,
+        kind,
+        store,
+        observer,
+        mean,
+        std,
+        Workers(choose_workers(clip.device.type, settings.workers)),
+        resident,
+        None if wanted == "auto" else getattr(torch, wanted),
+    )
 
 
 def _task(settings: Settings, clip: FrozenCLIP, scenario: Scenario, budget: Budget | None) -> Task:

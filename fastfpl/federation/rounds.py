@@ -107,6 +107,7 @@ class Federation:
     def facts(self) -> dict[str, Any]:
         """Say what a checkpoint must agree with: settings that decide figures, weights, data."""
         loose = {*("rounds", "cohort", "threads", "device", "root"), *("max_memory", "cuda_graphs")}
+        loose |= {"workers", "resident"}
         if self.settings.schedule == "cosine-rounds":
             loose.remove("rounds")
         kept = {k: v for k, v in self.settings.model_dump().items() if k not in loose}

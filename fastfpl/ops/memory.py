@@ -20,7 +20,7 @@ _UNITS = {"": 1, "B": 1} | {
 _limit: ContextVar[int | None] = ContextVar("fastfpl_memory_limit", default=None)
 
 
-def parse_bytes(op: str, value: int | str) -> int:
+def parse_bytes(op: str, value: int | str, name: str = "max_memory") -> int:
     """Read a positive number of bytes such as ``1500000000``, ``"2GiB"`` or ``"1.5 GB"``.
 
     Parameters
@@ -29,18 +29,20 @@ def parse_bytes(op: str, value: int | str) -> int:
         Who asks, for the sentence of a refusal.
     value : int or str
         Units are B, KB, MB, GB, TB (powers of 1000) and KiB, MiB, GiB, TiB (powers of 1024).
+    name : str
+        Of the argument.
     """
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise KindError(
-            f"{op}: max_memory must be bytes or a text such as '2GiB'; got {type(value).__name__}"
+            f"{op}: {name} must be bytes or a text such as '2GiB'; got {type(value).__name__}"
         )
     units = {unit.lower(): factor for unit, factor in _UNITS.items()}
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(value).lower())
     if match is None or match[2] not in units:
-        raise InputError(f"{op}: max_memory must be bytes or a text such as '2GiB'; got {value!r}")
+        raise InputError(f"{op}: {name} must be bytes or a text such as '2GiB'; got {value!r}")
     count = int(Fraction(match[1]) * units[match[2]])
     if count < 1:
-        raise InputError(f"{op}: max_memory must be positive; got {value!r}")
+        raise InputError(f"{op}: {name} must be positive; got {value!r}")
     return count
 
 
