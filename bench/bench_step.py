@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.bench_text import NAMES, SLOTS, WIDTH, operations, tower
+from bench.bench_text import BEFORE, NAMES, SLOTS, WIDTH, operations, tower
 from bench.bench_transport import published
 from bench.clock import checked
 from fastfpl.features import TextFeatures
@@ -44,7 +44,7 @@ LIMIT = {"fedotp": 1e-2}
 
 
 @functools.cache
-def classes(dtype: torch.dtype) -> ClassPrompts:
+def classes(dtype: torch.dtype, count: int = CLASSES) -> ClassPrompts:
     from open_clip import SimpleTokenizer
 
     tokenizer = SimpleTokenizer()
@@ -53,14 +53,17 @@ def classes(dtype: torch.dtype) -> ClassPrompts:
         tokenize=lambda texts: [tokenizer.encode(t) for t in texts],
     )
     plain = [" ".join(name.split()) for name in NAMES.split(",")]
-    return ClassPrompts(clip, plain[:CLASSES])
+    names = plain + [f"{word} {name}" for word in BEFORE for name in plain]
+    return ClassPrompts(clip, names[:count])
 
 
-def method_of(name: str, dtype: torch.dtype) -> Method:
+def method_of(
+    name: str, dtype: torch.dtype, clients: int = CLIENTS, count: int = CLASSES
+) -> Method:
     task = Task(
-        classes=classes(dtype),
+        classes=classes(dtype, count),
         logit_scale=100.0,
-        clients=CLIENTS,
+        clients=clients,
         domains=("one",),
         client_domains=None,
         n_ctx=SLOTS,
@@ -222,6 +225,21 @@ def bench_step(benchmark, name, way):
     benchmark.extra_info["faces"] = {op: sorted(names) for op, names in faces.items()}
 
 
+def literal_experts() -> Callable[[], Tensor]:
+    """Encode nine other clients' prompts one by one: (1, C, 9, d)."""
+    prompts, others = classes(torch.float32), pool(torch.float32)[1:]
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        each = [
+            literal_text.encode_text(prompts.tower, prompts.layout(SLOTS), ctx, False)
+            for ctx in others
+        ]
+        return torch.stack(each, dim=1)[None, :, :, ::4]
+
+    return run
+
+
 @pytest.mark.parametrize("way", ["literal", "ours"])
 def bench_experts_of_a_client_round(benchmark, way):
     """One client's nine literal encodes; ours for all ten clients of the round at once."""
@@ -234,17 +252,11 @@ def bench_experts_of_a_client_round(benchmark, way):
         return method.start(down_of(method, count), {}, training=True)[1]["experts"]
 
     @torch.no_grad()
-    def run() -> Tensor:
-        if way == "ours":
-            return features(torch.float32, CLIENTS)
-        prompts = classes(torch.float32)
-        each = [
-            literal_text.encode_text(prompts.tower, prompts.layout(SLOTS), ctx, False)
-            for ctx in pool(torch.float32)[1:]
-        ]
-        return torch.stack(each, dim=1)[None, :, :, ::4]
+    def ours() -> Tensor:
+        return features(torch.float32, CLIENTS)
 
     with torch.no_grad():
         truth = features(torch.float64, members)
+    run = ours if way == "ours" else literal_experts()
     checked(benchmark, run, truth, 1e-4, rounds=5 if way == "ours" else 1, **row)
     benchmark.extra_info["clients"] = members

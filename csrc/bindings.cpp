@@ -215,9 +215,7 @@ void unit_bwd(py::handle d_f_, py::handle f_, py::handle norm_, py::handle d_y_,
 template <class Real>
 int64_t transport_plan_of(const fastfpl::View& sim, const fastfpl::View& plan,
                           const fastfpl::View& iterations, const fastfpl::View& residual,
-                          const Perhaps& rows,
-                          const Perhaps& columns,
-                          const Perhaps& logits,
+                          const Perhaps& rows, const Perhaps& columns, const Perhaps& logits,
                           const fastfpl::Transport& t) {
   const fastfpl::Arrays<Real> arrays{sim.data<Real>(),
                                      rows.data<Real>(),
@@ -251,6 +249,11 @@ int64_t transport_plan(py::handle sim_, py::handle plan_, py::handle iterations_
   const Perhaps rows(op, "rows", rows_, problems * patches);
   const Perhaps columns(op, "columns", columns_, problems * prompts);
   const Perhaps logits(op, "logits", logits_, problems);
+  if (rows_.is_none() != columns_.is_none())
+    fastfpl::refuse(op, "columns", "come with rows", "one of both");
+  // their logarithms become a part of the similarities that a score would be summed from
+  if (!rows_.is_none() && !logits_.is_none())
+    fastfpl::refuse(op, "logits", "come without rows", "both");
   if (classes > 0 && sim.size() && sim.shape(-2) != classes)
     fastfpl::refuse(op, "sim", "have " + std::to_string(classes) + " classes",
                     std::to_string(sim.shape(-2)));

@@ -199,10 +199,9 @@ int64_t transport_plan(const Arrays<Real>& arrays, const Transport& t) {
     double* mine = scratch + i * (each + spare);
     bad[i] = solve_range(arrays, t, begin, end, reinterpret_cast<Real*>(mine), mine + each);
   });
-  int64_t first = -1;
-  for (int64_t index : bad)
-    if (index >= 0 && (first < 0 || index < first)) first = index;
-  return first;
+  for (int64_t index : bad)  // in the order of the problems, whatever the number of threads
+    if (index >= 0) return index;
+  return -1;
 }
 
 template <class Real>

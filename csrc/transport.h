@@ -20,15 +20,15 @@ template <class Real>
 struct Arrays {
   const Real* sim;      // (B, P, C, N)
   const Real* rows;     // (B C, P) bounds of the rows, or null for 1 / P, balanced mass / P, each
-  const Real* columns;  // (B C, N) sums of the columns, or null for mass / N each
-  Real* plan;           // (B, P, C, N)
-  Real* logits;         // (B, C) sums of plan * sim, or null
+  const Real* columns;  // (B C, N) sums of the columns, or null for mass / N each; as rows are
+  Real* plan;           // (B, P, C, N), may be sim
+  Real* logits;         // (B, C) sums of plan * sim, or null; null with rows
   int64_t* iterations;  // (B, C)
   Real* residual;       // (B, C)
 };
 
-// Returns the index of the first value of sim that is not finite after division by eps, or -1; the
-// results are then meaningless. Where rows and columns are given, mass is their common total in
+// Returns the index of a value of sim that is not finite after division by eps, the first of the
+// first such problem, or -1; the results are then meaningless. Where rows and columns are given, mass is their common total in
 // units of the rows' total.
 template <class Real>
 int64_t transport_plan(const Arrays<Real>& arrays, const Transport& t);

@@ -59,6 +59,10 @@ def _cli() -> None:
     """Federated prompt learning of CLIP: exact, tested, fast."""
 
 
+# shorter flags beside a setting's own name
+_SHORTER = {"max_memory": ("--memory",)}
+
+
 def _settings_options(command: _Command, without: Collection[str] = ()) -> _Command:
     """Give a command one flag a field of Settings; a flag that is left out stays None."""
     for name, field in reversed(Settings.model_fields.items()):
@@ -67,8 +71,8 @@ def _settings_options(command: _Command, without: Collection[str] = ()) -> _Comm
         kind, default = _flag_type(field.annotation), field.default
         note = "" if default in (None, []) else f"  [{default}]"
         text = (field.description or "") + note
-        flag = "--" + name.replace("_", "-")
-        command = click.option(flag, name, type=kind, default=None, help=text)(command)
+        flags = ["--" + name.replace("_", "-"), *_SHORTER.get(name, ())]
+        command = click.option(*flags, name, type=kind, default=None, help=text)(command)
     return command
 
 
@@ -196,11 +200,11 @@ def run(
 ) -> None:
     """Run METHOD once and write result.json and checkpoints into --out.
 
-    --max-memory bounds the activations of every pass through the text tower (in training, survey,
-    evaluation and for experts: it is cut into chunks of contexts and classes) and the images that
-    are scored at once (64 MiB of features and scores if it is left out). It does not bound the
-    weights of the CLIP, what server and clients hold, the images of a training step (--cohort
-    does), text features and their cache of 256 MiB, nor the image tower.
+    --memory=8GiB (or --max-memory) plans the whole run so that it takes no more: on a GPU of
+    PyTorch's allocations, on a CPU of the process. Clients take first steps for trial, one, two,
+    four together, as long as twice as many would fit; text passes are cut into parts of contexts
+    and classes, images are encoded fewer at a time. A run that does not fit is refused before its
+    first round. result.json says under memory what was chosen; figures stay equal to rounding.
 
     --cuda-graphs=auto replays training steps on a GPU from their third time on, unless an op has
     to wait for the device; result.json says in environment.cuda_graphs what happened.
@@ -221,7 +225,21 @@ def run(
             on_round=on_round,
         )
     _print_tables(Comparison({method: [result]}))
+    if result.memory is not None:
+        click.echo(_chosen(result.memory, result.peak_memory_bytes))
     _console().print(f"{folder / 'result.json'}")
+
+
+def _chosen(memory: Mapping[str, Any], peak: int) -> str:
+    """Say in a line what a run was allowed, what it chose, and what it took."""
+    passes = "; ".join(
+        f"{one['what']}: {one['clients']} clients at most, texts in {one['text_bytes'] >> 20} MiB"
+        for one in memory["passes"]
+    )
+    return (
+        f"memory: {memory['limit_bytes'] >> 20} MiB allowed, {memory['taken_bytes'] >> 20} taken "
+        f"before the first round, {peak >> 20} at the most; {passes}"
+    )
 
 
 @_cli.command()

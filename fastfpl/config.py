@@ -141,13 +141,15 @@ class Settings(BaseModel):
     flip: float = Field(0.5, ge=0, le=1, description="probability of mirroring a random crop")
     evaluate_every: int = Field(1, ge=1, description="rounds between evaluations; the last always")
     cohort: int | None = Field(
-        None, ge=1, description="clients that share a pass at most; decides memory, not figures"
+        None,
+        ge=1,
+        description="clients that share a pass at most; all who train, or what max_memory allows",
     )
     max_memory: Bytes | None = Field(
         None,
         ge=1,
-        description="what the activations of one pass of texts, and the images that are scored at "
-        "once, may take, such as 2GiB; decides memory, not figures",
+        description="what the whole run may take on its device, such as 8GiB; decides how many "
+        "clients and classes share a pass, not figures",
     )
     cuda_graphs: Literal["auto", "off", "on"] = Field(
         "auto",

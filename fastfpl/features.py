@@ -498,7 +498,10 @@ class TextFeatures:
     what a caller does to them does not reach the cache. Not for several threads at once.
     """
 
-    def __init__(self, max_bytes: int = 1 << 28, *, verify: bool = False) -> None:
+    #: Bytes that are kept at most unless the cache is told otherwise.
+    MOST = 1 << 28
+
+    def __init__(self, max_bytes: int = MOST, *, verify: bool = False) -> None:
         if max_bytes < 0:
             raise InputError(
                 f"fastfpl.features.TextFeatures: max_bytes must not be negative; got {max_bytes}"
@@ -513,6 +516,11 @@ class TextFeatures:
 
     def __contains__(self, key: object) -> bool:
         return key in self._kept
+
+    @property
+    def max_bytes(self) -> int:
+        """Bytes that are kept at most."""
+        return self._max_bytes
 
     @property
     def nbytes(self) -> int:

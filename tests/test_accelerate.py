@@ -698,6 +698,50 @@ def test_diagonal_matrices_are_whole_where_anybody_looks():
         torch.testing.assert_close(got, expected)
 
 
+def test_diagonal_matrices_are_torchs_in_everything_that_is_done_with_them():
+    from fastfpl.dropin.outside import DIAGONALS, _Vectors
+    from fastfpl.dropin.swap import State
+
+    def written(d, x):
+        m = torch.diag_embed(d)
+        d.mul_(2)  # the matrix is a copy
+        m[:, 0, 1] = 5.0
+        m += 1
+        n = torch.diag_embed(d)
+        n.add_(1)  # and is written to
+        return m @ x, n @ x, x @ n
+
+    def counted(d, x):
+        m = torch.diag_embed(d)
+        parts = [2 * m, m * 2, m / 2, 1 - m, -m, m**2, abs(m), m[0], m > 0, m == 1, m + m]
+        return [*parts, torch.stack(list(m)), torch.tensor(len(m))]
+
+    def into(d, x):
+        out = torch.zeros_like(x)
+        torch.matmul(torch.diag_embed(d), x, out=out)
+        return out, torch.matmul(other=x, input=torch.diag_embed(d))
+
+    def nested(d, x):
+        m = torch.diag_embed(d)
+        return {"plan": [m, m @ x]}, torch.cat([m, m])
+
+    def refused(d, x):
+        for wrong in (x[:, :1], x.double()):
+            with pytest.raises(RuntimeError):
+                torch.diag_embed(d) @ wrong
+        return ()
+
+    def narrow(d, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return torch.diag_embed(d) @ x
+
+    d, x = torch.randn(4, 3), torch.randn(4, 3, 3)
+    for run in (written, counted, into, nested, refused, narrow):
+        with _Vectors():
+            found = DIAGONALS.run(None, State(), run, (d.clone(), x), {})
+        torch.testing.assert_close(found, run(d.clone(), x), rtol=1e-6, atol=1e-6)
+
+
 def test_gates_are_left_with_a_reason():
     report = fastfpl.explain(fastfpl.accelerate(mixture()))
     (gate,) = [f for f in report.left if f.path == "gating"]

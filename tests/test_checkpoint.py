@@ -21,6 +21,7 @@ from fastfpl.data import load_dataset
 from fastfpl.errors import Damaged, InputError, NotConverged
 from fastfpl.federation.checkpoint import CHECKPOINT, Checkpoint, load_checkpoint, save_checkpoint
 from fastfpl.federation.lock import LOCK, alone_in
+from fastfpl.federation.states import CLIENTS, StateFiles
 from tests.worlds import GATE, TINY_RUN, figures, small_clip
 
 ROOT = Path(__file__).parent.parent
@@ -90,7 +91,11 @@ def contents(folder):
 
 def tensors(folder):
     head = json.loads((folder / CHECKPOINT).read_text())
-    return load_file(folder / head["tensors"])
+    found = load_file(folder / head["tensors"])
+    for client, entry in head["clients"].items():
+        path = folder / CLIENTS / f"{int(client):05d}-{entry['version']:05d}.safetensors"
+        found |= {f"client.{client}.{name}": t for name, t in load_file(path).items()}
+    return found
 
 
 def assert_ended_alike(folder, undisturbed):
@@ -100,7 +105,12 @@ def assert_ended_alike(folder, undisturbed):
     mine, theirs = tensors(folder), tensors(other)
     assert set(mine) == set(theirs)
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
-    assert {p.name for p in folder.iterdir()} == {p.name for p in other.iterdir()}
+    assert listed(folder) == listed(other)
+
+
+def listed(folder):
+    """Every file below a folder."""
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
 
 
 class Stop(Exception):
@@ -189,7 +199,7 @@ def test_rounds_of_a_schedule_over_rounds_may_not(play, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"cohort": 1}, {"device": "cpu"}, {"max_memory": "1MiB"}, {"cuda_graphs": "off"}]
+    "change", [{"cohort": 1}, {"device": "cpu"}, {"max_memory": "1TiB"}, {"cuda_graphs": "off"}]
 )
 def test_what_decides_no_figure_may_change(play, whole, tmp_path, change):
     with pytest.raises(Stop):
@@ -452,7 +462,7 @@ FOREIGN = {
     "another program's": '{"rounds": []}',
     "a list": "[1, 2]",
     "another format": '{"format": "fastfpl-checkpoint-0"}',
-    "no fields": '{"format": "fastfpl-checkpoint-1"}',
+    "no fields": '{"format": "fastfpl-checkpoint-2"}',
     "not text": "\x00\x01",
     "nothing": "",
 }
@@ -632,7 +642,10 @@ def test_what_is_saved_comes_back(tmp_path):
     }
     rows = [{"round": 0, "accuracy": 0.1 + 0.2, "clients": [1 / 3, 1.0], "loss": None}]
     facts = {"lr": 0.002, "options": {"mu": 0.5}, "shots": None}
-    saved = Checkpoint(facts, rows, {"encode_text": ["torch"]}, server, clients)
+    files = StateFiles(tmp_path / "new" / CLIENTS)
+    for client, state in clients.items():
+        files.put(client, state)
+    saved = Checkpoint(facts, rows, {"encode_text": ["torch"]}, server, files)
     save_checkpoint(tmp_path / "new", saved)
     found = load_checkpoint(tmp_path / "new", facts)
     assert (found.facts, found.rounds, found.faces) == (facts, rows, saved.faces)
@@ -652,6 +665,48 @@ def test_only_the_last_checkpoint_is_kept(whole):
     folder, _ = whole()
     names = sorted(p.name for p in folder.iterdir())
     assert names == ["checkpoint-00004.safetensors", "checkpoint.json", "result.json"]
+
+
+def test_only_the_last_state_of_each_client_is_kept(whole):
+    folder, _ = whole("pfedmoap")
+    clients = json.loads((folder / CHECKPOINT).read_text())["clients"]
+    wanted = {f"{int(c):05d}-{e['version']:05d}.safetensors" for c, e in clients.items()}
+    assert {p.name for p in (folder / CLIENTS).iterdir()} == wanted
+    assert max(e["version"] for e in clients.values()) > 0
+    assert not (whole("promptfl")[0] / CLIENTS).exists()
+
+
+@pytest.mark.parametrize("harm", ["gone", "cut", "changed"])
+def test_a_damaged_client_is_refused(harm, play, tmp_path):
+    with pytest.raises(Stop):
+        play(tmp_path, "local", on_round=stop_after(2))
+    path = sorted((tmp_path / CLIENTS).iterdir())[0]
+    content = path.read_bytes()
+    if harm == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(content[:-1] if harm == "cut" else content[:-1] + b"\x55")
+    before = listed(tmp_path)
+    with pytest.raises(
+        Damaged, match=rf"{path.name} must be the state of a client .* another out$"
+    ):
+        play(tmp_path, "local", resume=True)
+    assert listed(tmp_path) == before
+    path.write_bytes(content)
+    play(tmp_path, "local", resume=True)
+
+
+def test_what_a_killed_process_wrote_last_is_no_state(play, whole, tmp_path):
+    """States newer than the checkpoint: a round that was played and not written down."""
+    folder = tmp_path / "run"
+    with pytest.raises(Stop):
+        play(folder, "pfedmoap", on_round=stop_after(2))
+    for path in list((folder / CLIENTS).iterdir()):
+        client, version = path.stem.split("-")
+        shutil.copy(path, path.with_name(f"{client}-{int(version) + 1:05d}.safetensors"))
+    (folder / CLIENTS / "00077-00000.safetensors").write_bytes(b"half")
+    play(folder, "pfedmoap", resume=True)
+    assert_ended_alike(folder, whole("pfedmoap"))
 
 
 def test_a_run_without_out_writes_nothing(play, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from fastfpl.errors import InputError
 from fastfpl.federation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fastfpl.federation.cohort import stack
 from fastfpl.federation.preparation import prepare
+from fastfpl.federation.states import CLIENTS, StateFiles
 from fastfpl.methods import check_options
 from fastfpl.reference import fedapt_unsupervised as reference
 from fastfpl.reference.rounds import encode_tokens
@@ -612,7 +613,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(stop, tmp_path):
     whole = play(fresh("fedapt-unsupervised"))
     part = play(fresh("fedapt-unsupervised"), rounds=stop)
     facts = {"run": 1}
-    save_checkpoint(tmp_path, Checkpoint(facts, part.rounds, {}, part.server, part.clients))
+    files = StateFiles(tmp_path / CLIENTS)
+    for client, state in part.clients.items():
+        files.put(client, state)
+    with pytest.raises(InputError, match="the clients of a checkpoint must lie in "):
+        save_checkpoint(tmp_path, Checkpoint(facts, part.rounds, {}, part.server, part.clients))
+    save_checkpoint(tmp_path, Checkpoint(facts, part.rounds, {}, part.server, files))
     found = load_checkpoint(tmp_path, facts)
     again = fresh("fedapt-unsupervised")
     again.server, again.clients, again.rounds = found.server, found.clients, found.rounds

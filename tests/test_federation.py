@@ -17,7 +17,7 @@ from fastfpl.config import Settings, make_settings
 from fastfpl.data import load_dataset
 from fastfpl.errors import InputError, NotConverged
 from fastfpl.features import TextFeatures
-from fastfpl.federation.cohort import group, learning_rate, stack, unstack
+from fastfpl.federation.cohort import Share, gather, learning_rate, stack, unstack
 from fastfpl.federation.result import summarise
 from fastfpl.federation.steps import CohortSGD
 from fastfpl.methods import METHODS
@@ -293,9 +293,8 @@ def test_a_round_depends_on_the_checkpointed_state_only(method, evaluate_every, 
     for done in range(4):
         second = world_of(method, evaluate_every=evaluate_every).federation()
         second.server = {k: v.clone() for k, v in first.server.items()}
-        second.clients = {
-            c: {k: v.clone() for k, v in state.items()} for c, state in first.clients.items()
-        }
+        for client, state in first.clients.items():
+            second.clients.put(client, state)
         second.rounds = [dict(row) for row in first.rounds]
         seen = []
         for federation in (first, second):
@@ -407,14 +406,57 @@ def test_every_client_is_sampled_equally_often():
     assert counts.max() < 240
 
 
-def test_groups_hold_like_clients_only():
+def gathered(clients, downs, owns, limit, sizes=None):
+    asked, read = [], []
+
+    def states(client):
+        read.append(client)
+        return downs[client], owns[client]
+
+    def share(client, down, own):
+        asked.append(client)
+        assert (down, own) == (downs[client], owns[client])
+        return Share(limit)
+
+    parts = list(gather(clients, states, share, sizes))
+    assert sorted(read) == sorted(clients)
+    for part in parts:
+        for name in downs[part.members[0]]:
+            wanted = torch.stack([downs[c][name] for c in part.members])
+            assert torch.equal(part.down[name], wanted)
+    return [part.members for part in parts], asked
+
+
+def test_cohorts_hold_like_clients_only():
     one, two = torch.zeros(2, 3), torch.zeros(4, 3)
     downs = {0: {"a": one}, 1: {"a": two}, 2: {"a": one}, 3: {"a": one}, 4: {"a": one, "b": one}}
     owns = {0: {}, 1: {}, 2: {}, 3: {"k": one}, 4: {}}
-    assert group([4, 3, 2, 1, 0], downs, owns, None) == [[0, 2], [1], [3], [4]]
-    assert group([4, 3, 2, 1, 0], downs, owns, 1) == [[0], [2], [1], [3], [4]]
-    alike = {c: {"a": one} for c in range(5)}
-    assert group(range(5), alike, {c: {} for c in range(5)}, 2) == [[0, 1], [2, 3], [4]]
+    members, asked = gathered([4, 3, 2, 1, 0], downs, owns, None)
+    assert members == [[0, 2], [1], [3], [4]]
+    assert asked == [0, 1, 3, 4]  # once a kind
+    assert gathered([4, 3, 2, 1, 0], downs, owns, 1)[0] == [[0], [1], [2], [3], [4]]
+    alike, nothing = {c: {"a": one} for c in range(5)}, {c: {} for c in range(5)}
+    assert gathered(range(5), alike, nothing, 2)[0] == [[0, 1], [2, 3], [4]]
+    sizes = {0: 7, 1: 6, 2: 7, 3: 6, 4: 5}
+    assert gathered(range(5), alike, nothing, None, sizes)[0] == [[4], [1, 3], [0, 2]]
+
+
+def test_cohorts_are_read_as_they_come():
+    """A cohort is done before the states of the next one are read."""
+    read = []
+
+    def states(client):
+        read.append(client)
+        return {"a": torch.zeros(1)}, {}
+
+    parts = gather(range(100), states, lambda *one: Share(3))
+    assert next(parts).members == [0, 1, 2]
+    assert read == [0, 1, 2]
+    sizes = {c: c for c in range(100)}
+    parts = gather(range(100), states, lambda *one: Share(3), sizes)
+    read.clear()
+    assert next(parts).members == [0]
+    assert read == [0, 1]
 
 
 def test_unstacking_gives_each_its_own_storage():

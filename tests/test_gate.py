@@ -421,6 +421,21 @@ def test_the_number_of_threads_changes_no_bit() -> None:
         assert torch.equal(tensor, found[1][what]), what
 
 
+@pytest.mark.parametrize("name", [*FAST, "reference"])
+def test_autocast_changes_no_number(name: str) -> None:
+    image, experts, gate = problem(*SIZES["odd"], dtype=torch.float32)
+    leaves = leaves_of(image, experts, gate)
+    found = []
+    for enabled in (False, True):
+        mine = [x.detach().requires_grad_() for x in leaves]
+        own = replace(gate, **dict(zip(Gate.tensor_names(), mine[2:], strict=True)))
+        with face(name), torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            logits = gate_experts(mine[0], mine[1], own)
+        found.append([logits.detach(), *torch.autograd.grad(logits.square().sum(), mine)])
+    for plain, cast in zip(*found, strict=True):
+        assert torch.equal(cast, plain)
+
+
 def test_init_is_that_of_linear_layers() -> None:
     gate = Gate.init(64, 8, 10.0, torch.Generator().manual_seed(0))
     for name, tensor in gate.tensors().items():

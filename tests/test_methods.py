@@ -642,7 +642,7 @@ def test_a_schedule_leaves_the_gate_s_rate_alone(monkeypatch):
         federation.round()
         monkeypatch.undo()
         # client 0 has images for one step
-        ends.append(federation.clients[0])
+        ends.append(dict(federation.clients[0]))
         assert torch.equal(ends[-1]["ctx"], begin) == (factor == 0.0)
     common = federation.method._common_gate().tensors()
     for name in ("w_q", "w_k", "w_v", "w_o", "b_q"):

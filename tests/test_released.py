@@ -353,7 +353,7 @@ def test_a_prompt_is_in_the_pool_at_once():
     rounds = {
         turn.members[0]: dict(
             zip(
-                *(turn.downs[turn.members[0]][f"expert_{k}"].tolist() for k in ("owner", "round")),
+                *(turn.down[f"expert_{k}"][0].tolist() for k in ("owner", "round")),
                 strict=True,
             )
         )
@@ -383,7 +383,7 @@ def test_the_first_gate_is_the_one_trained_last():
     for _ in range(3):
         federation.round()
         if len(started) == 10:
-            kept = [federation.clients[c] for c in order]
+            kept = [dict(federation.clients[c]) for c in order]
     # round 0 trains no gate; in round 1 each goes on from the one before; then from its own
     assert started[:5] == [{}] * 5
     common = federation.method._common_gate().tensors()

@@ -320,9 +320,9 @@ def test_fine_tuning_serves_the_evaluation_and_is_forgotten():
     assert torch.equal(federation.server["ctx"], plain.server["ctx"])
     assert row["clients"] != other["clients"]
     # what a client is asked with is what three epochs from the merged prompt give
-    downs = {c: {"ctx": federation.server["ctx"]} for c in range(len(SIZES))}
-    tuned = federation._tuned(0, downs, {c: {} for c in downs})
-    assert all(not torch.equal(t["ctx"], federation.server["ctx"]) for t in tuned.values())
+    down = stack([{"ctx": federation.server["ctx"]}] * len(SIZES))
+    tuned = federation._tuned(0, list(range(len(SIZES))), down, {})
+    assert all(not torch.equal(ctx, federation.server["ctx"]) for ctx in tuned["ctx"])
 
 
 # --- what images are ------------------------------------------------------------------------------

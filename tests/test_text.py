@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,11 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 from fastfpl.clip import load_clip
 from fastfpl.errors import InputError, KindError, NotSupported
+from fastfpl.federation.budget import Living
 from fastfpl.ops.faces import face, recorded_faces
 from fastfpl.ops.memory import memory_limit
 from fastfpl.ops.text import FACES, encode_text, packed_tokens
@@ -434,38 +432,6 @@ def test_an_ending_inside_the_name_s_last_token_is_counted_once() -> None:
         classes.layout(classes.eot_spare + 1)
     with pytest.raises(InputError, match=r"1 of the ending .*use at most 20 vectors"):
         ClassPrompts(clip, ["iris"]).layout(21)
-
-
-class Living(TorchDispatchMode):
-    """Counts the bytes of the tensors that live at once, those from outside left out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self._seen: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        given_ = {
-            t.untyped_storage().data_ptr()
-            for t in tree_flatten((args, kwargs))[0]
-            if isinstance(t, Tensor)
-        }
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_flatten(result)[0]:
-            if not isinstance(tensor, Tensor):
-                continue
-            storage = tensor.untyped_storage()
-            key = storage.data_ptr()
-            if key not in self._seen and key not in given_ and storage.nbytes():
-                self._seen.add(key)
-                self.now += storage.nbytes()
-                self.most = max(self.most, self.now)
-                weakref.finalize(storage, self._forget, key, storage.nbytes())
-        return result
-
-    def _forget(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self.now -= size
 
 
 def living(tower: TextTower, layout: Any, ctx: Tensor, limit: int | None) -> tuple[Any, ...]:

@@ -18,16 +18,8 @@ from fastfpl.ops.faces import recorded_faces
 from fastfpl.ops.transport import Convergence
 from fastfpl.reference import transport as reference
 from tests.aot import assert_fits
-from tests.test_transport import (
-    BOTH,
-    DTYPES,
-    ROUNDING,
-    assert_optimal,
-    even,
-    features,
-    similar,
-    weights_of,
-)
+from tests.test_transport import DTYPES, ROUNDING, assert_optimal, even, similar
+from tests.test_transport_logits import BOTH, features, weights_of
 from tests.truth import assert_as_good_as_eager, assert_fences_hold, fenced
 
 pytest.importorskip("triton")

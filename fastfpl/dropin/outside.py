@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from fastfpl.dropin.swap import Kind, State, register
 
@@ -17,13 +18,41 @@ __all__ = ["DIAGONALS", "gates"]
 
 
 class Diagonal:
-    """A diagonal matrix (..., N, N) as its diagonal, until somebody wants the whole."""
+    """A diagonal matrix (..., N, N) as its diagonal, until somebody wants the whole.
+
+    From then on it is the whole: what is written into it is there.
+    """
 
     def __init__(self, diagonal: Tensor) -> None:
-        self.diagonal = diagonal
+        # a copy, as torch's matrix is one: the vector may be written to afterwards
+        self._diagonal: Tensor | None = diagonal.clone()
+        self._matrix: Tensor | None = None
+
+    def whole(self) -> Tensor:
+        """Give the matrix, the same one every time."""
+        if self._matrix is None:
+            assert self._diagonal is not None
+            with torch._C.DisableTorchFunction():  # past `_Vectors`
+                self._matrix = torch.diag_embed(self._diagonal)
+            self._diagonal = None
+        return self._matrix
+
+    def factor(self, other: Any, dim: int) -> Tensor | None:
+        """Give what a product with a matrix is, number by number; None if only torch knows.
+
+        ``dim`` is the dimension of ``other`` that the product sums over.
+        """
+        vector = self._diagonal
+        if vector is None or not isinstance(other, Tensor) or other.dim() <= vector.dim():
+            return None
+        fits = vector.shape[-1] == other.shape[dim] and vector.dtype == other.dtype
+        # where autocast would round both, or torch has something to say, it is asked
+        if not fits or torch.is_autocast_enabled(vector.device.type):
+            return None
+        return vector.unsqueeze(-1 if dim == -2 else -2)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(_whole(self), name)
+        return getattr(self.whole(), name)
 
     def __matmul__(self, other: Any) -> Any:
         return self.__torch_function__(torch.matmul, (), (self, other))
@@ -35,21 +64,38 @@ class Diagonal:
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func in (torch.matmul, torch.bmm, Tensor.__matmul__, Tensor.matmul, Tensor.bmm):
-            a, b = (*args, *(kwargs or {}).values())[:2]
-            if isinstance(a, Diagonal) and isinstance(b, Tensor) and b.dim() > a.diagonal.dim():
-                return a.diagonal.unsqueeze(-1) * b
-            if isinstance(b, Diagonal) and isinstance(a, Tensor) and a.dim() > b.diagonal.dim():
-                return a * b.diagonal.unsqueeze(-2)
-        whole = [_whole(x) for x in args]
-        return func(*whole, **{name: _whole(x) for name, x in (kwargs or {}).items()})
+        if func in _PRODUCTS and len(args) == 2 and not kwargs:
+            a, b = args
+            if isinstance(a, Diagonal) and (factor := a.factor(b, -2)) is not None:
+                return factor * b
+            if isinstance(b, Diagonal) and (factor := b.factor(a, -1)) is not None:
+                return a * factor
+        return func(*_whole(args), **_whole(kwargs or {}))
+
+
+_PRODUCTS = (torch.matmul, torch.bmm, Tensor.__matmul__, Tensor.matmul, Tensor.bmm)
+
+
+def _of_whole(name: str) -> Callable[..., Any]:
+    def method(self: Diagonal, *args: Any) -> Any:
+        return getattr(self.whole(), name)(*_whole(args))
+
+    return method
+
+
+# Python looks these up in the class, past `Diagonal.__getattr__`
+for _name in (
+    *("__add__", "__radd__", "__iadd__", "__sub__", "__rsub__", "__isub__", "__mul__", "__rmul__"),
+    *("__imul__", "__truediv__", "__rtruediv__", "__itruediv__", "__pow__", "__rpow__", "__neg__"),
+    *("__abs__", "__lt__", "__le__", "__gt__", "__ge__", "__eq__", "__ne__", "__bool__"),
+    *("__getitem__", "__setitem__", "__len__", "__iter__", "__float__", "__int__", "__array__"),
+):
+    setattr(Diagonal, _name, _of_whole(_name))
 
 
 def _whole(value: Any) -> Any:
-    if not isinstance(value, Diagonal):
-        return value
-    with torch._C.DisableTorchFunction():  # past `_Vectors`
-        return torch.diag_embed(value.diagonal)
+    """Give the matrices in place of all `Diagonal` of a result, or of arguments."""
+    return tree_map(lambda x: x.whole() if isinstance(x, Diagonal) else x, value)
 
 
 class _Vectors(TorchFunctionMode):

@@ -1,4 +1,4 @@
-"""A run's state after a round: one JSON file that names one safetensors file."""
+"""A run's state after a round: one JSON file that names the files of tensors."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from fastfpl.errors import Damaged, InputError
+from fastfpl.federation.states import CLIENTS, StateFiles
 from fastfpl.files import write_json, write_whole
 from fastfpl.methods import State
 
 __all__ = ["CHECKPOINT", "Checkpoint", "load_checkpoint", "save_checkpoint"]
 
 CHECKPOINT = "checkpoint.json"
-_FORMAT = "fastfpl-checkpoint-1"
+_FORMAT = "fastfpl-checkpoint-2"
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,9 @@ class Checkpoint:
     faces : mapping from op to names
         Faces that answered so far.
     server : State
-    clients : mapping from client to State
-        What clients keep; clients that never took part are absent.
+    clients : StateFiles
+        What clients keep, in the folder `CLIENTS` beside the JSON; clients that never took part are
+        absent.
     trainer : State
         What is handed from client to client, empty unless quirks of released code ask for it.
     """
@@ -45,20 +48,24 @@ class Checkpoint:
     rounds: list[dict[str, Any]]
     faces: Mapping[str, list[str]]
     server: State
-    clients: Mapping[int, State]
+    clients: StateFiles
     trainer: State = field(default_factory=dict)
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint: first the tensors under a new name, then the JSON that names them.
+    """Write a checkpoint: first the tensors under new names, then the JSON that names them.
 
-    The JSON's rename is the moment at which the checkpoint counts; a process that dies before it
-    leaves the previous one valid.
+    Of the clients' states only those of clients that trained are new. The JSON's rename is the
+    moment at which the checkpoint counts; a process that dies before it leaves the previous one
+    valid.
     """
+    if checkpoint.clients.folder != folder / CLIENTS:
+        raise InputError(
+            f"fastfpl.run: the clients of a checkpoint must lie in {folder / CLIENTS}; got "
+            f"{checkpoint.clients.folder}"
+        )
     tensors = {f"server.{name}": tensor for name, tensor in checkpoint.server.items()}
     tensors |= {f"trainer.{name}": tensor for name, tensor in checkpoint.trainer.items()}
-    for client, state in checkpoint.clients.items():
-        tensors |= {f"client.{client}.{name}": tensor for name, tensor in state.items()}
     flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     done = len(checkpoint.rounds)
     path = folder / f"checkpoint-{done:05d}.safetensors"
@@ -73,16 +80,20 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         "rounds_done": done,
         "tensors": path.name,
         "blake2b": _digest(path),
+        "clients": checkpoint.clients.settle(),
         "facts": dict(checkpoint.facts),
         "faces": dict(checkpoint.faces),
         "rounds": checkpoint.rounds,
     }
     write_json(folder / CHECKPOINT, {**head, "checksum": _checksum(head)})
     _sweep(folder, path)
+    checkpoint.clients.sweep()
 
 
-def load_checkpoint(folder: Path, facts: Mapping[str, Any]) -> Checkpoint | None:
-    """Read the checkpoint of a folder, or None if there is none.
+def load_checkpoint(
+    folder: Path, facts: Mapping[str, Any], device: torch.device | str = "cpu"
+) -> Checkpoint | None:
+    """Read the checkpoint of a folder onto a device, or None if there is none.
 
     What a killed process left beside a whole checkpoint is removed.
 
@@ -126,20 +137,16 @@ def load_checkpoint(folder: Path, facts: Mapping[str, Any]) -> Checkpoint | None
         tensors = load_file(tensors_path)
     except SafetensorError as error:
         raise _damaged(tensors_path, str(error)) from None
-    server: State = {}
-    clients: dict[int, State] = {}
-    trainer: State = {}
+    clients = StateFiles(folder / CLIENTS, device)
+    clients.restore(head["clients"])
+    sides: dict[str, State] = {"server": {}, "trainer": {}}
     for key, tensor in tensors.items():
-        side, _, rest = key.partition(".")
-        if side == "server":
-            server[rest] = tensor
-        elif side == "trainer":
-            trainer[rest] = tensor
-        else:
-            client, _, part = rest.partition(".")
-            clients.setdefault(int(client), {})[part] = tensor
+        side, _, name = key.partition(".")
+        sides[side][name] = tensor.to(device)
     _sweep(folder, tensors_path)
-    return Checkpoint(head["facts"], head["rounds"], head["faces"], server, clients, trainer)
+    return Checkpoint(
+        head["facts"], head["rounds"], head["faces"], sides["server"], clients, sides["trainer"]
+    )
 
 
 def _sweep(folder: Path, kept: Path) -> None:

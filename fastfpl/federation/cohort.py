@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,14 @@ from fastfpl.ops.memory import current_limit
 from fastfpl.seeds import generator
 
 __all__ = [
+    "Gathered",
     "Scores",
+    "Share",
     "Trained",
-    "group",
+    "gather",
     "learning_rate",
     "score",
+    "shapes",
     "stack",
     "train",
     "unstack",
@@ -50,31 +54,103 @@ def unstack(state: State, count: int) -> list[State]:
     return [{name: tensor[u].clone() for name, tensor in state.items()} for u in range(count)]
 
 
-def group(
-    clients: Sequence[int],
-    downs: Mapping[int, State],
-    owns: Mapping[int, State],
-    limit: int | None,
-    sizes: Mapping[int, int] | None = None,
-) -> list[list[int]]:
-    """Put clients with tensors of the same names and shapes into cohorts of at most ``limit``.
+# images if they count, and the shapes of what is downloaded and kept
+_Kind = tuple[int | None, Hashable, Hashable]
 
-    With ``sizes`` the clients of a cohort also have equally many training images.
+
+@dataclass(frozen=True)
+class Share:
+    """What one pass may take.
+
+    Attributes
+    ----------
+    clients : int or None
+        Clients of a cohort at most; None for as many as there are.
+    text : int or None
+        Bytes of activations of the text pass (`fastfpl.ops.memory`), None for no limit.
     """
-    groups: dict[tuple[tuple[str, str, tuple[int, ...]], ...], list[int]] = {}
-    for client in sorted(clients):
-        signature = tuple(
-            (side, name, tuple(tensor.shape))
-            for side, state in (("down", downs[client]), ("own", owns[client]))
-            for name, tensor in sorted(state.items())
-        )
-        if sizes is not None:
-            signature += (("size", "", (sizes[client],)),)
-        groups.setdefault(signature, []).append(client)
-    size = limit or len(clients)
-    return [
-        members[i : i + size] for members in groups.values() for i in range(0, len(members), size)
-    ]
+
+    clients: int | None = None
+    text: int | None = None
+
+    def both(self, other: Share) -> Share:
+        """Return the lesser of two shares."""
+        return Share(_lesser(self.clients, other.clients), _lesser(self.text, other.text))
+
+
+def _lesser(one: int | None, other: int | None) -> int | None:
+    return min((n for n in (one, other) if n is not None), default=None)
+
+
+@dataclass(frozen=True, eq=False)
+class Gathered:
+    """Clients that can share passes.
+
+    Attributes
+    ----------
+    members : list of int
+        Client numbers, U of them.
+    down, own : State
+        Stacked downloads and kept states.
+    share : Share
+        What their passes may take.
+    """
+
+    members: list[int]
+    down: State
+    own: State
+    share: Share
+
+
+def gather(
+    clients: Sequence[int],
+    states: Callable[[int], tuple[State, State]],
+    share: Callable[[int, State, State], Share],
+    sizes: Mapping[int, int] | None = None,
+) -> Iterator[Gathered]:
+    """Put clients with tensors of the same names and shapes into cohorts, as they come.
+
+    No more states are held at a time than those of one unfinished cohort of each kind.
+
+    Parameters
+    ----------
+    clients : sequence of int
+    states : callable
+        ``states(client)`` returns what the client downloads and what it has kept.
+    share : callable
+        ``share(client, down, own)`` is asked once for every kind of states, with the first client
+        of the kind.
+    sizes : mapping from client to int, optional
+        With it the clients of a cohort also have equally many training images.
+    """
+    shares: dict[_Kind, Share] = {}
+    waiting: dict[_Kind, list[tuple[int, State, State]]] = {}
+
+    def joined(kind: _Kind) -> Gathered:
+        members, downs, owns = zip(*waiting.pop(kind), strict=True)
+        return Gathered(list(members), stack(downs), stack(owns), shares[kind])
+
+    order = sorted(clients, key=lambda c: (0 if sizes is None else sizes[c], c))
+    for client in order:
+        down, own = states(client)
+        kind = (None if sizes is None else sizes[client], shapes(down), shapes(own))
+        if kind not in shares:
+            if sizes is not None:
+                # who has more images comes after all that have fewer
+                for other in [k for k in waiting if k[0] != kind[0]]:
+                    yield joined(other)
+            shares[kind] = share(client, down, own)
+        part = waiting.setdefault(kind, [])
+        part.append((client, down, own))
+        if len(part) == shares[kind].clients:
+            yield joined(kind)
+    for kind in list(waiting):
+        yield joined(kind)
+
+
+def shapes(state: State) -> Hashable:
+    """Return names and shapes of the tensors of a state."""
+    return tuple((name, tuple(tensor.shape)) for name, tensor in sorted(state.items()))
 
 
 def learning_rate(settings: Settings, round_: int, epoch: int, epochs: int) -> float:
@@ -173,6 +249,7 @@ def train(
     factors: Sequence[float] | None = None,
     momentum: State | None = None,
     graphs: StepGraphs | None = None,
+    trial: bool = False,
 ) -> Trained:
     """Train one cohort for a round's local epochs.
 
@@ -201,6 +278,8 @@ def train(
         Stacked buffers that SGD begins with; fresh ones if left out.
     graphs : StepGraphs, optional
         What replays steps that come back.
+    trial : bool
+        Take two steps of one epoch only, to see what they need.
 
     Raises
     ------
@@ -209,6 +288,7 @@ def train(
         converge.
     """
     epochs = settings.local_epochs if epochs is None else epochs
+    epochs = 1 if trial else epochs
     # who has most steps comes first, so that the clients of a step are always the first few
     steps = [_steps(len(images[c]), settings.batch_size) for c in members]
     order = sorted(range(len(members)), key=lambda u: -steps[u])
@@ -242,7 +322,8 @@ def train(
         scaled = {n: factors[epoch] if method.scheduled(n) else 1.0 for n in cohort.trained}
         cohort.begin(scaled)
         tell = partial(_tell, observer, epoch * steps[0], epochs * steps[0])
-        _play(play, _batches(feed, members, images, plan, steps), tell)
+        batches = _batches(feed, members, images, plan, steps)
+        _play(play, islice(batches, 2) if trial else batches, tell)
         seen += int(plan.mask.sum())
         mean = cohort.losses(steps)
         where = f"in round {round_}, epoch {epoch}"
@@ -399,12 +480,15 @@ def score(
     own: State,
     feed: Feed,
     images: Mapping[int, Indices],
+    *,
+    trial: bool = False,
 ) -> dict[int, Scores]:
     """Evaluate a cohort, each client on its own test images over all C classes.
 
     Text features are encoded once; a down and own of one row serve all members (a global model).
     So many images are scored at once as 64 MiB hold of their features and of what stands between
-    these and the logits, or the limit around (`fastfpl.ops.memory`) if it is lower.
+    these and the logits, or the limit around (`fastfpl.ops.memory`) if it is lower. A ``trial``
+    scores no more than these of every client, to see what it needs.
     """
     trained, fixed = method.start(down, own, training=False)
     text = method.text(trained, fixed)
@@ -421,11 +505,11 @@ def score(
         mine = {k: v[at : at + 1] for k, v in trained.items()}
         constants = {k: v[at : at + 1] for k, v in fixed.items()}
         answers = []
-        for start in range(0, len(images[client]), count):
-            part = images[client][start : start + count][None]
+        where = images[client][:count] if trial else images[client]
+        for start in range(0, len(where), count):
+            part = where[start : start + count][None]
             logits = method.logits(text[at : at + 1], mine, constants, feed.batch(part))
             answers.append(logits.argmax(dim=-1)[0].cpu().numpy())
-        where = images[client]
         result[client] = Scores(
             np.concatenate(answers), feed.split.labels[where], feed.split.domains[where]
         )

@@ -13,6 +13,7 @@ import torch
 from fastfpl.clip import FrozenCLIP
 from fastfpl.config import Settings, load_preset, make_settings
 from fastfpl.errors import InputError
+from fastfpl.federation.budget import uncapped
 from fastfpl.federation.checkpoint import (
     CHECKPOINT,
     Checkpoint,
@@ -33,6 +34,7 @@ from fastfpl.federation.result import (
     summarise,
 )
 from fastfpl.federation.rounds import Federation
+from fastfpl.federation.states import CLIENTS, StateFiles
 from fastfpl.ops.faces import recorded_faces
 from fastfpl.ops.memory import memory_limit
 
@@ -152,23 +154,23 @@ def _play(
 ) -> Result:
     """Play the rounds that are left and save after each."""
     forget_peak_memory()
-    with recorded_faces() as faces, memory_limit(chosen.max_memory):
+    # a limit around a run is for passes of the caller
+    with recorded_faces() as faces, memory_limit(None), uncapped():
         federation = prepare(chosen, model=model, cache=cache, observer=observer)
         facts = federation.facts()
-        if folder is not None and resume:
-            found = load_checkpoint(folder, facts)
-            if found is not None:
+        if folder is not None:
+            federation.clients = StateFiles(folder / CLIENTS, federation.clip.device)
+            found = load_checkpoint(folder, facts, federation.clip.device) if resume else None
+            if found is None:
+                federation.clients.restore({})
+            else:
                 if federation.method.trains and len(found.rounds) > chosen.rounds:
                     raise InputError(
                         f"fastfpl.run: rounds must be at least the {len(found.rounds)} that "
                         f"{folder} has played; got {chosen.rounds}"
                     )
-                device = federation.clip.device
-                federation.server = {k: v.to(device) for k, v in found.server.items()}
-                federation.clients = {
-                    c: {k: v.to(device) for k, v in s.items()} for c, s in found.clients.items()
-                }
-                federation.trainer.state = {k: v.to(device) for k, v in found.trainer.items()}
+                federation.server, federation.clients = found.server, found.clients
+                federation.trainer.state = found.trainer
                 federation.rounds = found.rounds
                 for op, names in found.faces.items():
                     faces.setdefault(op, set()).update(names)
@@ -212,6 +214,7 @@ def _result(federation: Federation, faces: dict[str, list[str]]) -> Result:
         rounds=federation.rounds,
         final=summarise(federation.rounds),
         peak_memory_bytes=peak_memory(federation.clip.device),
+        memory=None if federation.budget is None else federation.budget.to_json(),
         data={
             "name": federation.dataset.name,
             "classes": list(federation.dataset.classnames),

@@ -13,6 +13,7 @@ from fastfpl.data import Dataset, Shard, load_dataset, partition
 from fastfpl.data.loader import Workers, choose_workers
 from fastfpl.errors import InputError, near
 from fastfpl.features import FeatureStore, TextFeatures
+from fastfpl.federation.budget import Budget
 from fastfpl.federation.cohort import stack
 from fastfpl.federation.feeds import (
     RESIDENT,
@@ -27,6 +28,7 @@ from fastfpl.federation.rounds import Exam, Federation
 from fastfpl.federation.scenarios import Scenario, arrange, personal
 from fastfpl.federation.turns import InTurn, Together
 from fastfpl.methods import Task, check_options, find_method
+from fastfpl.ops.memory import memory_limit
 from fastfpl.prompts import ClassPrompts
 from fastfpl.released import as_released, changes_data, choose_quirks, disturbed, visits_of
 
@@ -72,6 +74,7 @@ def prepare(
         device=_device(settings.device),
         dtype=getattr(torch, settings.dtype),
     )
+    budget = None if settings.max_memory is None else Budget(settings.max_memory, clip.device)
     root = None if settings.root is None else Path(settings.root)
     dataset = load_dataset(settings.dataset, root, on_corrupt=settings.on_corrupt)
     eye = _eye(settings, clip, dataset, kind.image_kind, FeatureStore(cache), observer)
@@ -86,7 +89,7 @@ def prepare(
             f"'domain' with partition={settings.partition!r}; use partition=domain or "
             "domain-dirichlet"
         )
-    method = as_released(kind, quirks)(_task(settings, clip, scenario), options)
+    method = as_released(kind, quirks)(_task(settings, clip, scenario, budget), options)
     exams = [
         (
             question,
@@ -100,12 +103,13 @@ def prepare(
     # a prompt that does not fit shows now, not after the images are encoded
     server = method.server_init()
     down = stack([method.download(server, 0, 0)])
-    with torch.no_grad():
+    text = None if budget is None else budget.room // 2
+    with torch.no_grad(), memory_limit(text):
         for one, training in ((method, True), *((m, False) for _, m in exams)):
             one.text(*one.start(down, {}, training=training))
     method.task.text_features.clear()
     train_rows = np.unique(np.concatenate([s.train for s in scenario.shards]))
-    return Federation(
+    federation = Federation(
         settings=settings,
         clip=clip,
         dataset=scenario.dataset,
@@ -134,7 +138,12 @@ def prepare(
         server=server,
         trainer=_trainer(settings),
         graphs=graphs,
+        budget=budget,
     )
+    if budget is not None:
+        budget.settle()
+        federation.rehearse()
+    return federation
 
 
 def _trainer(settings: Settings) -> Together | InTurn:
@@ -191,7 +200,7 @@ def _eye(
     )
 
 
-def _task(settings: Settings, clip: FrozenCLIP, scenario: Scenario) -> Task:
+def _task(settings: Settings, clip: FrozenCLIP, scenario: Scenario, budget: Budget | None) -> Task:
     classes = ClassPrompts(clip, scenario.dataset.classnames, settings.position)
     n_ctx = settings.n_ctx or 16
     if settings.ctx_init is not None:
@@ -206,7 +215,7 @@ def _task(settings: Settings, clip: FrozenCLIP, scenario: Scenario) -> Task:
         ctx_init=settings.ctx_init,
         lr=settings.lr,
         seed=settings.seed,
-        text_features=TextFeatures(),
+        text_features=TextFeatures() if budget is None else budget.text_features(),
     )
 
 

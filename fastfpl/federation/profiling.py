@@ -14,6 +14,7 @@ from fastfpl.clip import FrozenCLIP
 from fastfpl.config import PROFILED, Settings
 from fastfpl.data import Shard
 from fastfpl.errors import InputError
+from fastfpl.federation.budget import uncapped
 from fastfpl.federation.experiment import threads
 from fastfpl.federation.feeds import Observer, silent
 from fastfpl.federation.preparation import prepare
@@ -111,7 +112,7 @@ def profile(
     if out.exists() and not out.is_dir():
         raise InputError(f"fastfpl.profile: out must be a folder; got the file {out}")
     short = settings.model_copy(update=PROFILED)
-    with threads(short.threads), memory_limit(short.max_memory):
+    with threads(short.threads), memory_limit(None), uncapped():
         federation = prepare(short, model=model, cache=cache, observer=observer)
         images = steps * short.batch_size
         federation.shards = [Shard(s.train[:images], s.test) for s in federation.shards]

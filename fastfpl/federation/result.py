@@ -63,6 +63,9 @@ class Result:
     data : dict
         Data set, class names, test and training images of each client, exams, whether the clients
         trained on their test images, weights digest.
+    memory : dict or None
+        What ``max_memory`` led to (`fastfpl.federation.budget.Budget`): ``limit_bytes``,
+        ``taken_bytes`` before the first pass, ``text_cache_bytes``, ``passes``.
     preset : dict or None
         If the settings came from a preset: its ``name``, what it is ``about``, what the run has
         ``changed`` (setting, or METHOD.OPTION, to the preset's value and the run's), and what was
@@ -78,6 +81,7 @@ class Result:
     final: dict[str, Any]
     peak_memory_bytes: int
     data: dict[str, Any]
+    memory: dict[str, Any] | None = None
     preset: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -92,6 +96,7 @@ class Result:
             "rounds": self.rounds,
             "final": self.final,
             "peak_memory_bytes": self.peak_memory_bytes,
+            "memory": self.memory,
         }
 
     def save(self, folder: Path) -> None:

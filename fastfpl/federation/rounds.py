@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 from torch.profiler import record_function
 
 from fastfpl.clip import FrozenCLIP
 from fastfpl.config import Settings
 from fastfpl.data import Dataset, Shard
-from fastfpl.federation.cohort import Scores, group, score, stack, train, unstack
-from fastfpl.federation.feeds import Feed, Observer
+from fastfpl.federation.budget import Budget
+from fastfpl.federation.cohort import Scores, Share, gather, score, stack, train
+from fastfpl.federation.feeds import Feed, Observer, silent
 from fastfpl.federation.graphs import StepGraphs
+from fastfpl.federation.states import StateFiles, StoredState
 from fastfpl.federation.steps import PHASE
 from fastfpl.federation.turns import InTurn, Together
 from fastfpl.methods import Method, State
+from fastfpl.ops.memory import current_limit, memory_limit
 from fastfpl.seeds import generator
 
 __all__ = ["Exam", "Federation"]
@@ -72,14 +76,16 @@ class Federation:
     client_domains : tuple of int or None
         Domain of each client, if each has one.
     server : State
-    clients : dict from client to State
-        What clients keep; no two share storage with each other or with the server.
+    clients : StateFiles
+        What clients keep, on disk.
     rounds : list of dict
         Rows of ``result.json``.
     trainer : Together or InTurn
         How the clients of a round train.
     graphs : StepGraphs or None
         What replays training steps, if anything does.
+    budget : Budget or None
+        What decides how many clients share a pass, if ``max_memory`` does.
     """
 
     settings: Settings
@@ -92,10 +98,11 @@ class Federation:
     client_domains: tuple[int, ...] | None
     observer: Observer
     server: State
-    clients: dict[int, State] = field(default_factory=dict)
+    clients: StateFiles = field(default_factory=StateFiles)
     rounds: list[dict[str, Any]] = field(default_factory=list)
     trainer: Together | InTurn = field(default_factory=Together)
     graphs: StepGraphs | None = None
+    budget: Budget | None = None
 
     def facts(self) -> dict[str, Any]:
         """Say what a checkpoint must agree with: settings that decide figures, weights, data."""
@@ -164,7 +171,7 @@ class Federation:
             "bytes_up": 0,
             "bytes_down": 0,
         }
-        trained_with: dict[int, State] = {}
+        trained_with: Mapping[int, StoredState] = {}
         if self.train_feed is not None:
             with record_function(PHASE + "training"):
                 trained_with = self._train(round_, self.train_feed, row)
@@ -180,71 +187,145 @@ class Federation:
         self.rounds.append(row)
         return row
 
-    def _train(self, round_: int, feed: Feed, row: dict[str, Any]) -> dict[int, State]:
+    def _train(self, round_: int, feed: Feed, row: dict[str, Any]) -> Mapping[int, StoredState]:
         begin = time.perf_counter()
         method, selected = self.method, self.sample(round_)
+        device = method.task.classes.tower.device
         lost = self.lost(round_, selected)
-        images = {c: self.shards[c].train for c in selected}
-        downs: dict[int, State] = {}
-        uploads: dict[int, State] = {}
+        # a thousand clients' worth of either does not fit into memory
+        uploads, trained_with = StateFiles(device=device), StateFiles(device=device)
         losses: dict[int, float] = {}
-        kept: dict[int, State] = {}
         seen = 0
         for turn in self.trainer.turns(self, feed, round_, selected, lost):
-            members, outcome = turn.members, turn.outcome
-            downs |= turn.downs
+            outcome = turn.outcome
             seen += outcome.images
-            for u, client in enumerate(members):
+            for u, client in enumerate(turn.members):
+                down = _row(turn.down, u)
                 losses[client] = outcome.losses[u].item()
-            kept |= dict(zip(members, unstack(outcome.own, len(members)), strict=True))
-            if outcome.upload:
-                sent = unstack(outcome.upload, len(members))
-                uploads |= dict(zip(members, sent, strict=True))
-        uploads = {c: state for c, state in uploads.items() if c not in lost}
-        self.clients.update({c: s for c, s in kept.items() if s})
-        self.server = method.merge(
-            self.server, uploads, {c: len(images[c]) for c in uploads}, round_
-        )
+                row["bytes_down"] += _size(down)
+                self.clients.put(client, _row(outcome.own, u))
+                if client not in lost:
+                    upload = _row(outcome.upload, u)
+                    row["bytes_up"] += _size(upload)
+                    uploads.put(client, upload)
+                if method.evaluates_download == "trained":
+                    trained_with.put(client, down)
+        counts = {c: len(self.shards[c].train) for c in uploads}
+        self.server = method.merge(self.server, uploads, counts, round_)
         row["selected"] = selected
         row["lost"] = sorted(lost)
-        row["loss"] = sum(losses.values()) / len(losses)
+        row["loss"] = sum(losses[c] for c in selected) / len(losses)
         row["images_per_second"] = seen / (time.perf_counter() - begin)
-        row["bytes_down"] = sum(_size(state) for state in downs.values())
-        row["bytes_up"] = sum(_size(state) for state in uploads.values())
-        return downs
+        return trained_with
 
-    def cohorts(
-        self, clients: Sequence[int], downs: Mapping[int, State], owns: Mapping[int, State]
-    ) -> list[list[int]]:
-        """Put clients that can train together into cohorts."""
+    def alike(self, clients: Sequence[int]) -> dict[int, int] | None:
+        """Say how many training images each client has, if that must be equal in a cohort."""
         # a survey sees whole training sets, which must be equally long to be stacked
-        alike = type(self.method).surveys is not Method.surveys
-        sizes = {c: len(self.shards[c].train) for c in clients} if alike else None
-        return group(clients, downs, owns, self.settings.cohort, sizes)
+        if type(self.method).surveys is Method.surveys:
+            return None
+        return {c: len(self.shards[c].train) for c in clients}
 
-    def _ask(self, round_: int, trained_with: Mapping[int, State]) -> list[list[Scores]]:
+    def rehearse(self) -> None:
+        """Let the budget see the cohorts of the first two rounds and the last before any is played.
+
+        A run that does not fit is refused now. What clients send and keep has the shapes of one
+        trial.
+        """
+        if self.budget is None:
+            return
+        method, feed = self.method, self.train_feed
+        server, own = self.server, dict[str, Tensor]()
+        counts = {c: len(s.train) for c, s in enumerate(self.shards)}
+        for round_ in sorted({0, 1, self.settings.rounds - 1}) if feed is not None else (0,):
+            down = method.download(server, 0, round_)
+            if feed is not None:
+                share = self.training_share(feed, round_, 0, down, own)
+                mine = {0: self.shards[0].train}
+                with memory_limit(share.text):
+                    outcome = train(
+                        *(method, [0], stack([down]), stack([own]), feed, mine, self.settings),
+                        *(round_, silent),
+                        trial=True,
+                    )
+                method.task.text_features.clear()
+                own = _row(outcome.own, 0)
+                upload = _row(outcome.upload, 0)
+                uploads = dict.fromkeys(counts, upload) if upload else {}
+                server = method.merge(server, uploads, counts if uploads else {}, round_)
+                if method.evaluates_download == "merged":
+                    down = method.download(server, 0, round_ + 1)
+            self._exam_share(0, down, own if method.personal else {})
+
+    def training_share(
+        self, feed: Feed, round_: int, client: int, down: State, own: State
+    ) -> Share:
+        """Say what the training of clients with states like these may take in a round."""
+        if self.budget is None:
+            return Share(self.settings.cohort, current_limit())
+        batch, most = self.settings.batch_size, max(len(s.train) for s in self.shards)
+        mine = self.shards[client].train
+        if self.alike([client]) is None:
+            # the largest batches of any client, of this one's images
+            mine = np.resize(mine, min(2 * batch, most))
+
+        def fit(members: list[int], downs: State, owns: State) -> None:
+            images = {client: mine}
+            train(
+                *(self.method, members, downs, owns, feed, images, self.settings, round_, silent),
+                trial=True,
+            )
+
+        return self._measured("training", fit, client, down, own)
+
+    def _measured(
+        self,
+        what: str,
+        trial: Callable[[list[int], State, State], None],
+        client: int,
+        down: State,
+        own: State,
+    ) -> Share:
+        assert self.budget is not None
+        forget = self.method.task.text_features.clear
+        return self.budget.share(what, (down, own), trial, client, self.settings.cohort, forget)
+
+    def _ask(self, round_: int, trained_with: Mapping[int, StoredState]) -> list[list[Scores]]:
         """Put every exam to every client's model; one list of scores an exam."""
         method = self.method
         everyone = list(range(len(self.shards)))
         if not method.personal:
             # one global model serves every client
-            down = stack([method.download(self.server, 0, round_ + 1)])
-            return [self._answers(exam, everyone, down, {}) for exam in self.exams]
-        downs = {
-            c: trained_with[c]
-            if method.evaluates_download == "trained" and c in trained_with
-            else method.download(self.server, c, round_ + 1)
-            for c in everyone
-        }
-        owns = {c: self.clients.get(c, {}) for c in everyone}
-        if method.tune_epochs:
-            owns = self._tuned(round_, downs, owns)
+            one = method.download(self.server, 0, round_ + 1)
+            share = self._exam_share(0, one, {})
+            with memory_limit(share.text):
+                down = stack([one])
+                return [self._answers(exam, everyone, down, {}) for exam in self.exams]
+
+        def states(client: int) -> tuple[State, State]:
+            if client in trained_with:
+                down = dict(trained_with[client])
+            else:
+                down = method.download(self.server, client, round_ + 1)
+            return down, dict(self.clients.get(client, {}))
+
+        def share_of(client: int, down: State, own: State) -> Share:
+            share = self._exam_share(client, down, own)
+            if method.tune_epochs:
+                assert self.train_feed is not None
+                tuning = self.training_share(self.train_feed, round_, client, down, own)
+                share = share.both(tuning)
+            return share
+
         found: list[dict[int, Scores]] = [{} for _ in self.exams]
-        for members in group(everyone, downs, owns, self.settings.cohort):
-            down = stack([downs[c] for c in members])
-            own = stack([owns[c] for c in members])
-            for scores, exam in zip(found, self.exams, strict=True):
-                scores |= dict(zip(members, self._answers(exam, members, down, own), strict=True))
+        alike = self.alike(everyone) if method.tune_epochs else None
+        for part in gather(everyone, states, share_of, alike):
+            members, own = part.members, part.own
+            with memory_limit(part.share.text):
+                if method.tune_epochs:
+                    own = self._tuned(round_, members, part.down, own)
+                for scores, exam in zip(found, self.exams, strict=True):
+                    answers = self._answers(exam, members, part.down, own)
+                    scores |= dict(zip(members, answers, strict=True))
             self.observer(
                 f"round {round_ + 1} of {self.settings.rounds}, evaluating",
                 len(found[0]),
@@ -252,36 +333,43 @@ class Federation:
             )
         return [[scores[c] for c in everyone] for scores in found]
 
+    def _exam_share(self, client: int, down: State, own: State) -> Share:
+        """Say what the evaluation of clients with states like these may take."""
+        if self.budget is None:
+            return Share(self.settings.cohort, current_limit())
+
+        def ask(members: list[int], downs: State, owns: State) -> None:
+            for exam in self.exams:
+                longest = max(exam.images, key=len)
+                images = dict.fromkeys(members, longest)
+                score(exam.method, members, downs, owns, exam.feed, images, trial=True)
+
+        return self._measured("evaluation", ask, client, down, own)
+
     def _answers(self, exam: Exam, members: Sequence[int], down: State, own: State) -> list[Scores]:
         scores = score(
             exam.method, members, down, own, exam.feed, {c: exam.images[c] for c in members}
         )
         return [scores[c] for c in members]
 
-    def _tuned(
-        self, round_: int, downs: Mapping[int, State], owns: Mapping[int, State]
-    ) -> dict[int, State]:
-        """Fine-tune every client for this evaluation alone; return what it would keep."""
+    def _tuned(self, round_: int, members: list[int], down: State, own: State) -> State:
+        """Fine-tune clients for this evaluation alone; return what they would keep, stacked."""
         assert self.train_feed is not None
-        images = {c: self.shards[c].train for c in downs}
-        tuned: dict[int, State] = {}
-        for members in self.cohorts(list(downs), downs, owns):
-            outcome = train(
-                self.method,
-                members,
-                stack([downs[c] for c in members]),
-                stack([owns[c] for c in members]),
-                self.train_feed,
-                images,
-                self.settings,
-                round_,
-                lambda what, done, total: self.observer("fine-tuning", done, total),
-                epochs=self.method.tune_epochs,
-                stream="tune",
-                graphs=self.graphs,
-            )
-            tuned |= dict(zip(members, unstack(outcome.own, len(members)), strict=True))
-        return tuned
+        images = {c: self.shards[c].train for c in members}
+        return train(
+            self.method,
+            members,
+            down,
+            own,
+            self.train_feed,
+            images,
+            self.settings,
+            round_,
+            lambda what, done, total: self.observer("fine-tuning", done, total),
+            epochs=self.method.tune_epochs,
+            stream="tune",
+            graphs=self.graphs,
+        ).own
 
     @property
     def finished(self) -> bool:
@@ -307,6 +395,11 @@ def _marks(scores: Sequence[Scores], domains: tuple[str, ...]) -> dict[str, Any]
         "clients": clients,
         "domains": by_domain,
     }
+
+
+def _row(state: State, u: int) -> State:
+    """Return what is one client's of a stacked state."""
+    return {name: tensor[u] for name, tensor in state.items()}
 
 
 def _size(state: State) -> int:

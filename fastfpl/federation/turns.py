@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fastfpl.federation.cohort import Trained, stack, train, unstack
+from fastfpl.federation.cohort import Share, Trained, gather, stack, train, unstack
 from fastfpl.federation.feeds import Feed, Observer
 from fastfpl.methods import State
+from fastfpl.ops.memory import memory_limit
 from fastfpl.released import Relayed, Visits
 
 if TYPE_CHECKING:
@@ -25,13 +26,13 @@ class Turn:
     ----------
     members : list of int
         Client numbers.
-    downs : dict from client to State
-        What each had downloaded.
+    down : State
+        What they had downloaded, stacked.
     outcome : Trained
     """
 
     members: list[int]
-    downs: dict[int, State]
+    down: State
     outcome: Trained
 
 
@@ -56,24 +57,34 @@ class Together:
         lost: Set[int],
     ) -> Iterator[Turn]:
         """Train the selected clients, cohort by cohort."""
-        method, images = federation.method, {c: federation.shards[c].train for c in selected}
-        downs = {c: method.download(federation.server, c, round_) for c in selected}
-        owns = {c: federation.clients.get(c, {}) for c in selected}
-        cohorts = federation.cohorts(selected, downs, owns)
-        for number, members in enumerate(cohorts):
-            outcome = train(
-                method,
-                members,
-                stack([downs[c] for c in members]),
-                stack([owns[c] for c in members]),
-                feed,
-                images,
-                federation.settings,
-                round_,
-                _observer(federation, round_, number, len(cohorts)),
-                graphs=federation.graphs,
-            )
-            yield Turn(members, {c: downs[c] for c in members}, outcome)
+        method, server = federation.method, federation.server
+        images = {c: federation.shards[c].train for c in selected}
+
+        def states(client: int) -> tuple[State, State]:
+            own = dict(federation.clients.get(client, {}))
+            return method.download(server, client, round_), own
+
+        def share(client: int, down: State, own: State) -> Share:
+            return federation.training_share(feed, round_, client, down, own)
+
+        done = 0
+        for part in gather(selected, states, share, federation.alike(selected)):
+            tell = _observer(federation, round_, done, len(part.members), len(selected))
+            with memory_limit(part.share.text):
+                outcome = train(
+                    method,
+                    part.members,
+                    part.down,
+                    part.own,
+                    feed,
+                    images,
+                    federation.settings,
+                    round_,
+                    tell,
+                    graphs=federation.graphs,
+                )
+            done += len(part.members)
+            yield Turn(part.members, part.down, outcome)
 
 
 class InTurn:
@@ -105,23 +116,25 @@ class InTurn:
         images = {c: federation.shards[c].train for c in selected}
         for number, client in enumerate(federation.drawn(round_)):
             down = method.download(server, client, round_)
-            own = federation.clients.get(client, {})
+            own = dict(federation.clients.get(client, {}))
             if isinstance(method, Relayed):
                 own = method.inherit(own, down, visits.left(self.state))
-            outcome = train(
-                method,
-                [client],
-                stack([down]),
-                stack([own]),
-                feed,
-                images,
-                federation.settings,
-                round_,
-                _observer(federation, round_, number, len(selected)),
-                factors=visits.factors(self.state, federation.settings.local_epochs),
-                momentum=visits.momentum(self.state),
-                graphs=federation.graphs,
-            )
+            share = federation.training_share(feed, round_, client, down, own)
+            with memory_limit(share.text):
+                outcome = train(
+                    method,
+                    [client],
+                    stack([down]),
+                    stack([own]),
+                    feed,
+                    images,
+                    federation.settings,
+                    round_,
+                    _observer(federation, round_, number, 1, len(selected)),
+                    factors=visits.factors(self.state, federation.settings.local_epochs),
+                    momentum=visits.momentum(self.state),
+                    graphs=federation.graphs,
+                )
             left: State = {}
             if isinstance(method, Relayed):
                 left = method.leave(unstack(outcome.own, 1)[0])
@@ -131,17 +144,19 @@ class InTurn:
             self.state = visits.after(
                 self.state, federation.settings.local_epochs, outcome.momentum, left
             )
-            yield Turn([client], {client: down}, outcome)
+            yield Turn([client], stack([down]), outcome)
 
 
-def _observer(federation: Federation, round_: int, number: int, count: int) -> Observer:
-    """Report the steps of one of a round's turns."""
+def _observer(
+    federation: Federation, round_: int, before: int, members: int, clients: int
+) -> Observer:
+    """Report the steps of one of a round's turns, after those of so many clients."""
 
     def tell(what: str, done: int, total: int) -> None:
         federation.observer(
             f"round {round_ + 1} of {federation.settings.rounds}, {what}",
-            number * total + done,
-            count * total,
+            before * total + done * members,
+            clients * total,
         )
 
     return tell

@@ -25,6 +25,7 @@ __all__ = [
     "State",
     "Task",
     "Tolerance",
+    "Upload",
     "cross_entropy",
     "masked_mean",
     "weighted_mean",
@@ -32,6 +33,8 @@ __all__ = [
 
 #: Named tensors: what a server or client holds or sends. In a cohort all carry a leading U.
 State = dict[str, Tensor]
+#: What a client has sent: named tensors that may lie on disk, each read when it is looked at.
+Upload = Mapping[str, Tensor]
 
 
 class Options(BaseModel):
@@ -210,7 +213,8 @@ class Method(ABC):
 
     def on(self, classes: ClassPrompts) -> Method:
         """Return the same method over another class list; states stay valid."""
-        task = replace(self.task, classes=classes, text_features=TextFeatures())
+        cache = TextFeatures(self.task.text_features.max_bytes)
+        task = replace(self.task, classes=classes, text_features=cache)
         return type(self)(task, self.options.model_dump())
 
     # -- values ------------------------------------------------------------------------------
@@ -224,7 +228,7 @@ class Method(ABC):
         return {"ctx": server["ctx"]}
 
     def merge(
-        self, server: State, uploads: Mapping[int, State], images: Mapping[int, int], round_: int
+        self, server: State, uploads: Mapping[int, Upload], images: Mapping[int, int], round_: int
     ) -> State:
         """Merge uploads into a new server state; clients that sent nothing are not in the mappings.
 
@@ -232,7 +236,7 @@ class Method(ABC):
         ----------
         server : State
             Not changed.
-        uploads : mapping from client to State
+        uploads : mapping from client to Upload
         images : mapping from client to int
             Training images of the client, its weight.
         round_ : int
@@ -321,7 +325,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
 
 
 def weighted_mean(
-    uploads: Mapping[int, State], images: Mapping[int, int], name: str, otherwise: Tensor
+    uploads: Mapping[int, Upload], images: Mapping[int, int], name: str, otherwise: Tensor
 ) -> Tensor:
     """Average one tensor over clients, weighted by training images, independent of their order.
 

@@ -15,6 +15,7 @@ from fastfpl.methods.base import (
     Method,
     State,
     Task,
+    Upload,
     cross_entropy,
     weighted_mean,
 )
@@ -115,7 +116,7 @@ class FedAPT(Method):
         return trained, {"key": down["key"]} if training else {}
 
     def merge(
-        self, server: State, uploads: Mapping[int, State], images: Mapping[int, int], round_: int
+        self, server: State, uploads: Mapping[int, Upload], images: Mapping[int, int], round_: int
     ) -> State:
         """Average context and query over clients, all with the same weight."""
         same = dict.fromkeys(uploads, 1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastfpl.errors import InputError
-from fastfpl.methods.base import Batch, State, Task, masked_mean
+from fastfpl.methods.base import Batch, State, Task, Upload, masked_mean
 from fastfpl.methods.fedapt import FedAPT, unit_images
 
 __all__ = ["FedAPTUnsupervised"]
@@ -88,7 +88,7 @@ class FedAPTUnsupervised(FedAPT):
         return down
 
     def merge(
-        self, server: State, uploads: Mapping[int, State], images: Mapping[int, int], round_: int
+        self, server: State, uploads: Mapping[int, Upload], images: Mapping[int, int], round_: int
     ) -> State:
         """Average like FedAPT; remember who has a bank, and in the first phase the context."""
         new = super().merge(server, uploads, images, round_)

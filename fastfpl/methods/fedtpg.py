@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastfpl.errors import InputError
-from fastfpl.methods.base import Method, State, Task, weighted_mean
+from fastfpl.methods.base import Method, State, Task, Upload, weighted_mean
 from fastfpl.methods.base import Options as _Options
 from fastfpl.ops.text import encode_text
 from fastfpl.seeds import generator
@@ -144,7 +144,7 @@ class FedTPG(Method):
         return dict(trained), own
 
     def merge(
-        self, server: State, uploads: Mapping[int, State], images: Mapping[int, int], round_: int
+        self, server: State, uploads: Mapping[int, Upload], images: Mapping[int, int], round_: int
     ) -> State:
         """Average every tensor of the generator."""
         return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fastfpl.methods.base import Method, State
+from fastfpl.methods.base import Method, State, Upload
 
 __all__ = ["LocalCoOp"]
 
@@ -32,7 +32,7 @@ class LocalCoOp(Method):
     def merge(
         self,
         server: State,
-        uploads: Mapping[int, State],
+        uploads: Mapping[int, Upload],
         images: Mapping[int, int],
         round_: int,
     ) -> State:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastfpl.errors import InputError
 from fastfpl.features import TextKey
-from fastfpl.methods.base import Method, State, Task, weighted_mean
+from fastfpl.methods.base import Method, State, Task, Upload, weighted_mean
 from fastfpl.methods.base import Options as _Options
 from fastfpl.ops.gate import Gate, gate_experts
 from fastfpl.seeds import generator
@@ -189,7 +189,7 @@ class PFedMoAP(Method):
         return {"ctx": trained["ctx"]}, {**own, **trained}
 
     def merge(
-        self, server: State, uploads: Mapping[int, State], images: Mapping[int, int], round_: int
+        self, server: State, uploads: Mapping[int, Upload], images: Mapping[int, int], round_: int
     ) -> State:
         """Average the prompts and refresh the pool with them."""
         pool, pool_round = server["pool"].clone(), server["pool_round"].clone()

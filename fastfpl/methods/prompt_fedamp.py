@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fastfpl.methods.base import Batch, Method, State, Task
+from fastfpl.methods.base import Batch, Method, State, Task, Upload
 from fastfpl.methods.base import Options as _Options
 
 __all__ = ["PromptFedAMP"]
@@ -101,7 +101,7 @@ class PromptFedAMP(Method):
         return {"ctx": trained["ctx"]}, {"ctx": trained["ctx"]}
 
     def merge(
-        self, server: State, uploads: Mapping[int, State], images: Mapping[int, int], round_: int
+        self, server: State, uploads: Mapping[int, Upload], images: Mapping[int, int], round_: int
     ) -> State:
         """Refresh the pool; nothing is averaged."""
         pool, uploaded = server["pool"].clone(), server["uploaded"].clone()

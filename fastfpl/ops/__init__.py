@@ -1,4 +1,7 @@
-"""The ops: one file each, named as its reference, its kernels, its C++, its tests and its bench."""
+"""The ops: one file each, named as its reference, its kernels, its C++, its tests and its bench.
+
+Parts of one that would be too long are beside it, as ``<op>_<part>.py``.
+"""
 
 from __future__ import annotations
 

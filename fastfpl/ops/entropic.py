@@ -14,7 +14,8 @@ from torch.autograd.function import once_differentiable
 from fastfpl.errors import InputError, KindError, NotConverged
 from fastfpl.ops import native
 from fastfpl.ops.faces import Face, choose
-from fastfpl.ops.transport import against_cpu, pull_back
+from fastfpl.ops.transport import against_cpu
+from fastfpl.ops.transport_gradient import pull_back
 from fastfpl.reference import entropic as reference
 from fastfpl.shapes import check_shapes
 
@@ -317,6 +318,6 @@ def _against_cpu(cost: Tensor, *_: object) -> list[str]:
 FACES: dict[str, tuple[Face, ...]] = {
     "sinkhorn": (
         Face("cpu", _cpu, functools.partial(native.missing, "transport_plan"), _against_cpu),
-        Face("reference", _reference),
+        Face("reference", _reference, waits=True),
     ),
 }

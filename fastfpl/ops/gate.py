@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from fastfpl.errors import InputError, KindError
 from fastfpl.ops import launch, native
 from fastfpl.ops.faces import Face, choose
+from fastfpl.ops.precision import as_given
 from fastfpl.reference import gate as reference
 from fastfpl.reference.gate import Gate
 from fastfpl.shapes import check_shapes
@@ -56,9 +57,9 @@ def gate_experts(image: Tensor, experts: Tensor, gate: Gate) -> Tensor:
     Differentiable in: image, experts, all eight tensors of the gate; once in the triton and cpu
     faces. A bias of keys changes no softmax, so the gradient of b_k is zero there, and rounding
     in the others. Deterministic: yes, whatever the number of threads; no atomics on a GPU.
-    Accumulates in float32, in float64 for float64. On a GPU float32 is multiplied exactly, or in
-    TF32 where ``torch.set_float32_matmul_precision`` allows that. The C++ face takes float32 and
-    float64, the kernels heads of at most 128 numbers.
+    Accumulates in float32, in float64 for float64; autocast is not asked. On a GPU float32 is
+    multiplied exactly, or in TF32 where ``torch.set_float32_matmul_precision`` allows that. The C++
+    face takes float32 and float64, the kernels heads of at most 128 numbers.
     Memory of the triton and cpu faces: the projections of images and experts, and where a gradient
     is wanted two or three numbers an image, class and head; no (B, C, D) and no H B C E. The torch
     face keeps H B C E scores and values.
@@ -90,9 +91,10 @@ def gate_experts(image: Tensor, experts: Tensor, gate: Gate) -> Tensor:
         raise InputError(f"{op}: heads must divide D; got {gate.heads} with D={sizes['D']}")
     if sizes["E"] < 1:
         raise InputError(f"{op}: experts must hold at least one expert; got E=0")
-    logits: Tensor = choose("gate_experts", FACES["gate_experts"], image, experts, gate).run(
-        image, experts, gate
-    )
+    face = choose("gate_experts", FACES["gate_experts"], image, experts, gate)
+    logits: Tensor
+    with as_given(image.device):
+        logits = face.run(image, experts, gate)
     return logits
 
 
@@ -182,6 +184,11 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_logits: Tensor) -> tuple[Tensor | None, ...]:
+        with as_given(d_logits.device):
+            return _Gate._gradients(ctx, d_logits)
+
+    @staticmethod
+    def _gradients(ctx: Any, d_logits: Tensor) -> tuple[Tensor | None, ...]:
         image, rows, w_qz, w_kv, qz, kv, b_out, w_o, b_v, *stats = ctx.saved_tensors
         needs = ctx.needs_input_grad[3:]
         of_image, of_experts, of_w_q, of_b_q, of_w_k, of_b_k, of_w_v, of_b_v, of_w_o, of_b_o = needs

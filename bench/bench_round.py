@@ -1,0 +1,239 @@
+"""A full round of every method, cohort by cohort, against the literal loop over its clients.
+
+Sixteen clients of one batch of 32 images each, the ViT-B/16 text tower with random weights, the
+class names of CIFAR-100, all clients in their second round, when experts, slices and gates are
+there. A cohort of one is the library's own sequential loop. The literal loop takes clients one by
+one, so that one client is timed and the row says so: every step at 77 tokens a class, and for
+pFedMoAP the nine experts, which the released code encodes for every client anew.
+
+Figures are of the client: seconds of a round divided by its clients. The states of a round go to
+disk and come from it, as in a run.
+
+`bench_thousand_classes` plays the second round of two clients over a list of 1000 classes within
+a limit of memory, as ``--memory`` plans it, and gives no time for a run that took more.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bench import bench_step
+from bench.bench_text import DEVICE, SLOTS, WIDTH
+from bench.clock import checked, peak_bytes
+from fastfpl.config import Settings
+from fastfpl.data import Shard
+from fastfpl.features import Features
+from fastfpl.federation.budget import Budget, Living
+from fastfpl.federation.feeds import Feed
+from fastfpl.federation.graphs import step_graphs
+from fastfpl.federation.rounds import Federation
+from fastfpl.methods import State
+from fastfpl.ops.faces import recorded_faces
+from fastfpl.ops.memory import parse_bytes
+
+IMAGES, CLASSES, PATCHES, CLIENTS = 32, 100, 196, 16
+METHODS = ["promptfl", "pfedmoap", "fedotp", "fedpgp", "fedapt"]
+LITERAL = [name for name in METHODS if name in bench_step.SETS]
+LIMIT = 1e-2
+
+
+class Labels:
+    """Labels of a split whose images nobody looks at."""
+
+    def __init__(self, count: int) -> None:
+        self.labels = np.arange(count) * 7 % CLASSES
+        self.domains = np.zeros(count, dtype=np.int64)
+
+
+@functools.cache
+def features(name: str, dtype: torch.dtype) -> Feed:
+    """Cached features of all clients' images."""
+    count = CLIENTS * IMAGES
+    shape = (count, PATCHES, WIDTH) if name == "fedotp" else (count, WIDTH)
+    made = F.normalize(bench_step.normal(2, *shape), dim=-1).to(dtype)
+    rows = np.arange(count)
+
+    def never(indices: np.ndarray, seeds: np.ndarray) -> Tensor:
+        raise AssertionError("features are cached")
+
+    split = Labels(count)
+    return Feed(torch.device(DEVICE), split, rows, [Features(made.numpy(), dtype)], never)
+
+
+@functools.cache
+def tower() -> torch.nn.Module:
+    """The image tower of ViT-B/16 with random weights."""
+    import open_clip
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return open_clip.create_model("ViT-B-16", device=DEVICE).visual.eval()
+
+
+@functools.cache
+def images(dtype: torch.dtype) -> Feed:
+    """Every step encodes its images anew, as with ``augment=fresh``."""
+    count = CLIENTS * IMAGES
+    pixels = bench_step.normal(3, 64, 3, 224, 224)
+
+    @torch.no_grad()
+    def encode(indices: np.ndarray, seeds: np.ndarray) -> Tensor:
+        batch = pixels[torch.from_numpy(indices % len(pixels))].to(DEVICE)
+        return F.normalize(tower()(batch), dim=-1).to(dtype)
+
+    return Feed(torch.device(DEVICE), Labels(count), np.arange(count), [], encode)
+
+
+class Round:
+    """The second round of a federation, again and again from the same state."""
+
+    def __init__(
+        self,
+        name: str,
+        dtype: torch.dtype,
+        cohort: int,
+        feed: Feed,
+        clients: int,
+        classes: int = CLASSES,
+        budget: Budget | None = None,
+    ):
+        method = bench_step.method_of(name, dtype, clients, classes)
+        settings = Settings(
+            method=name, rounds=10, local_epochs=1, batch_size=IMAGES, cohort=cohort,
+            evaluate_every=10, augment="fresh" if feed.random else "none",
+        )  # fmt: skip
+        shards = [Shard(np.arange(c * IMAGES, (c + 1) * IMAGES), None) for c in range(clients)]
+        self.federation = Federation(
+            settings=settings, clip=None, dataset=None, shards=shards, method=method,
+            train_feed=feed, exams=[], client_domains=None,
+            observer=lambda what, done, total: None, server=method.server_init(),
+            graphs=step_graphs(settings, method, torch.device(DEVICE)), budget=budget,
+        )  # fmt: skip
+        self.federation.round()
+        self.begin = dict(self.federation.server)
+        self.kept: dict[int, State] = {c: dict(s) for c, s in self.federation.clients.items()}
+
+    def __call__(self) -> Tensor:
+        """Play it and return how the shared prompt, or what clients keep, has moved."""
+        federation = self.federation
+        federation.server, federation.rounds = dict(self.begin), federation.rounds[:1]
+        for client, state in self.kept.items():
+            federation.clients.put(client, state)
+        federation.round()
+        moved = federation.server["ctx"] - self.begin["ctx"]
+        return (moved / moved.double().norm()).flatten().cpu()
+
+    @property
+    def row(self) -> dict[str, object]:
+        return self.federation.rounds[-1]
+
+
+@functools.cache
+def exact(name: str, kind: str, clients: int) -> Tensor:
+    """The round in float64, one client after another."""
+    feed = features(name, torch.float64) if kind == "features" else images(torch.float64)
+    found = Round(name, torch.float64, 1, feed, clients)()
+    features.cache_clear()
+    gc.collect()
+    return found
+
+
+def note(benchmark: pytest.FixtureRequest, row: dict[str, object], clients: int) -> None:
+    facts = {"clients": clients, "bytes_up": row["bytes_up"], "bytes_down": row["bytes_down"]}
+    if benchmark.stats is not None:
+        median = benchmark.stats.stats.median
+        facts |= {"seconds_per_client": median / clients, "images_per_s": clients * IMAGES / median}
+    benchmark.extra_info |= facts
+
+
+def busy(run: Callable[[], Tensor]) -> float | None:
+    """Say for which share of a round a GPU had work."""
+    if DEVICE != "cuda":
+        return None
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as seen:
+        run()
+        torch.cuda.synchronize()
+    spans = sorted((e.time_range.start, e.time_range.end) for e in seen.events())
+    covered, end = 0.0, spans[0][0]
+    for start, stop in spans:
+        covered += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return covered / (end - spans[0][0])
+
+
+@pytest.mark.parametrize("cohort", [1, 4, 16])
+@pytest.mark.parametrize("name", METHODS)
+def bench_round(benchmark, name, cohort):
+    clients = CLIENTS
+    row = {"op": f"round of {name}", "from": "features", "B": IMAGES, "C": CLASSES, "T": SLOTS}
+    row |= {"dtype": "float32", "threads": torch.get_num_threads(), "device": DEVICE}
+    truth = exact(name, "features", clients)
+    run = Round(name, torch.float32, cohort, features(name, torch.float32), clients)
+    with recorded_faces() as faces:
+        way = f"cohort of {min(cohort, clients)}"
+        checked(benchmark, run, truth, LIMIT, rounds=3, **row, face=way)
+    note(benchmark, run.row, clients)
+    benchmark.extra_info["busy"] = busy(run)
+    benchmark.extra_info["faces"] = {op: sorted(names) for op, names in faces.items()}
+
+
+@pytest.mark.parametrize("name", LITERAL)
+def bench_literal_client(benchmark, name):
+    """One client of the literal loop: its step, and for pFedMoAP the experts it encodes."""
+    row = {"op": f"round of {name}", "from": "features", "B": IMAGES, "C": CLASSES, "T": SLOTS}
+    row |= {"dtype": "float32", "threads": torch.get_num_threads(), "device": DEVICE}
+    truth, step = bench_step.exact(name), bench_step.literal(name)
+    experts = bench_step.literal_experts() if name == "pfedmoap" else None
+
+    def run() -> Tensor:
+        if experts is not None:
+            experts()
+        return step()
+
+    limit = bench_step.LIMIT.get(name, 1e-3)
+    checked(benchmark, run, truth, limit, rounds=1, **row, face="literal, 1 client")
+    note(benchmark, {"bytes_up": None, "bytes_down": None}, 1)
+
+
+@pytest.mark.parametrize("cohort", [1, 4])
+def bench_round_from_images(benchmark, cohort):
+    """The image tower runs in every step; four clients."""
+    row = {"op": "round of promptfl", "from": "images", "B": IMAGES, "C": CLASSES, "T": SLOTS}
+    row |= {"dtype": "float32", "threads": torch.get_num_threads(), "device": DEVICE}
+    truth = exact("promptfl", "images", 4)
+    run = Round("promptfl", torch.float32, cohort, images(torch.float32), 4)
+    way = f"cohort of {cohort}"
+    checked(benchmark, run, truth, LIMIT, rounds=2, **row, face=way)
+    note(benchmark, run.row, 4)
+    benchmark.extra_info["busy"] = busy(run)
+
+
+@pytest.mark.parametrize("limit", ["4GiB", "8GiB", "12GiB", "24GiB"])
+@pytest.mark.parametrize("name", ["pfedmoap", "fedotp", "fedpgp", "fedapt"])
+def bench_thousand_classes(benchmark, name, limit):
+    """ImageNet's number of classes, batches of 32, within the memory of a consumer card."""
+    device = torch.device(DEVICE)
+    budget = Budget(parse_bytes("bench", limit), device)
+    feed = features(name, torch.float32)
+    run = Round(name, torch.float32, 2, feed, 2, 1000, budget)
+    gc.collect()
+    with Living() as living:
+        peak = peak_bytes(run, device)
+    before = budget.taken
+    assert before + living.most <= budget.limit, f"not timed: {living.most} bytes of tensors"
+    assert peak is None or before + peak <= budget.limit, f"not timed: {peak} bytes"
+    row = {"op": f"round of {name}", "C": 1000, "B": IMAGES, "T": SLOTS, "clients": 2}
+    row |= {"dtype": "float32", "threads": torch.get_num_threads(), "device": DEVICE}
+    benchmark.extra_info |= row | {"face": f"within {limit}", "peak_bytes": peak}
+    benchmark.extra_info |= {"tensors_bytes": living.most, "memory": budget.to_json()}
+    benchmark.group = " ".join(f"{k}={v}" for k, v in row.items())
+    benchmark.pedantic(run, rounds=1)

@@ -1,0 +1,270 @@
+"""A budget of memory for a whole run: how many clients and classes share a pass."""
+
+from __future__ import annotations
+
+import resource
+import weakref
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastfpl.errors import InputError
+from fastfpl.features import TextFeatures
+from fastfpl.federation.cohort import Share, shapes, stack
+from fastfpl.methods import State
+from fastfpl.ops.memory import memory_limit
+
+__all__ = ["Budget", "Living", "uncapped"]
+
+# the rest is for what no trial shows: work space of matrix products, fragments
+_PLANNED = 0.85
+_ENOUGH = 64
+
+
+class Living(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made inside and live at once.
+
+    Attributes
+    ----------
+    now, most : int
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.most = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operation and count the memory of its results that was not there before."""
+        before = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
+        result = func(*args, **(kwargs or {}))
+        for tensor in _tensors(result):
+            storage = tensor.untyped_storage()
+            key, size = storage.data_ptr(), storage.nbytes()
+            if size and key not in self._seen and key not in before:
+                self._seen.add(key)
+                self.now += size
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._forget, key, size)
+        return result
+
+    def _forget(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+# CUDA devices of which PyTorch was told to give no more than a limit
+_capped: set[torch.device] = set()
+
+
+@contextmanager
+def uncapped() -> Iterator[None]:
+    """At the end, let PyTorch give the whole of every device again that a budget has capped."""
+    try:
+        yield
+    finally:
+        while _capped:
+            torch.cuda.set_per_process_memory_fraction(1.0, _capped.pop())
+
+
+class Budget:
+    """Bytes that a run may take on its device, and who shares a pass so that it takes no more.
+
+    Of every kind of cohort one client, two, four and so on take first steps for trial, with the
+    largest batch that a client of the run has, as long as twice as much would fit; so many share a
+    pass as fit if each needs its part of the last trial. The text pass gets half of the room, less
+    where a client would not fit otherwise: it is cut into parts of contexts and classes. A trial
+    changes nothing.
+
+    Parameters
+    ----------
+    limit : int
+        Bytes. On a CPU of the process' resident memory; on a CUDA device of PyTorch's allocations.
+    device : torch.device
+
+    Attributes
+    ----------
+    limit : int
+    taken : int
+        Bytes that were taken before the first pass: weights, data, libraries.
+    reserved : int
+        Bytes that are kept for caches of text features.
+    passes : list of dict
+        What was chosen for every kind of cohort: ``what`` it is for, ``clients`` at most,
+        ``text_bytes`` for activations of the text pass, and ``tried_bytes`` that
+        ``tried_clients`` needed.
+
+    Raises
+    ------
+    InputError
+        If nothing is left, or if one client does not fit.
+    """
+
+    def __init__(self, limit: int, device: torch.device) -> None:
+        self.limit = limit
+        self.taken = self.reserved = 0
+        self.passes: list[dict[str, Any]] = []
+        self._device = device
+        self._shares: dict[Hashable, Share] = {}
+        self.settle()
+        if device.type == "cuda":
+            whole = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, limit / whole), device)
+            _capped.add(device)
+
+    def settle(self) -> None:
+        """Count anew what is taken before a pass."""
+        self.taken = _taken(self._device)
+        if self.taken >= self.limit:
+            raise InputError(
+                f"fastfpl.run: max_memory must be more than the {_readable(self.taken)} that are "
+                f"taken before the first pass; got {_readable(self.limit)}; raise it or take a "
+                "smaller CLIP"
+            )
+
+    @property
+    def room(self) -> int:
+        """Bytes that a pass is planned with."""
+        return int(_PLANNED * (self.limit - self.taken)) - self.reserved
+
+    def text_features(self) -> TextFeatures:
+        """Make a cache of text features, and keep bytes for it."""
+        cache = TextFeatures(min(TextFeatures.MOST, self.room // 8))
+        self.reserved += cache.max_bytes
+        return cache
+
+    def share(
+        self,
+        what: str,
+        kind: tuple[State, State],
+        trial: Callable[[list[int], State, State], object],
+        client: int,
+        most: int | None,
+        after: Callable[[], None],
+    ) -> Share:
+        """Choose the share of one kind of cohort; measured at its first sight.
+
+        Parameters
+        ----------
+        what : str
+            What the pass is for.
+        kind : tuple of State
+            What the client downloads and keeps.
+        trial : callable
+            ``trial(members, down, own)`` makes the pass; the states are stacked.
+        client : int
+            Number of the client.
+        most : int or None
+            Clients that share a pass at most; None for 64, as more make no device busier.
+        after : callable
+            Called after the trials, to forget what they left in caches.
+        """
+        key = (what, *(shapes(state) for state in kind))
+        if key not in self._shares:
+            # who gathers a cohort, or puts it into order, holds its states a second time
+            twice = sum(tensor.nbytes for state in kind for tensor in state.values())
+
+            def run(count: int) -> None:
+                down, own = (stack([state] * count) for state in kind)
+                trial([client] * count, down, own)
+
+            try:
+                self._shares[key] = self._choose(what, run, twice, most)
+            finally:
+                after()
+        return self._shares[key]
+
+    def _choose(
+        self, what: str, run: Callable[[int], None], beside: int, most: int | None
+    ) -> Share:
+        room, text = self.room, self.room // 2
+        first, known = room + 1, ""
+        while first > room:
+            try:
+                first = beside + self._needs(run, 1, text)
+            except InputError as error:  # not one class fits into so little
+                raise InputError(
+                    f"fastfpl.run: max_memory must hold the {what} of one client; got "
+                    f"{_readable(self.limit)}, of which {_readable(self.taken)} are taken and "
+                    f"{_readable(room)} may be planned{known}; raise it, or lower batch_size"
+                ) from error
+            known = f", but one needs {_readable(first)}"
+            text //= 2
+        text *= 2
+        # twice the clients need at most twice as much, so that no trial needs more than there is
+        top = _ENOUGH if most is None else most
+        count, needed = 1, first
+        while 2 * count <= top and 2 * needed <= room:
+            count *= 2
+            needed = count * beside + self._needs(run, count, text)
+        tried, count = count, min(count * room // needed, top)
+        self.passes.append(
+            {
+                "what": what,
+                "clients": count,
+                "text_bytes": text,
+                "tried_clients": tried,
+                "tried_bytes": needed,
+            }
+        )
+        return Share(count, text)
+
+    def _needs(self, run: Callable[[int], None], count: int, text: int) -> int:
+        """Measure the bytes that a trial has at a time beside what was there before."""
+        with memory_limit(text):
+            if self._device.type != "cuda":
+                with Living() as seen:
+                    run(count)
+                return seen.most
+            torch.cuda.synchronize(self._device)
+            before = torch.cuda.memory_allocated(self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)
+            try:
+                run(count)
+            except torch.OutOfMemoryError:
+                return self.limit
+            finally:
+                torch.cuda.empty_cache()
+            return int(torch.cuda.max_memory_allocated(self._device)) - before
+
+    def to_json(self) -> dict[str, Any]:
+        """Say what was chosen, for ``result.json``."""
+        return {
+            "limit_bytes": self.limit,
+            "taken_bytes": self.taken,
+            "text_cache_bytes": self.reserved,
+            "passes": self.passes,
+        }
+
+
+def _taken(device: torch.device) -> int:
+    """Bytes that the process has now: allocations on a GPU, resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmRSS:"):
+                return int(line.split()[1]) * 1024
+    # elsewhere the largest so far, which is no less; macOS counts bytes
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if torch.backends.mps.is_built() else peak * 1024
+
+
+def _readable(size: int) -> str:
+    for unit, power in (("GiB", 30), ("MiB", 20)):
+        if size >= 1 << power:
+            return f"{size / (1 << power):.1f} {unit}"
+    return f"{size} bytes"

@@ -1,0 +1,336 @@
+"""A run within a number of bytes: what it chooses, what it takes, what it refuses."""
+
+import json
+from collections import defaultdict
+
+import pytest
+import torch
+
+import fastfpl
+from fastfpl.data import load_dataset
+from fastfpl.errors import InputError
+from fastfpl.federation import budget, preparation, rounds, turns
+from fastfpl.federation.budget import Budget, Living
+from fastfpl.federation.cohort import Share
+from fastfpl.federation.states import StateFiles
+from fastfpl.methods import METHODS
+from tests.test_memory import OPTIONS
+from tests.worlds import TINY_RUN, figures, small_clip
+
+RUN = {**TINY_RUN, "clients": 8, "rounds": 3, "threads": 1}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread_one_digits():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    digits = load_dataset("digits")
+    patch = pytest.MonkeyPatch()
+    patch.setattr(preparation, "load_dataset", lambda name, root, **more: digits)
+    yield
+    patch.undo()
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return small_clip()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("features")
+
+
+@pytest.fixture(scope="module")
+def play(clip, cache):
+    def run(method, **more):
+        paired = {"augment": "views:1"} if METHODS[method].paired else {}
+        settings = {**RUN, "options": OPTIONS.get(method, {}), **paired, **more}
+        return fastfpl.run(method, model=clip, cache=cache, **settings)
+
+    return run
+
+
+@pytest.fixture
+def nothing_taken(monkeypatch):
+    monkeypatch.setattr(budget, "_taken", lambda device: 0)
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """Count what every training and evaluation has at a time, and its clients; trials apart."""
+    seen = defaultdict(list)
+
+    def around(name, plain):
+        def pass_(method, members, *arguments, trial=False, **more):
+            if trial:
+                return plain(method, members, *arguments, trial=True, **more)
+            with Living() as living:
+                result = plain(method, members, *arguments, **more)
+            seen[name].append((len(members), living.most))
+            return result
+
+        return pass_
+
+    monkeypatch.setattr(turns, "train", around("training", turns.train))
+    monkeypatch.setattr(rounds, "train", around("tuning", rounds.train))
+    monkeypatch.setattr(rounds, "score", around("evaluation", rounds.score))
+    return seen
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].trains])
+def test_a_run_stays_within_its_limit(method, play, nothing_taken, watched):
+    free = play(method)
+    most = max(size for passes in watched.values() for _, size in passes)
+    sizes = {name: max(n for n, _ in passes) for name, passes in watched.items()}
+    assert sizes["training"] >= 7  # who has more images than others trains apart, where it counts
+    for limit in (int(0.9 * most), most // 2):
+        watched.clear()
+        result = play(method, max_memory=limit)
+        # the states of a cohort stand beside its passes
+        for passes in watched.values():
+            assert max(size for _, size in passes) <= 0.95 * limit
+        chosen = result.memory["passes"]
+        assert {one["what"] for one in chosen} == {"training", "evaluation"}
+        for one in chosen:
+            assert 0 < one["tried_bytes"] <= 0.85 * limit
+        top = max(one["clients"] for one in chosen if one["what"] == "training")
+        assert max(n for n, _ in watched["training"]) == min(top, sizes["training"])
+        for row, other in zip(figures(result)[:-1], figures(free)[:-1], strict=True):
+            assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)
+            assert row["clients"] == pytest.approx(other["clients"], abs=0.02)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_budget_that_binds_nothing_changes_no_bit(method, play):
+    """Trials leave no trace: no draw, no state, no cached feature."""
+    assert figures(play(method, max_memory="1 TiB")) == figures(play(method))
+
+
+def test_a_cohort_is_an_upper_bound(play, nothing_taken, watched):
+    result = play("promptfl", max_memory="1 GiB", cohort=3)
+    assert {one["clients"] for one in result.memory["passes"]} == {3}
+    assert [n for n, _ in watched["training"]] == [3, 3, 2] * 3
+
+
+def test_what_does_not_fit_is_refused_before_a_round(play, nothing_taken, tmp_path):
+    sentence = r"^fastfpl\.run: max_memory must hold the training of one client; got .* lower batch"
+    with pytest.raises(InputError, match=sentence):
+        play("pfedmoap", max_memory="100 KiB", out=tmp_path / "run")
+    assert not list(tmp_path.rglob("checkpoint*"))
+
+
+def test_less_than_is_taken_is_refused(play):
+    with pytest.raises(InputError, match=r"max_memory must be more than the .* that are taken"):
+        play("promptfl", max_memory="10 MiB")
+
+
+def test_the_result_says_what_was_chosen(play, tmp_path):
+    result = play("pfedmoap", max_memory="64 GiB", out=tmp_path / "run")
+    written = json.loads((tmp_path / "run" / "result.json").read_text())["memory"]
+    assert written == result.memory
+    assert written["limit_bytes"] == 64 << 30
+    assert written["text_cache_bytes"] == 256 << 20
+    assert 100 << 20 < written["taken_bytes"] < 4 << 30
+    # the first round without experts, later ones with a gate, and those who never trained
+    assert [one["what"] for one in written["passes"]][:2] == ["training", "evaluation"]
+    assert all(one["clients"] == 64 for one in written["passes"])
+
+
+# --- the choice -----------------------------------------------------------------------------------
+
+
+def needs(base, each, text):
+    """Make a trial that takes so many bytes, its text pass as many as it may."""
+
+    def trial(members, down, own):
+        limit = budget_text()
+        kept = [torch.empty(base, dtype=torch.uint8)]
+        kept += [torch.empty(each, dtype=torch.uint8) for _ in members]
+        kept.append(torch.empty(min(text * len(members), limit), dtype=torch.uint8))
+
+    return trial
+
+
+def budget_text():
+    from fastfpl.ops.memory import current_limit
+
+    return current_limit()
+
+
+def share(limit, trial, most=None):
+    chosen = Budget(limit, torch.device("cpu"))
+    state = {"a": torch.zeros(1)}
+    return chosen.share("training", (state, {}), trial, 7, most, lambda: None), chosen
+
+
+def test_clients_are_doubled_while_they_fit(nothing_taken):
+    # 850 000 may be planned; 100 000 and 50 000 a client, of which 10 000 are text, and its state
+    found, chosen = share(1_000_000, needs(100_000, 40_000, 10_000))
+    eight = 100_000 + 8 * (50_000 + 2 * 4)
+    assert chosen.passes[0]["tried_clients"] == 8
+    assert chosen.passes[0]["tried_bytes"] == eight
+    assert found.clients == 8 * 850_000 // eight == 13
+    assert 100_000 + 13 * 50_000 <= 850_000
+    assert found.text == 425_000
+    assert share(1 << 40, needs(100_000, 40_000, 10_000))[0].clients == 64
+    assert share(1 << 40, needs(1000, 400, 100), 100)[0].clients == 100
+
+
+@pytest.mark.parametrize("slope", [0, 3000, 20_000, 60_000])
+def test_what_only_many_clients_show_is_seen(slope, nothing_taken):
+    """The peak is another moment's from some number of clients on."""
+    most = []
+
+    def trial(members, down, own):
+        most.append(max(100_000 + 1000 * len(members), slope * len(members)))
+        torch.empty(most[-1], dtype=torch.uint8)
+
+    found, _ = share(1_000_000, trial)
+    assert max(most) <= 850_000
+    count = found.clients
+    trial([0] * count, {}, {})
+    assert most[-1] <= 850_000
+
+
+def test_the_text_pass_gets_less_where_a_client_would_not_fit(nothing_taken):
+    found, _ = share(10_000_000, needs(100_000, 7_000_000, 10**9))
+    assert found.clients == 1
+    assert found.text == 8_500_000 // 8
+
+    def refusing(members, down, own):
+        if budget_text() < 100_000:
+            raise InputError("max_memory must be at least 100000 bytes for one class")
+        needs(100_000, 8_390_000, 10**9)(members, down, own)
+
+    with pytest.raises(InputError, match="must hold the training of one client"):
+        share(10_000_000, refusing)
+
+
+def test_a_kind_is_tried_once(nothing_taken):
+    tried = []
+    chosen = Budget(10**6, torch.device("cpu"))
+
+    def trial(members, down, own):
+        tried.append((tuple(members), down["a"].shape))
+
+    one, other = {"a": torch.zeros(2)}, {"a": torch.zeros(3)}
+    for state in (one, one, other, one):
+        chosen.share("training", (state, {}), trial, 5, 4, lambda: None)
+    chosen.share("evaluation", (one, {}), trial, 5, 4, lambda: None)
+    assert [shape[1] for _, shape in tried] == [2, 2, 2, 3, 3, 3, 2, 2, 2]
+    assert [members for members, _ in tried] == [(5,), (5, 5), (5,) * 4] * 3
+
+
+def test_the_lesser_of_two_shares():
+    assert Share(3, None).both(Share(None, 5)) == Share(3, 5)
+    assert Share(3, 7).both(Share(4, 5)) == Share(3, 5)
+    assert Share().both(Share()) == Share(None, None)
+
+
+# --- states on disk -------------------------------------------------------------------------------
+
+
+def private(method):
+    """The private tensors of one client at the papers' sizes: T = 16, W = 512, a gate of 128."""
+    draw = torch.Generator().manual_seed(0)
+    prompt = torch.randn(16, 512, generator=draw)
+    if method == "fedotp":
+        return {"local": prompt}
+    gate = {f"gate.w_{n}": torch.randn(128, 128, generator=draw) for n in "qkvo"}
+    return {"ctx": prompt, **gate, **{f"gate.b_{n}": torch.randn(128) for n in "qkvo"}}
+
+
+@pytest.mark.parametrize(("method", "size"), [("pfedmoap", 296_960), ("fedotp", 32_768)])
+def test_a_client_takes_little_more_than_its_tensors(method, size, tmp_path):
+    state = private(method)
+    assert sum(t.nbytes for t in state.values()) == size
+    files = StateFiles(tmp_path)
+    with Living() as living:
+        for client in range(40):
+            files.put(client, state)
+    assert files.nbytes <= 1.2 * 40 * size
+    assert living.now == 0  # nothing of it is in memory
+    assert living.most <= size
+
+
+def test_states_come_back_as_they_were_put(tmp_path):
+    draw = torch.Generator().manual_seed(1)
+    whole = torch.randn(6, 8, generator=draw)
+    states = {
+        3: {"a": whole[::2, 1:5], "b": torch.tensor(7)},
+        0: {"c": whole.half(), "d": torch.zeros(0, 4), "e": whole.to(torch.bfloat16).T},
+    }
+    for files in (StateFiles(), StateFiles(tmp_path / "new" / "folder")):
+        for client, state in states.items():
+            files.put(client, state)
+        files.put(5, {})
+        assert sorted(files) == [0, 3]
+        for client, state in states.items():
+            assert set(files[client]) == set(state)
+            for name, tensor in files[client].items():
+                assert tensor.dtype == state[name].dtype
+                assert torch.equal(tensor, state[name])
+        first, again = files[3]["a"], files[3]["a"]
+        first.zero_()
+        assert torch.equal(again, whole[::2, 1:5])
+        assert torch.equal(files[3]["a"], again)
+        with pytest.raises(KeyError):
+            files[5]
+        with pytest.raises(KeyError):
+            files[3]["c"]
+        files.put(3, {"a": torch.ones(2)})
+        assert set(files[3]) == {"a"}
+
+
+def test_former_states_stay_until_they_are_swept(tmp_path):
+    files = StateFiles(tmp_path)
+    files.put(1, {"a": torch.zeros(1)})
+    written = files.settle()
+    files.put(1, {"a": torch.ones(1)})
+    old = StateFiles(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    files.sweep()
+    assert [p.name for p in tmp_path.iterdir()] == ["00001-00001.safetensors"]
+    with pytest.raises(fastfpl.errors.Damaged, match=r"00001-00000\.safetensors must be the state"):
+        old.restore(written)
+    again = StateFiles(tmp_path)
+    again.restore(files.settle())
+    assert torch.equal(again[1]["a"], torch.ones(1))
+    # what a killed process wrote and no checkpoint names
+    (tmp_path / "00009-00004.safetensors").write_bytes(b"half")
+    again.restore(again.settle())
+    assert [p.name for p in tmp_path.iterdir()] == ["00001-00001.safetensors"]
+
+
+def test_a_full_disk_gets_a_sentence(tmp_path, monkeypatch):
+    files = StateFiles(tmp_path)
+    files.put(1, {"a": torch.zeros(1)})
+
+    def full(self, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(InputError, match="must be writable and have room; got OSError"):
+        files.put(1, {"a": torch.ones(1)})
+    assert torch.equal(files[1]["a"], torch.zeros(1))
+
+
+@pytest.mark.parametrize("method", ["pfedmoap", "fedotp", "fedpgp", "promptfl-ft"])
+def test_the_memory_of_a_round_does_not_grow_with_its_clients(method, clip, cache):
+    """Cohorts of two, of 8 clients or of 24: what lives at a time is the same but for the pool."""
+    most = {}
+    for clients in (8, 24):
+        settings = {**RUN, "clients": clients, "cohort": 2, "shots": 10, "partition": "iid"}
+        options = OPTIONS.get(method, {})
+        federation = preparation.prepare(
+            fastfpl.Settings(method=method, options=options, **settings), model=clip, cache=cache
+        )
+        server = 0
+        with Living() as living:
+            for _ in range(2):
+                federation.round()
+                server = sum(t.nbytes for t in federation.server.values())
+        most[clients] = living.most - 3 * server  # the old one, the new one, and a copy
+    assert most[24] <= 1.02 * most[8]
