@@ -227,7 +227,7 @@ class Budget:
             if self._device.type != "cuda":
                 with Living() as seen:
                     run(count)
-                return seen.most
+                return int(seen.most)
             torch.cuda.synchronize(self._device)
             before = torch.cuda.memory_allocated(self._device)
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -252,7 +252,7 @@ class Budget:
 def _taken(device: torch.device) -> int:
     """Bytes that the process has now: allocations on a GPU, resident memory on a CPU."""
     if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
+        return int(torch.cuda.memory_allocated(device))
     status = Path("/proc/self/status")
     if status.exists():
         for line in status.read_text(encoding="ascii", errors="replace").splitlines():
