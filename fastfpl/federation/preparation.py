@@ -77,7 +77,7 @@ def prepare(
     budget = None if settings.max_memory is None else Budget(settings.max_memory, clip.device)
     root = None if settings.root is None else Path(settings.root)
     dataset = load_dataset(settings.dataset, root, on_corrupt=settings.on_corrupt)
-    eye = _eye(settings, clip, dataset, kind.image_kind, FeatureStore(cache), observer)
+    eye = _eye(settings, clip, dataset, kind.image_kind, FeatureStore(cache), observer, budget)
     scenario = arrange(settings, dataset, lambda mine: _deal(settings, mine))
     if changes_data(quirks):
         scenario = personal(*disturbed(scenario.dataset, scenario.shards, quirks, settings.seed))
@@ -177,6 +177,7 @@ def _eye(
     kind: str,
     store: FeatureStore,
     observer: Observer,
+    budget: Budget | None = None,
 ) -> Eye:
     mean, std = clip.mean, clip.std
     if settings.statistics == "dataset":
@@ -187,6 +188,9 @@ def _eye(
             )
         mean, std = dataset.statistics
     wanted = settings.feature_dtype
+    resident = RESIDENT if settings.resident is None else settings.resident
+    if budget is not None and settings.augment != "none":
+        resident = budget.images(resident)
     return Eye(
         clip,
         kind,
@@ -195,7 +199,7 @@ def _eye(
         mean,
         std,
         Workers(choose_workers(clip.device.type, settings.workers)),
-        RESIDENT if settings.resident is None else settings.resident,
+        resident,
         None if wanted == "auto" else getattr(torch, wanted),
     )
 
