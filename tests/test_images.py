@@ -21,9 +21,9 @@ from fastfpl.data.loader import Loader, Workers
 from fastfpl.errors import InputError, KindError
 from fastfpl.features import FeatureStore
 from fastfpl.federation import feeds, preparation
+from fastfpl.federation.budget import Budget, Living
 from fastfpl.federation.feeds import Eye, Feed, evaluation_feed, silent, training_feed
 from tests.test_cli import call
-from tests.test_text import Living
 from tests.worlds import TINY_RUN, figures, small_clip
 
 
@@ -173,6 +173,28 @@ def test_what_fixed_views_needed_is_let_go_of(clip, tmp_path):
         assert len(alive) == 1
     assert feed.random
     assert fresh.random
+
+
+@pytest.mark.parametrize("augment", ["none", "fresh"])
+def test_decoded_images_have_their_part_of_a_budget(augment, clip):
+    budget = Budget(64 << 30, torch.device("cpu"))
+    dataset, room = load_dataset("digits"), budget.room
+
+    def bytes_of(asked):
+        settings = settings_of(augment=augment, resident=asked)
+        arguments = (settings, clip, dataset, "pooled", FeatureStore(), silent)
+        return preparation._eye(*arguments, budget).resident
+
+    assert bytes_of(1000) == 1000
+    used = 0 if augment == "none" else 1000
+    assert (budget.decoded, budget.room) == (used, room - used)
+    assert budget.to_json()["image_cache_bytes"] == used
+    if augment == "fresh":
+        budget.decoded = 0
+        assert bytes_of("64GiB") == room // 8  # more is not to be had
+    # on a GPU the budget is the card's, and images stay on the host
+    budget._device = torch.device("cuda")
+    assert bytes_of("64GiB") == 64 << 30
 
 
 # --- what is prepared ahead -----------------------------------------------------------------------

@@ -100,7 +100,9 @@ class Budget:
     taken : int
         Bytes that were taken before the first pass: weights, data, libraries.
     reserved : int
-        Bytes that are kept for caches of text features and for decoded images.
+        Bytes that are kept for caches of text features.
+    decoded : int
+        Bytes that are kept for decoded images.
     passes : list of dict
         What was chosen for every kind of cohort: ``what`` it is for, ``clients`` at most,
         ``text_bytes`` for activations of the text pass, and ``tried_bytes`` that
@@ -115,7 +117,7 @@ class Budget:
 
     def __init__(self, limit: int, device: torch.device) -> None:
         self.limit = limit
-        self.taken = self.reserved = 0
+        self.taken = self.reserved = self.decoded = 0
         self.passes: list[dict[str, Any]] = []
         self._device = device
         self._shares: dict[Hashable, Share] = {}
@@ -138,13 +140,20 @@ class Budget:
     @property
     def room(self) -> int:
         """Bytes that a pass is planned with."""
-        return int(_PLANNED * (self.limit - self.taken)) - self.reserved
+        return int(_PLANNED * (self.limit - self.taken)) - self.reserved - self.decoded
 
     def text_features(self) -> TextFeatures:
         """Make a cache of text features, and keep bytes for it."""
         cache = TextFeatures(min(TextFeatures.MOST, self.room // 8))
         self.reserved += cache.max_bytes
         return cache
+
+    def decoded_images(self, wanted: int) -> int:
+        """Say how many of the bytes that are wanted decoded images may take, and keep them."""
+        if self._device.type == "cuda":  # images stay on the host
+            return wanted
+        self.decoded = min(wanted, self.room // 8)
+        return self.decoded
 
     def share(
         self,
@@ -251,14 +260,6 @@ class Budget:
         )
         return count
 
-    def decoded(self, wanted: int | None, otherwise: int) -> int:
-        """Keep bytes for decoded images where they are the device's too, and say how many."""
-        if self._device.type != "cpu":
-            return otherwise if wanted is None else wanted
-        count = min(otherwise, self.room // 8) if wanted is None else wanted
-        self.reserved += count
-        return count
-
     def _needs(self, run: Callable[[int], None], count: int, text: int) -> int:
         """Measure the bytes that a trial has at a time beside what was there before."""
         with memory_limit(text):
@@ -282,7 +283,8 @@ class Budget:
         return {
             "limit_bytes": self.limit,
             "taken_bytes": self.taken,
-            "reserved_bytes": self.reserved,
+            "text_cache_bytes": self.reserved,
+            "image_cache_bytes": self.decoded,
             "passes": self.passes,
         }
 

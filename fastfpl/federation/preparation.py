@@ -182,7 +182,7 @@ def _eye(
     kind: str,
     store: FeatureStore,
     observer: Observer,
-    budget: Budget | None,
+    budget: Budget | None = None,
 ) -> Eye:
     mean, std = clip.mean, clip.std
     if settings.statistics == "dataset":
@@ -192,11 +192,10 @@ def _eye(
                 "own; got 'dataset'"
             )
         mean, std = dataset.statistics
-    wanted, resident = settings.feature_dtype, settings.resident
-    if budget is not None:
-        resident = budget.decoded(resident, RESIDENT)
-    elif resident is None:
-        resident = RESIDENT
+    wanted = settings.feature_dtype
+    resident = RESIDENT if settings.resident is None else settings.resident
+    if budget is not None and settings.augment != "none":
+        resident = budget.decoded_images(resident)
     return Eye(
         clip,
         kind,
