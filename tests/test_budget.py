@@ -134,10 +134,10 @@ def test_the_result_says_what_was_chosen(play, tmp_path):
     assert written["limit_bytes"] == 64 << 30
     assert written["text_cache_bytes"] == 256 << 20
     assert 100 << 20 < written["taken_bytes"] < 4 << 30
-    # the first round without experts, later ones with a gate, and those who never trained
+    # the first round without experts, the second with a new gate, the third with a kept one
     assert [one["what"] for one in written["passes"]] == [
         *("encoding", "training", "evaluation"),
-        *("training", "evaluation"),
+        *("training", "evaluation", "training"),
     ]
     assert all(one.get("clients", 64) == 64 for one in written["passes"])
     assert written["passes"][0]["images"] == 256
