@@ -163,8 +163,13 @@ class ClassPrompts:
             tokens[c, at : at + len(last)] = torch.tensor(last, dtype=torch.int64)
             tokens[c, at + len(last) :] = tower.pad
             eot[c] = at + len(last) - 1
-        rows = (x.to(tower.device) for x in (tokens, places, eot))
-        return PromptLayout(*rows, shared=tower.begin + lead, begin=tower.begin)
+        return PromptLayout(
+            tokens=tokens.to(tower.device),
+            slots=places.to(tower.device),
+            eot=eot.to(tower.device),
+            shared=tower.begin + lead,
+            begin=tower.begin,
+        )
 
     def with_ending(self, ending: str) -> ClassPrompts:
         """Return the prompts of the same classes with another ending, "" for none."""

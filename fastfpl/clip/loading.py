@@ -112,7 +112,7 @@ def load_clip(
         tokenizer = tokenizer or tiny_tokenizer(model.context_length)
     else:
         name, source = name_or_model, str(pretrained or "openai")
-        plain = _known(name)
+        plain = known(name)
         config = checked_config(plain)
         tokenizer = tokenizer or _tokenizer_of(plain, config)
         model, mean, std = _named(plain, config, source, quick_gelu, seed)
@@ -150,7 +150,7 @@ def _freeze(
     )
 
 
-def _known(name: str) -> str:
+def known(name: str) -> str:
     """Return open_clip's spelling of a name, or list near ones."""
     import open_clip
 

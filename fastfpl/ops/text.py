@@ -208,14 +208,13 @@ def _encode_parts(
     lead = ctx.shape[: ctx.dim() - inner]
     flat = ctx.reshape(math.prod(lead), *ctx.shape[ctx.dim() - inner :]).to(tower.dtype)
     wanted = torch.is_grad_enabled() and flat.requires_grad
-    # Bytes of a row of the tower's width: measured on one layer, autograd holds 24 such numbers,
-    # the attention's scores among them, and passes 16 by.
     row = tower.width * tower.projection.element_size()
+    passing, holding = _numbers_of_a_row(tower)
     limit = current_limit()
     cut = engine.cut_pass(
         *(tower, layout, len(flat), class_specific, limit),
-        passing=16 * row,
-        holding=len(tower.blocks) * 24 * row if wanted else 0.0,
+        passing=passing * row,
+        holding=len(tower.blocks) * holding * row if wanted else 0.0,
     )
     encode: Callable[..., Tensor] = _encode_whole if tower.whole else _encode_pass
     done: dict[int, list[Tensor]] = {}
@@ -233,6 +232,20 @@ def _encode_parts(
         return ctx.new_empty(*lead, len(layout.eot), tower.dim, dtype=tower.dtype)
     features = columns[0] if len(columns) == 1 else torch.cat(columns)
     return features.reshape(*lead, len(layout.eot), tower.dim)
+
+
+def _numbers_of_a_row(tower: TextTower) -> tuple[float, float]:
+    """Say how many numbers of the tower's width a row passes by and, for each layer, holds.
+
+    Measured on one layer. Of packed rows autograd holds the attention's scores too; of whole
+    prompts only where torch has no kernel without them, which is allowed for.
+    """
+    if not tower.whole:
+        return 16, 24
+    mlp = tower.blocks[0].fc_w.shape[0] / tower.width
+    scores = tower.heads * tower.context_length / tower.width
+    products = 2 if tower.activation == "quick_gelu" else 1
+    return 6 + (1 + products) * mlp + scores, 8.5 + products * mlp + scores
 
 
 _parts: WeakKeyDictionary[PromptLayout, dict[tuple[int, int], PromptLayout]] = WeakKeyDictionary()
@@ -300,7 +313,8 @@ def _embed_whole(
     moved = each + positional[layout.slots]
     rows = torch.arange(classes, device=ctx.device)[:, None] * length + layout.slots
     whole = fixed.flatten(0, 1).expand(groups, -1, -1)
-    return whole.index_copy(1, rows.flatten(), moved.flatten(1, 2)).unflatten(1, (classes, length))
+    whole = whole.index_copy(1, rows.flatten(), moved.flatten(1, 2))
+    return whole.view(groups, classes, length, -1)
 
 
 def _encode_whole(
