@@ -171,7 +171,7 @@ class ImageTower:
         if getattr(trunk, "attn_pool", None) is not None:
             return "pools by attention with a learned query, which gives a patch no feature"
         pool = getattr(trunk, "global_pool", None) or getattr(visual, "pool_type", None)
-        return f"pools its tokens by {pool!r}" if isinstance(pool, str) else "pools in its own way"
+        return f"pools its tokens by {pool!r}" if pool == "avg" else "pools in its own way"
 
     def _patches(self) -> int | None:
         return None

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -47,15 +48,13 @@ class Backbone:
     def row(self) -> tuple[str, str, str]:
         """Say how the text is encoded, what images give, and whose tokenizer it takes."""
         if self.text is None or self.image is None:
-            return f"refused: {self.refusal}", "", self.tokenizer
+            return f"refused: {self.refusal}", "", ""
         text, patches = self.text, self.image.patches
-        how = "shared prefix"
-        if text.whole:
-            sees = "last token pooled" if text.causal else "not causal"
-            where = "" if text.pooling == "eot" else ", last token pooled"
-            how = f"full pass: {sees}{where if not text.causal else ''}"
-        tokens = f"{patches} patches" if patches else f"no patches: it {self.image.why_no_patches()}"
-        return f"{how}; L={text.context_length}", tokens, self.tokenizer
+        traits = ["not causal"] * (not text.causal)
+        traits += ["last token pooled"] * (text.pooling == "last")
+        how = f"full pass ({', '.join(traits)})" if text.whole else "shared prefix"
+        tokens = "patches" if patches else f"no patches: it {self.image.why_no_patches()}"
+        return f"{how}, {text.context_length} tokens", tokens, self.tokenizer or "CLIP's own"
 
 
 def survey(name: str) -> Backbone:
@@ -79,7 +78,8 @@ def survey(name: str) -> Backbone:
         text = text_of(model, family, Tokenizer(0, 0, lambda text: []))
         return Backbone(plain, tokenizer, "", text, image_of(model, text.device, text.dtype))
     except KindError as error:
-        return Backbone(plain, tokenizer, str(error).rpartition("; got ")[2])
+        got = str(error).rpartition("; got ")[2]
+        return Backbone(plain, tokenizer, got.removeprefix(f"{plain!r} with "))
 
 
 def _fill_mask(model: Any) -> None:
@@ -98,18 +98,20 @@ def on(tower: TextTower, device: torch.device | str) -> TextTower:
     return replace(tower, projection=torch.empty_like(tower.projection, device=device))
 
 
-def table() -> str:
-    """Survey every model of open_clip: a table in Markdown, models of one kind in one row."""
-    import open_clip
-
+def table(names: Iterable[str]) -> str:
+    """Survey models into a table in Markdown, models of one kind in one row."""
     rows: dict[tuple[str, str, str], list[str]] = {}
-    for name in open_clip.list_models():
+    for name in names:
         rows.setdefault(survey(name).row(), []).append(name)
     lines = ["| models | text | images | tokenizer |", "|---|---|---|---|"]
-    for row, names in sorted(rows.items(), key=lambda pair: (pair[0][0][:7] == "refused", pair)):
-        lines.append("| " + " | ".join((", ".join(names), *row[:2], row[2] or "CLIP's own")) + " |")
+    for row, alike in sorted(rows.items(), key=lambda pair: (pair[0][0][:7] == "refused", pair)):
+        lines.append(f"| {', '.join(alike)} | {' | '.join(row)} |")
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    print(table())
+    import sys
+
+    import open_clip
+
+    sys.stdout.write(table(open_clip.list_models()) + "\n")

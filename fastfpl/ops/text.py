@@ -34,7 +34,14 @@ from fastfpl.reference.text import (
 )
 from fastfpl.shapes import check_shapes
 
-__all__ = ["FACES", "PromptLayout", "TextTower", "encode_text", "packed_tokens"]
+__all__ = [
+    "FACES",
+    "PromptLayout",
+    "TextTower",
+    "encode_text",
+    "packed_tokens",
+    "reasons_against",
+]
 
 
 def encode_text(
@@ -401,6 +408,11 @@ def against_whole(tower: TextTower) -> list[str]:
     if tower.pooling == "last":
         return ["the tower pools at the last token, which sees the pads behind the EOT"]
     return []
+
+
+def reasons_against(tower: TextTower) -> dict[str, list[str]]:
+    """Say of every face why it does not take a tower here; an empty list where it does."""
+    return {face.name: face.missing() or face.against(tower) for face in FACES["encode_text"]}
 
 
 def _against_kernels(tower: TextTower) -> list[str]:
