@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -109,9 +110,11 @@ def table(names: Iterable[str]) -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
-    import sys
-
+def _main() -> None:
     import open_clip
 
     sys.stdout.write(table(open_clip.list_models()) + "\n")
+
+
+if __name__ == "__main__":
+    _main()
