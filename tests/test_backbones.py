@@ -548,6 +548,9 @@ def test_the_digest_knows_what_decides_a_feature(wrapped: Any) -> None:
 
 # --- drop-in, survey, pages -----------------------------------------------------------------------
 
+SMALL = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 1, "head_width": 16}
+NARROW = {"context_length": 24, "width": 32, "heads": 4, "layers": 2}
+
 
 def test_accelerate_takes_eva_and_leaves_siglip_with_the_reason(
     monkeypatch: pytest.MonkeyPatch, wrapped: Any
@@ -568,14 +571,14 @@ def test_accelerate_takes_eva_and_leaves_siglip_with_the_reason(
     (finding,) = explain(siglip).findings
     assert not finding.swapped
     assert "its text tower is bidirectional" in finding.reason
-    last = scramble(CLIP(40, {**SMALL}, {**NARROW, "pool_type": "last"}))
-    accelerate(last)
-    (finding,) = explain(last).findings
-    assert "pools the text with 'last', not at the EOT token" in finding.reason
-
-
-SMALL = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 1, "head_width": 16}
-NARROW = {"context_length": 24, "width": 32, "heads": 4, "layers": 2}
+    tanh = {**NARROW, "act_kwargs": {"approximate": "tanh"}}
+    causal = scramble(CLIP(40, {**SMALL}, tanh)).requires_grad_(False)
+    rows = open_clip.SimpleTokenizer(context_length=24)(["a photo of a cat.", "sea horse"])
+    want = causal.encode_text(rows)
+    torch.testing.assert_close(accelerate(causal).encode_text(rows), want, rtol=0, atol=1e-5)
+    (finding,) = explain(causal).findings
+    assert finding.swapped
+    assert sum(finding.calls.values()) == 1
 
 
 def test_the_survey_agrees_with_what_loads(case: Case) -> None:
