@@ -186,6 +186,22 @@ def test_gradients_are_those_of_the_unrolled_iteration(partial):
         torch.testing.assert_close(got, true, rtol=1e-7, atol=1e-10)
 
 
+@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("partial", [False, True])
+def test_weights_of_zero_take_no_mass(face, partial):
+    a, b, M = problem(3, 7, 4, seed=6)
+    a[:, 2], b[:, 1] = 0, 0
+    a, b = (w / w.sum(-1, keepdim=True) for w in (a, b))
+    options = {"partial": partial, "stopThr": 1e-12, "numItermax": 10**5}
+    rows, columns = torch.tensor([0, 1, 3, 4, 5, 6]), torch.tensor([0, 2, 3])
+    b = 0.7 * b if partial else b
+    plan = solved(face, a, b, M, 0.1, **options)
+    assert not plan[:, 2].any()
+    assert not plan[..., 1].any()
+    without = solved(face, a[:, rows], b[:, columns], M[:, rows][..., columns], 0.1, **options)
+    torch.testing.assert_close(plan[:, rows][..., columns], without, rtol=1e-8, atol=1e-13)
+
+
 def test_more_weights_than_the_compiled_face_takes():
     a, b, M = problem(2, 20, 18)
     with recorded_faces() as seen:
