@@ -65,7 +65,8 @@ class Result:
         trained on their test images, weights digest.
     memory : dict or None
         What ``max_memory`` led to (`fastfpl.federation.budget.Budget`): ``limit_bytes``,
-        ``taken_bytes`` before the first pass, ``text_cache_bytes``, ``image_cache_bytes``, ``passes``.
+        ``taken_bytes`` before the first pass, ``text_cache_bytes``, ``image_cache_bytes``,
+        ``passes``.
     preset : dict or None
         If the settings came from a preset: its ``name``, what it is ``about``, what the run has
         ``changed`` (setting, or METHOD.OPTION, to the preset's value and the run's), and what was
