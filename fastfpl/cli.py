@@ -24,7 +24,9 @@ from fastfpl.config import (
 from fastfpl.errors import FastfplError, InputError
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
+    from rich.table import Table as RichTable
 
     from fastfpl.federation import Comparison
 
@@ -233,7 +235,10 @@ def run(
 def _chosen(memory: Mapping[str, Any], peak: int) -> str:
     """Say in a line what a run was allowed, what it chose, and what it took."""
     passes = "; ".join(
-        f"{one['what']}: {one['clients']} clients at most, texts in {one['text_bytes'] >> 20} MiB"
+        f"{one['what']}: {one['images']} images at once"
+        if "images" in one
+        else f"{one['what']}: {one['clients']} clients at most, texts in "
+        f"{one['text_bytes'] >> 20} MiB"
         for one in memory["passes"]
     )
     return (
@@ -464,7 +469,8 @@ def quirks(method: str | None) -> None:
 
 
 @_cli.command()
-def doctor() -> None:
+@click.option("--clip", help="also say which faces take this model's text tower, and why not")
+def doctor(clip: str | None) -> None:
     """Say what runs on this machine, why the rest does not, and what cannot be checked on it."""
     import torch
     from rich.table import Table
@@ -494,10 +500,29 @@ def doctor() -> None:
             reasons = face.missing()
             faces.add_row(op, face.name, Text("; ".join(reasons) if reasons else "yes"))
     console.print(faces)
+    if clip is not None:
+        console.print(_takers(clip, device))
     blind = list(unchecked())
     click.echo("cannot be checked here:" if blind else "everything can be checked here")
     for what in blind:
         click.echo(f"  {what}")
+
+
+def _takers(clip: str, device: torch.device) -> RichTable:
+    """Build the table of the faces that take a model's text tower on a device."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from fastfpl.clip.survey import on, survey
+    from fastfpl.ops.text import reasons_against
+
+    found = survey(clip)
+    if found.text is None:
+        raise InputError(f"fastfpl doctor: clip must be a model that is taken; got {found.refusal}")
+    faces = Table(f"text pass of {found.name}", "takes it", box=None)
+    for name, reasons in reasons_against(on(found.text, device)).items():
+        faces.add_row(name, Text("; ".join(reasons) if reasons else "yes"))
+    return faces
 
 
 @_cli.group()

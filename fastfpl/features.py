@@ -132,7 +132,14 @@ class Features:
                 raise KindError(
                     f"fastfpl.features.Features: indices must be integers; got {where.dtype}"
                 )
-            rows = self._rows[where]
+            n = len(self)
+            if where.size and not (-n <= where.min() and where.max() < n):
+                raise IndexError(f"rows of {n} images; got {where.min()} to {where.max()}")
+            # torch's own memory, which whoever plans a run can count
+            gathered = torch.empty((*where.shape, *self.shape[1:]), dtype=self.dtype)
+            here = gathered.view(torch.int16) if self.dtype == torch.bfloat16 else gathered
+            np.take(self._rows, where, axis=0, out=here.numpy(), mode="wrap")
+            return gathered
         return torch.from_numpy(rows).view(self.dtype)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn, get_args
 
 import torch
 from torch import Tensor
@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 __all__ = ["ClassPrompts", "Position", "encode_prompts"]
 
 Position = Literal["end", "middle", "front"]
+
+
+class _Word(NamedTuple):
+    """Token ids of one class."""
+
+    name: list[int]
+    ending: list[int]
 
 
 class ClassPrompts:
@@ -53,7 +60,10 @@ class ClassPrompts:
     -----
     Name and ending are one text to the tokenizer: the "?." of "pink-yellow dahlia?." is one token.
     Where a context comes between the two, as many ids stand before it as the name has alone; such
-    a token goes with the name.
+    a token goes with the name. A name behind a context is tokenised as behind a word, which is
+    another token to some tokenizers (SigLIP 2).
+    A prompt begins as the tower's do, with SOS or without, and a tower that is not causal sees the
+    pads behind the EOT.
     Source: Zhou et al. 2022 (arXiv 2109.01134), equation 2 (end) and 3 (middle).
     """
 
@@ -89,16 +99,24 @@ class ClassPrompts:
         self.ending = ending
         self.tower: TextTower = clip.text
         self._clip = clip
-        whole = clip.tokenize([name + ending for name in clean])
-        alone = clip.tokenize(list(clean))
-        self._name_ids = [ids[: len(own)] for ids, own in zip(whole, alone, strict=True)]
-        self._ending_ids = [ids[len(own) :] for ids, own in zip(whole, alone, strict=True)]
-        longest = max(range(len(clean)), key=lambda c: len(whole[c]))
-        self.eot_spare = self.tower.context_length - 2 - len(whole[longest])
-        self._longest = longest
+        self._first, self._behind = self._split(""), self._split(" ")
+        usual = self._first if position == "front" else self._behind
+        self.eot_spare = self._spare(usual)
         if self.eot_spare < 0:
-            self._refuse(0)
+            self._refuse(0, usual)
         self._layouts: dict[int, PromptLayout] = {}
+
+    def _split(self, space: str) -> list[_Word]:
+        """Tokenise name and ending of every class, a space in front or none."""
+        whole = self._clip.tokenize([space + name + self.ending for name in self.names])
+        alone = self._clip.tokenize([space + name for name in self.names])
+        return [
+            _Word(ids[: len(own)], ids[len(own) :]) for ids, own in zip(whole, alone, strict=True)
+        ]
+
+    def _spare(self, words: list[_Word]) -> int:
+        taken = max(len(word.name) + len(word.ending) for word in words)
+        return self.tower.context_length - self.tower.begin - 1 - taken
 
     def __len__(self) -> int:
         return len(self.names)
@@ -106,41 +124,52 @@ class ClassPrompts:
     def __repr__(self) -> str:
         return f"ClassPrompts({len(self)} classes, position={self.position!r})"
 
-    def _refuse(self, slots: int) -> None:
-        name, ids = self.names[self._longest], self._name_ids[self._longest]
+    def _refuse(self, slots: int, words: list[_Word]) -> NoReturn:
+        spare = self._spare(words)
+        name, word = max(
+            zip(self.names, words, strict=True), key=lambda pair: sum(map(len, pair[1]))
+        )
         raise InputError(
             f"fastfpl.ClassPrompts: a prompt must fit into {self.tower.context_length} tokens; got "
-            f"{len(ids)} tokens of the name {name!r} + {slots} context vectors + "
-            f"{len(self._ending_ids[self._longest])} of the ending + SOS and EOT; "
-            + (f"use at most {self.eot_spare} vectors" if self.eot_spare >= 0 else "shorten it")
+            f"{len(word.name)} tokens of the name {name!r} + {slots} context vectors + "
+            f"{len(word.ending)} of the ending + {'SOS and ' * self.tower.begin}EOT; "
+            + (f"use at most {spare} vectors" if spare >= 0 else "shorten it")
         )
 
     def layout(self, slots: int) -> PromptLayout:
         """Return where every token stands with ``slots`` context vectors (cached)."""
-        if slots > self.eot_spare:
-            self._refuse(slots)
         if slots not in self._layouts:
-            self._layouts[slots] = self._lay_out(slots)
+            lead = {"end": slots, "middle": slots // 2, "front": 0}[self.position]
+            words = self._behind if lead else self._first
+            if slots > self._spare(words):
+                self._refuse(slots, words)
+            self._layouts[slots] = self._lay_out(slots, lead, words)
         return self._layouts[slots]
 
-    def _lay_out(self, slots: int) -> PromptLayout:
-        lead = {"end": slots, "middle": slots // 2, "front": 0}[self.position]
-        count, length = len(self), self.tower.context_length
-        tokens = torch.zeros(count, length, dtype=torch.int64)
+    def _lay_out(self, slots: int, lead: int, words: list[_Word]) -> PromptLayout:
+        count, tower = len(self), self.tower
+        tokens = torch.zeros(count, tower.context_length, dtype=torch.int64)
         places = torch.zeros(count, slots, dtype=torch.int64)
         eot = torch.zeros(count, dtype=torch.int64)
-        tokens[:, 0] = self.tower.sos
-        for c, (ids, ending) in enumerate(zip(self._name_ids, self._ending_ids, strict=True)):
-            start = 1 + lead
+        if tower.sos is not None:
+            tokens[:, 0] = tower.sos
+        for c, (ids, ending) in enumerate(words):
+            start = tower.begin + lead
             tokens[c, start : start + len(ids)] = torch.tensor(ids, dtype=torch.int64)
-            places[c, :lead] = torch.arange(1, 1 + lead)
+            places[c, :lead] = torch.arange(tower.begin, start)
             places[c, lead:] = start + len(ids) + torch.arange(slots - lead)
             at = start + len(ids) + slots - lead
-            last = [*ending, self.tower.eot]
+            last = [*ending, tower.eot]
             tokens[c, at : at + len(last)] = torch.tensor(last, dtype=torch.int64)
+            tokens[c, at + len(last) :] = tower.pad
             eot[c] = at + len(last) - 1
-        device = self.tower.device
-        return PromptLayout(tokens.to(device), places.to(device), eot.to(device), 1 + lead)
+        return PromptLayout(
+            tokens=tokens.to(tower.device),
+            slots=places.to(tower.device),
+            eot=eot.to(tower.device),
+            shared=tower.begin + lead,
+            begin=tower.begin,
+        )
 
     def with_ending(self, ending: str) -> ClassPrompts:
         """Return the prompts of the same classes with another ending, "" for none."""
@@ -152,7 +181,8 @@ class ClassPrompts:
         ``words("a photo of a")`` as context gives zero-shot CLIP with the prompt
         "a photo of a {class}."; it also initialises learned contexts from words.
         """
-        ids = self._clip.tokenize([text])[0]
+        space = " " if self.position == "front" else ""
+        ids = self._clip.tokenize([space + text])[0]
         return self.tower.token_embedding[ids].clone()
 
 

@@ -307,7 +307,6 @@ def test_backbones_that_are_not_causal_are_left(name, reason):
         ({"qk_norm": True}, "got ln_q in block 0"),
         ({"scale_fc": True}, "got ln in block 0"),
         ({"pool_type": "last"}, "pools the text with 'last'"),
-        ({"act_kwargs": {"approximate": "tanh"}}, "QuickGELU or GELU"),
     ],
 )
 def test_towers_with_other_parts_are_left(text, reason):

@@ -91,7 +91,8 @@ def test_a_run_stays_within_its_limit(method, play, nothing_taken, watched):
         # the states of a cohort stand beside its passes
         for passes in watched.values():
             assert max(size for _, size in passes) <= 0.95 * limit
-        chosen = result.memory["passes"]
+        images, *chosen = result.memory["passes"]
+        assert images["what"] == "encoding"
         assert {one["what"] for one in chosen} == {"training", "evaluation"}
         for one in chosen:
             assert 0 < one["tried_bytes"] <= 0.85 * limit
@@ -110,7 +111,7 @@ def test_a_budget_that_binds_nothing_changes_no_bit(method, play):
 
 def test_a_cohort_is_an_upper_bound(play, nothing_taken, watched):
     result = play("promptfl", max_memory="1 GiB", cohort=3)
-    assert {one["clients"] for one in result.memory["passes"]} == {3}
+    assert {one["clients"] for one in result.memory["passes"][1:]} == {3}
     assert [n for n, _ in watched["training"]] == [3, 3, 2] * 3
 
 
@@ -133,9 +134,13 @@ def test_the_result_says_what_was_chosen(play, tmp_path):
     assert written["limit_bytes"] == 64 << 30
     assert written["text_cache_bytes"] == 256 << 20
     assert 100 << 20 < written["taken_bytes"] < 4 << 30
-    # the first round without experts, later ones with a gate, and those who never trained
-    assert [one["what"] for one in written["passes"]][:2] == ["training", "evaluation"]
-    assert all(one["clients"] == 64 for one in written["passes"])
+    # the first round without experts, the second with a new gate, the third with a kept one
+    assert [one["what"] for one in written["passes"]] == [
+        *("encoding", "training", "evaluation"),
+        *("training", "evaluation", "training"),
+    ]
+    assert all(one.get("clients", 64) == 64 for one in written["passes"])
+    assert written["passes"][0]["images"] == 256
 
 
 # --- the choice -----------------------------------------------------------------------------------
@@ -221,6 +226,28 @@ def test_a_kind_is_tried_once(nothing_taken):
     chosen.share("evaluation", (one, {}), trial, 5, 4, lambda: None)
     assert [shape[1] for _, shape in tried] == [2, 2, 2, 3, 3, 3, 2, 2, 2]
     assert [members for members, _ in tried] == [(5,), (5, 5), (5,) * 4] * 3
+
+
+def test_images_are_encoded_as_many_as_fit(nothing_taken):
+    def encode(pixels):
+        seen.append(len(pixels))
+        return torch.empty(len(pixels), 100_000, dtype=torch.uint8)
+
+    for limit, wanted in ((10_000_000, 8 * 8_500_000 // (8 * 100_147)), (1 << 40, 50)):
+        seen = []
+        chosen = Budget(limit, torch.device("cpu"))
+        assert chosen.images(encode, 7, 50) == min(wanted, 50)
+        assert max(seen) * 100_147 <= chosen.room
+    with pytest.raises(InputError, match="max_memory must hold the encoding of one image"):
+        Budget(100_000, torch.device("cpu")).images(encode, 7, 50)
+
+
+def test_cached_texts_are_kept_room_for(nothing_taken):
+    chosen = Budget(1 << 30, torch.device("cpu"))
+    room = chosen.room
+    assert chosen.text_features().max_bytes == room // 8
+    assert chosen.room == room - room // 8
+    assert Budget(1 << 40, torch.device("cpu")).text_features().max_bytes == 256 << 20
 
 
 def test_the_lesser_of_two_shares():

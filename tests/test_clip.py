@@ -617,24 +617,34 @@ def test_names_are_suggested():
     ("name", "said"),
     [
         ("coca_ViT-B-32", "a captioning model"),
-        ("roberta-ViT-B-32", "text tower 'roberta-base'"),
-        ("ViT-B-16-SigLIP", "a bidirectional one"),
+        ("roberta-ViT-B-32", "text tower 'roberta-base' of transformers"),
     ],
 )
 def test_other_text_towers_are_refused_by_name(name, said):
-    with pytest.raises(KindError, match=f"causal text transformer; got '{name}' with .*{said}"):
+    with pytest.raises(KindError, match=f"CLIP's text transformer; got '{name}' with .*{said}"):
         load_clip(name, "random")
 
 
 def refused_models():
-    yield make_open_clip(text={"no_causal_mask": True}), "must have a causal text tower"
+    windowed = make_open_clip()
+    windowed.attn_mask[12:, :4] = float("-inf")
+    yield windowed, "an attention mask that is not causal"
+    biased = make_open_clip()
+    biased.attn_mask += torch.ones_like(biased.attn_mask).tril(-1)
+    yield biased, "an attention mask that is not causal"
+    mixed = make_openai()
+    mixed.transformer.resblocks[1].attn_mask = None
+    yield mixed, "must have one attention mask in its text tower; got causal blocks and"
+    padded = make_open_clip(text={"no_causal_mask": True}, kind=CustomTextCLIP)
+    padded.text.use_pad_mask = True
+    yield padded, "got a mask of the pads alone"
     yield make_open_clip(text={"ls_init_value": 0.1}), "got ls_1 in block 0"
     yield make_open_clip(text={"qk_norm": True}), "got ln_q in block 0"
     yield make_open_clip(text={"scale_fc": True}), "got ln in block 0"
-    yield make_open_clip(text={"pool_type": "last"}), "got pool_type 'last'"
-    yield make_open_clip(text={"proj_type": "none"}), "got no text projection"
-    tanh = {"act_kwargs": {"approximate": "tanh"}}
-    yield make_open_clip(text=tanh), "must use QuickGELU or GELU in its text tower; got GELU"
+    yield make_open_clip(text={"pool_type": "first"}), "got pool_type 'first'"
+    bent = make_open_clip()
+    bent.transformer.resblocks[1].mlp.gelu = nn.SiLU()
+    yield bent, "must use QuickGELU or GELU in its text tower; got SiLU"
     yield make_open_clip(text={"embed_cls": True}, kind=CustomTextCLIP), "no class token"
     adapted = make_open_clip()
     adapted.transformer.resblocks[1].mlp.c_fc = nn.Identity()
@@ -685,15 +695,21 @@ def test_arguments_are_checked():
 TIMM = {"timm_model_name": "resnet18", "timm_pool": "avg", "timm_proj": "linear"}
 
 
-@pytest.mark.parametrize("vision", [{**VISION, "pool_type": "avg"}, {**TIMM, "image_size": SIDE}])
-def test_towers_without_tokens_say_so(vision):
+@pytest.mark.parametrize(
+    ("vision", "said"),
+    [
+        ({**VISION, "pool_type": "avg"}, "VisionTransformer of 'CLIP', which pools its tokens by"),
+        ({**TIMM, "image_size": SIDE}, "TimmModel of 'CLIP', which pools"),
+    ],
+)
+def test_towers_without_tokens_say_so(vision, said):
     model = scramble(make_open_clip(vision))
     clip = load_clip(model)
     assert clip.patches is None
     with torch.no_grad():
         want = F.normalize(model.encode_image(pixels_of()), dim=-1)
     torch.testing.assert_close(clip.encode_image(pixels_of()), want)
-    with pytest.raises(NotSupported, match="plain vision transformer or a modified ResNet"):
+    with pytest.raises(NotSupported, match=f"class token, or a modified ResNet; got {said}"):
         clip.encode_image_tokens(pixels_of())
 
 
@@ -705,8 +721,8 @@ def test_tokenizers_agree():
         bos_token_id, eos_token_id = 49406, 49407
 
         def encode(self, text, add_special_tokens):
-            assert not add_special_tokens
-            return simple.encode(text)
+            ids = simple.encode(text)
+            return [49406, *ids, 49407] if add_special_tokens else ids
 
     want = [simple.encode(t) for t in TEXTS]
     for tokenizer in (None, simple, open_clip.tokenize, HuggingFace()):

@@ -21,10 +21,9 @@ from fastfpl.data.loader import Loader, Workers
 from fastfpl.errors import InputError, KindError
 from fastfpl.features import FeatureStore
 from fastfpl.federation import feeds, preparation
-from fastfpl.federation.budget import Budget
+from fastfpl.federation.budget import Budget, Living
 from fastfpl.federation.feeds import Eye, Feed, evaluation_feed, silent, training_feed
 from tests.test_cli import call
-from tests.test_text import Living
 from tests.worlds import TINY_RUN, figures, small_clip
 
 

@@ -1,8 +1,10 @@
 """Pixels prepared ahead are the pixels, whoever prepares them, and errors arrive as they are."""
 
+import contextlib
 import gc
 import threading
 import time
+from concurrent.futures import CancelledError
 
 import numpy as np
 import pytest
@@ -208,7 +210,8 @@ def test_an_interrupt_while_waiting_leaves_nothing_that_hangs():
         loader.pixels(*jobs[0])
     assert not loader._coming
     go.set()
-    plain(20)
+    with contextlib.suppress(CancelledError):  # where it had not begun
+        plain(20)
     assert torch.equal(loader.pixels(*jobs[1]), squares(split.pictures[64:], None))
 
 

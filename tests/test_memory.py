@@ -92,7 +92,7 @@ def test_the_limit_reaches_every_text_pass(method, clip, cache, limits, monkeypa
     monkeypatch.setattr(budget, "_taken", lambda device: 0)
     result = run(method, clip, cache, max_memory="3 MiB", rounds=3)
     assert result.settings["max_memory"] == 3 << 20
-    chosen = {one["text_bytes"] for one in result.memory["passes"]}
+    chosen = {one["text_bytes"] for one in result.memory["passes"] if "text_bytes" in one}
     # a trial before the choice may have had more, and what has two passes the lesser
     assert {limit for limit, _ in limits} <= {int(0.85 * (3 << 20)) >> i for i in range(1, 6)}
     assert {limit for limit, names in limits if "_choose" not in names} >= chosen

@@ -62,7 +62,8 @@ def test_gradients_of_logits_through_the_plan(face, balanced):
     def run(patches, prompts):
         return scored(face, patches, prompts, plan_gradient=True, **options)
 
-    assert torch.autograd.gradcheck(run, pair)
+    # the truth is autograd's own, and takes minutes for every direction one by one
+    assert torch.autograd.gradcheck(run, pair, fast_mode=face == "reference")
     without = with_gradients(face, *pair, **options)
     # and it is another gradient than with the plan held
     through = torch.autograd.grad((run(*pair) * weights_of(without[0])).sum(), pair)

@@ -49,9 +49,12 @@ class FrozenCLIP:
     mean, std : tuple of three floats
         Of the pixels that `encode_image` expects.
     logit_scale : float
-        The multiplier of the cosine similarities, already exponentiated.
-    sos, eot : int
-        Token ids that begin and end a prompt.
+        The multiplier of the cosine similarities, already exponentiated. SigLIP's ``logit_bias``
+        is left out: the same number added to every class cancels in softmax and in argmax.
+    sos : int or None
+        Token id that begins a prompt; None where nothing stands in front of the text.
+    eot : int
+        Token id that ends a prompt.
     device : torch.device
     dtype : torch.dtype
         Of weights and features; LayerNorm and BatchNorm stay in float32 when it has 16 bits.
@@ -113,8 +116,8 @@ class FrozenCLIP:
         return self._image.patches
 
     @property
-    def sos(self) -> int:
-        """Id of the token that begins a prompt."""
+    def sos(self) -> int | None:
+        """Id of the token that begins a prompt, None where none does."""
         return self.text.sos
 
     @property
@@ -148,6 +151,7 @@ class FrozenCLIP:
         Parameters
         ----------
         texts : str or sequence of str
+            A text that begins with a space is tokenised as behind a word, where this matters.
 
         Returns
         -------
@@ -211,9 +215,10 @@ class FrozenCLIP:
         """
         if self.patches is None:
             raise NotSupported(
-                "fastfpl.FrozenCLIP.encode_image_tokens: the image tower must be a plain vision "
-                f"transformer or a modified ResNet; got {type(self._image.module).__name__} of "
-                f"{self.name!r}"
+                "fastfpl.FrozenCLIP.encode_image_tokens: the image tower must be a vision "
+                "transformer that pools by its class token, or a modified ResNet; got "
+                f"{type(self._image.module).__name__} of {self.name!r}, which "
+                f"{self._image.why_no_patches()}"
             )
         with self._grad(pixels):
             ready = self._pixels("encode_image_tokens", pixels)
@@ -280,7 +285,7 @@ class FrozenCLIP:
         text = self.text
         facts = {
             "dtype": str(self.dtype),
-            "text": [text.heads, text.activation, text.eps, text.sos, text.eot],
+            "text": [text.heads, text.activation, text.eps, text.sos, text.eot, *_whole(text)],
             "image": [self.image_size, self.patches, *self._image.facts()],
             "pixels": [self.mean, self.std],
             "logit_scale": self.logit_scale,
@@ -291,6 +296,11 @@ class FrozenCLIP:
             flat = tensor.detach().cpu().contiguous().reshape(-1)
             digest.update(flat.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+
+def _whole(text: TextTower) -> list[object]:
+    """Give the facts that decide a feature only where nothing of a prompt can be cut."""
+    return [text.causal, text.pooling, text.pad] if text.whole else []
 
 
 def _weights(text: TextTower) -> Iterator[tuple[str, Tensor]]:

@@ -13,7 +13,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastfpl.errors import KindError
 
-__all__ = ["ForeignTower", "ImageTower", "ResNetTower", "TransformersTower", "ViTTower", "image_of"]
+__all__ = [
+    "ForeignTower",
+    "ImageTower",
+    "ResNetTower",
+    "TimmTower",
+    "TransformersTower",
+    "ViTTower",
+    "image_of",
+]
 
 
 class FixedLayerNorm(nn.Module):
@@ -156,6 +164,15 @@ class ImageTower:
         """Pixels (B, 3, S, S) -> (B, 1 + P, D), not normalised; the first is the pooled one."""
         raise NotImplementedError  # FrozenCLIP refuses first: patches is None
 
+    def why_no_patches(self) -> str:
+        """Say how the tower pools, where its patches have no features of their own."""
+        visual = self.module
+        trunk = getattr(visual, "trunk", visual)
+        if getattr(trunk, "attn_pool", None) is not None:
+            return "pools by attention with a learned query, which gives a patch no feature"
+        pool = getattr(trunk, "global_pool", None) or getattr(visual, "pool_type", None)
+        return f"pools its tokens by {pool!r}" if pool == "avg" else "pools in its own way"
+
     def _patches(self) -> int | None:
         return None
 
@@ -164,6 +181,22 @@ class ForeignTower(ImageTower):
     """A tower of unknown build (timm's, attention-pooled, ...): pooled features only."""
 
     own = False
+
+
+class TimmTower(ForeignTower):
+    """timm's vision transformers that pool by their class token, as EVA and EVA02 do."""
+
+    def _patches(self) -> int:
+        trunk = self.module.trunk
+        return int(trunk.patch_embed.num_patches)
+
+    def tokens(self, pixels: Tensor) -> Tensor:
+        """Apply the last norm and the heads, which work token by token, to every token."""
+        trunk = self.module.trunk
+        x = trunk.fc_norm(trunk.forward_features(pixels))
+        features: Tensor = self.module.head(trunk.head(x))
+        # behind the class token there may be registers
+        return torch.cat((features[:, :1], features[:, trunk.num_prefix_tokens :]), dim=1)
 
 
 class ViTTower(ImageTower):
@@ -271,9 +304,29 @@ def image_of(model: Any, device: torch.device, dtype: torch.dtype) -> ImageTower
         kind = ResNetTower
     elif hasattr(visual, "class_embedding") and hasattr(visual, "ln_post"):
         kind = ViTTower
+    elif _pools_by_token(visual):
+        kind = TimmTower
     else:
         kind = ForeignTower
     return kind(visual, _square(size), device, dtype)
+
+
+def _pools_by_token(visual: Any) -> bool:
+    """Recognise timm's vision transformers whose feature is a projection of the class token."""
+    trunk = getattr(visual, "trunk", None)
+    head = getattr(visual, "head", None)
+    linear = isinstance(head, nn.Sequential) and all(
+        isinstance(part, nn.Linear | nn.Dropout) for part in head
+    )
+    return (
+        linear
+        and getattr(trunk, "global_pool", None) == "token"
+        and getattr(trunk, "attn_pool", None) is None
+        and getattr(trunk, "num_prefix_tokens", 0) > 0
+        and isinstance(getattr(trunk, "head", None), nn.Linear | nn.Identity)
+        and isinstance(getattr(trunk, "fc_norm", None), nn.LayerNorm | nn.Identity)
+        and getattr(getattr(trunk, "patch_embed", None), "num_patches", None) is not None
+    )
 
 
 def _square(size: Any) -> int:

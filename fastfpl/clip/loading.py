@@ -45,7 +45,8 @@ def load_clip(
     ----------
     name_or_model : str or Module
         ``"tiny"``, the embedded model, which needs no network; a model name of open_clip
-        (``"RN50"``, ``"ViT-B-16"``, ``"ViT-L-14"``, ...; OpenAI's spelling ``"ViT-B/16"`` too); or
+        (``"RN50"``, ``"ViT-B-16"``, ``"EVA02-B-16"``, ``"ViT-B-16-SigLIP"``, ...; docs/backbones.md
+        lists them; OpenAI's spelling ``"ViT-B/16"`` too); or
         a live model of open_clip, OpenAI's ``clip`` or transformers (``CLIPModel``), which is left
         as it is and shares its weights, see `FrozenCLIP`.
     pretrained : str or Path, optional
@@ -56,7 +57,8 @@ def load_clip(
         float16, bfloat16, float32 or float64.
     tokenizer : object, optional
         open_clip's, OpenAI's or transformers' tokenizer, or a function such as ``clip.tokenize``.
-        None is CLIP's own, where the vocabulary has its 49408 tokens.
+        None is the one that open_clip has for the name; for a live model it is CLIP's own, where
+        the vocabulary has its 49408 tokens.
     quick_gelu : bool, optional
         For a name with a path or ``"random"``: the activation that the weights were trained with.
         None is what the name says (``"ViT-B-16-quickgelu"``). OpenAI's weights need True; a tag
@@ -73,9 +75,9 @@ def load_clip(
     InputError
         If the name, the tag or the checkpoint does not fit; near names are listed.
     KindError
-        If the model's text tower is not CLIP's causal transformer, or the dtype is refused.
+        If the model's text tower is not CLIP's plain transformer, or the dtype is refused.
     Missing
-        If weights cannot be had; the message names the model, the tag and the cure.
+        If weights or a tokenizer cannot be had; the message names the model, the tag and the cure.
     Damaged
         If a checkpoint cannot be read.
 
@@ -110,7 +112,10 @@ def load_clip(
         tokenizer = tokenizer or tiny_tokenizer(model.context_length)
     else:
         name, source = name_or_model, str(pretrained or "openai")
-        model, mean, std = _named(name, source, quick_gelu, seed, tokenizer is not None)
+        plain = known(name)
+        config = checked_config(plain)
+        tokenizer = tokenizer or _tokenizer_of(plain, config)
+        model, mean, std = _named(plain, config, source, quick_gelu, seed)
     return _freeze(model, name, source, tokenizer, mean, std, device, dtype)
 
 
@@ -136,7 +141,7 @@ def _freeze(
     return FrozenCLIP(
         name=name,
         pretrained=source,
-        text=text_of(model, family, tokens.sos, tokens.eot).to(place, dtype),
+        text=text_of(model, family, tokens).to(place, dtype),
         image=image_of(model, place, dtype),
         tokenizer=tokens,
         logit_scale=float(model.logit_scale.detach().float().exp().item()),
@@ -145,10 +150,8 @@ def _freeze(
     )
 
 
-def _named(
-    name: str, source: str, quick_gelu: bool | None, seed: int, has_tokenizer: bool
-) -> tuple[Any, Sequence[float], Sequence[float]]:
-    """Build a model of open_clip by name and fill it from a tag, a file or a seed."""
+def known(name: str) -> str:
+    """Return open_clip's spelling of a name, or list near ones."""
     import open_clip
 
     plain = name.replace("/", "-").replace("@336px", "-336")  # OpenAI's spelling
@@ -157,12 +160,21 @@ def _named(
         raise InputError(
             f"{OP}: name must be 'tiny' or a model of open_clip; got {name!r}{near(plain, known)}"
         )
-    config = _checked_config(plain, has_tokenizer)
+    return plain
+
+
+def _named(
+    plain: str, config: dict[str, Any], source: str, quick_gelu: bool | None, seed: int
+) -> tuple[Any, Sequence[float], Sequence[float]]:
+    """Build a model of open_clip by name and fill it from a tag, a file or a seed."""
+    import open_clip
+
+    mean, std = _pixels_of(plain)
     tags = open_clip.list_pretrained_tags_by_model(plain)
     facts = open_clip.get_pretrained_cfg(plain, source)
     if source == "random":
-        model = _seeded(seed, lambda: _build(config, quick_gelu))
-        return model, MEAN, STD
+        model = _seeded(seed, lambda: build(config, quick_gelu))
+        return model, mean, std
     if facts:
         wants = bool(facts.get("quick_gelu", config.get("quick_gelu", False)))
         if quick_gelu is not None and quick_gelu != wants:
@@ -171,7 +183,7 @@ def _named(
                 f"got {quick_gelu}"
             )
         path = _download(plain, source, facts, wants)
-        model = _seeded(seed, lambda: _build(config, wants))
+        model = _seeded(seed, lambda: build(config, wants))
         try:
             open_clip.load_checkpoint(model, str(path))
         except RuntimeError as error:
@@ -189,12 +201,42 @@ def _named(
     state = _read(path)
     if quick_gelu is None and any(mark in state for mark in OPENAI_MARKS):
         quick_gelu = True
-    model = _seeded(seed, lambda: _build(config, quick_gelu))
+    model = _seeded(seed, lambda: build(config, quick_gelu))
     _fill(model, state, path)
-    return model, MEAN, STD
+    return model, mean, std
 
 
-def _checked_config(name: str, has_tokenizer: bool) -> dict[str, Any]:
+def _pixels_of(name: str) -> tuple[Sequence[float], Sequence[float]]:
+    """Give mean and deviation of the pixels where all tags of a model agree, else CLIP's own."""
+    import open_clip
+
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    facts = [open_clip.get_pretrained_cfg(name, tag) for tag in tags]
+    found = {(tuple(f.get("mean", MEAN)), tuple(f.get("std", STD))) for f in facts}
+    return found.pop() if len(found) == 1 else (MEAN, STD)
+
+
+def _tokenizer_of(name: str, config: dict[str, Any]) -> Any:
+    """Load the tokenizer that a model of open_clip names; None where it is CLIP's own."""
+    import open_clip
+
+    own = config["text_cfg"].get("hf_tokenizer_name")
+    if not own:
+        return None
+    try:
+        return open_clip.get_tokenizer(name)
+    except Exception as error:  # the hub, transformers and its parsers each have their own
+        more = {"context_length": config["text_cfg"].get("context_length", 77)}
+        more |= config["text_cfg"].get("tokenizer_kwargs", {})
+        arguments = ", ".join(f"{key}={value!r}" for key, value in more.items())
+        raise Missing(
+            f"{OP}: tokenizer {own!r} of {name!r} must be at hand or in reach; got "
+            f"{_line(error)}; with its files in a folder: load_clip({name!r}, tokenizer="
+            f'open_clip.tokenizer.HFTokenizer("/path/to/folder", {arguments}))'
+        ) from error
+
+
+def checked_config(name: str) -> dict[str, Any]:
     """Refuse by the config what could only be refused after a download."""
     import open_clip
 
@@ -204,22 +246,14 @@ def _checked_config(name: str, has_tokenizer: bool) -> dict[str, Any]:
     if "multimodal_cfg" in config:
         reason = "a captioning model (CoCa)"
     elif text.get("hf_model_name"):
-        reason = f"the text tower {text['hf_model_name']!r}"
-    elif text.get("no_causal_mask"):
-        reason = "a bidirectional one"
+        reason = f"the text tower {text['hf_model_name']!r} of transformers"
     if reason:
-        raise KindError(
-            f"{OP}: name must have CLIP's causal text transformer; got {name!r} with {reason}"
-        )
-    if text.get("hf_tokenizer_name") and not has_tokenizer:
-        raise InputError(
-            f"{OP}: tokenizer must be given for {name!r}; got None, and its own is "
-            f"{text['hf_tokenizer_name']!r} on the Hugging Face hub"
-        )
+        raise KindError(f"{OP}: name must have CLIP's text transformer; got {name!r} with {reason}")
     return config
 
 
-def _build(config: dict[str, Any], quick_gelu: bool | None) -> Any:
+def build(config: dict[str, Any], quick_gelu: bool | None) -> Any:
+    """Build open_clip's module from a model config, with random weights."""
     from open_clip.model import CLIP, CustomTextCLIP
 
     config = dict(config)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastfpl.clip.tokenizer import Tokenizer
 from fastfpl.errors import InputError, KindError
 from fastfpl.reference.text import Block, TextTower
 
@@ -28,7 +30,11 @@ Family = Literal["resblocks", "transformers"]
 
 
 class Pooling(NamedTuple):
-    """How a family finds the EOT token: ``rule`` "argmax" or "eos", and the id it looks for."""
+    """Whose state becomes the feature.
+
+    ``rule`` is "argmax" or "eos", two ways to find the EOT token, with the id that "eos" looks for,
+    or "last".
+    """
 
     rule: str
     eos: int | None
@@ -78,12 +84,12 @@ def pooling_of(model: Any, family: Family) -> Pooling:
         rule, eos = getattr(model, "text_pool_type", "argmax"), getattr(model, "text_eos_id", None)
     else:
         rule, eos = text.pool_type, text.eos_id
-    if rule not in ("argmax", "eos"):
-        _refuse("pool the text at its EOT token", f"pool_type {rule!r}")
+    if rule not in ("argmax", "eos", "last"):
+        _refuse("pool the text at its EOT token or at the last one", f"pool_type {rule!r}")
     return Pooling(rule, eos if rule == "eos" else None)
 
 
-def text_of(model: Any, family: Family, sos: int, eot: int) -> TextTower:
+def text_of(model: Any, family: Family, tokens: Tokenizer) -> TextTower:
     """Convert a model's text tower; weights are shared, not copied, wherever the layout agrees.
 
     Parameters
@@ -91,8 +97,8 @@ def text_of(model: Any, family: Family, sos: int, eot: int) -> TextTower:
     model : Module
     family : str
         As `family_of` has it.
-    sos, eot : int
-        Token ids that begin and end a prompt.
+    tokens : Tokenizer
+        Gives the ids that begin and end a prompt, and the one behind it.
 
     Returns
     -------
@@ -103,27 +109,36 @@ def text_of(model: Any, family: Family, sos: int, eot: int) -> TextTower:
     Raises
     ------
     KindError
-        If the tower is not the plain causal one: bidirectional, extra norms, LayerScale, a class
-        token, adapters in place of linear layers, an unknown activation.
+        If the tower is not a plain one: a mask that is neither causal nor absent, extra norms,
+        LayerScale, a class token, adapters in place of linear layers, an unknown activation.
+    InputError
+        If pads reach the features and the tokenizer has none.
     """
     with torch.no_grad():
-        return (
-            _transformers(model, sos, eot)
-            if family == "transformers"
-            else _resblocks(model, sos, eot)
+        read = _transformers if family == "transformers" else _resblocks
+        tower = read(model, tokens)
+    if not tower.whole:
+        return tower
+    if tokens.pad is None:
+        raise InputError(
+            "fastfpl.load_clip: tokenizer must have a padding token for a text tower that sees the "
+            "pads behind a prompt; got none"
         )
+    return replace(tower, pad=tokens.pad)
 
 
-def _resblocks(model: Any, sos: int, eot: int) -> TextTower:
+def _resblocks(model: Any, tokens: Tokenizer) -> TextTower:
     text = _inner(model)
     if getattr(text, "cls_emb", None) is not None:
         _refuse("have no class token in its text tower", "one (CoCa)")
+    if getattr(text, "use_pad_mask", False):
+        _refuse("let every token see the pads, or none", "a mask of the pads alone")
     blocks = list(text.transformer.resblocks)
-    check_causal(text, blocks)
+    causal = _is_causal(text, blocks)
     for i, block in enumerate(blocks):
         check_plain(i, block)
     norms = [n for b in blocks for n in (b.ln_1, b.ln_2)] + [text.ln_final]
-    projection, projection_b = _projection(text.text_projection)
+    projection, projection_b = _projection(text.text_projection, text.positional_embedding)
     return TextTower(
         token_embedding=text.token_embedding.weight.detach(),
         positional=text.positional_embedding.detach(),
@@ -135,21 +150,24 @@ def _resblocks(model: Any, sos: int, eot: int) -> TextTower:
         heads=_one("number of heads", (b.attn.num_heads for b in blocks)),
         activation=_one("activation", (activation_of(b.mlp.gelu) for b in blocks)),
         eps=_one("LayerNorm eps", (n.eps for n in norms)),
-        sos=sos,
-        eot=eot,
+        sos=tokens.sos,
+        eot=tokens.eot,
+        causal=causal,
+        pooling="last" if pooling_of(model, "resblocks").rule == "last" else "eot",
     )
 
 
-def _transformers(model: Any, sos: int, eot: int) -> TextTower:
+def _transformers(model: Any, tokens: Tokenizer) -> TextTower:
     text = model.text_model
     if not hasattr(text, "final_layer_norm") or not hasattr(text.embeddings, "token_embedding"):
         _refuse("have CLIP's causal text transformer", f"text tower {type(text).__name__}")
     layers = list(text.encoder.layers)
     norms = [n for b in layers for n in (b.layer_norm1, b.layer_norm2)] + [text.final_layer_norm]
-    projection, projection_b = _projection(model.text_projection)
+    positional = text.embeddings.position_embedding.weight
+    projection, projection_b = _projection(model.text_projection, positional)
     return TextTower(
         token_embedding=text.embeddings.token_embedding.weight.detach(),
-        positional=text.embeddings.position_embedding.weight.detach(),
+        positional=positional.detach(),
         blocks=tuple(layer_weights(b) for b in layers),
         ln_w=_norm(text.final_layer_norm)[0],
         ln_b=_norm(text.final_layer_norm)[1],
@@ -158,8 +176,8 @@ def _transformers(model: Any, sos: int, eot: int) -> TextTower:
         heads=_one("number of heads", (b.self_attn.num_heads for b in layers)),
         activation=_one("activation", (activation_of(b.mlp.activation_fn) for b in layers)),
         eps=_one("LayerNorm eps", (n.eps for n in norms)),
-        sos=sos,
-        eot=eot,
+        sos=tokens.sos,
+        eot=tokens.eot,
     )
 
 
@@ -211,17 +229,32 @@ def _embedding(model: Any, family: Family) -> Any:
 
 def check_causal(text: Any, blocks: list[Any]) -> None:
     """Refuse a tower whose attention mask, where it can be seen, is not the causal one."""
+    if not _is_causal(text, blocks):
+        _refuse("have a causal text tower", "a bidirectional one (no attention mask)")
+
+
+def _is_causal(text: Any, blocks: list[Any]) -> bool:
+    """Tell a causal tower from a bidirectional one by its masks; refuse what is neither."""
     # open_clip hands one mask to the transformer, the original keeps one in each block
     if hasattr(text, "attn_mask"):
         masks = [text.attn_mask]
     else:
         masks = [block.attn_mask for block in blocks]
+    found = set()
     for mask in masks:
-        if mask is None:
-            _refuse("have a causal text tower", "a bidirectional one (no attention mask)")
-        hidden = mask if mask.dtype == torch.bool else mask == float("-inf")
-        if not torch.equal(hidden, torch.ones_like(hidden).triu(1)):
-            _refuse("have a causal text tower", "an attention mask that is not causal")
+        hides = mask is not None
+        if mask is not None:
+            hidden = mask if mask.dtype == torch.bool else mask == float("-inf")
+            seen = torch.zeros_like(mask) if mask.dtype == torch.bool else mask
+            if not torch.equal(hidden, torch.ones_like(hidden).triu(1)) or seen[~hidden].any():
+                _refuse(
+                    "have a causal text tower or one without a mask",
+                    "an attention mask that is not causal",
+                )
+        found.add(hides)
+    if len(found) != 1:
+        _refuse("have one attention mask in its text tower", "causal blocks and bidirectional ones")
+    return found.pop()
 
 
 def check_plain(i: int, block: Any) -> None:
@@ -264,16 +297,17 @@ def _bias(bias: Tensor | None, weight: Tensor) -> Tensor:
     return weight.new_zeros(weight.shape[0]) if bias is None else bias.detach()
 
 
-def _projection(projection: Any) -> tuple[Tensor, Tensor | None]:
-    if projection is None:
-        _refuse("project its text features", "no text projection")
+def _projection(projection: Any, positional: Tensor) -> tuple[Tensor, Tensor | None]:
+    if projection is None:  # the states are the features
+        width = positional.shape[1]
+        return torch.eye(width, dtype=positional.dtype, device=positional.device), None
     if isinstance(projection, Tensor):
         return projection.detach(), None
     weight, bias = _linear(projection)
     return weight.t(), None if projection.bias is None else bias
 
 
-def activation_of(module: Any) -> Literal["quick_gelu", "gelu"]:
+def activation_of(module: Any) -> Literal["quick_gelu", "gelu", "gelu_tanh"]:
     """Tell the activation by what it does, since every family has its own class for it."""
     x = torch.linspace(-4, 4, 33, dtype=torch.float32)
     y = module.forward(x)  # past the owner's hooks
@@ -281,6 +315,8 @@ def activation_of(module: Any) -> Literal["quick_gelu", "gelu"]:
         return "quick_gelu"
     if torch.allclose(y, F.gelu(x), rtol=0, atol=1e-6):
         return "gelu"
+    if torch.allclose(y, F.gelu(x, approximate="tanh"), rtol=0, atol=1e-6):
+        return "gelu_tanh"
     _refuse("use QuickGELU or GELU in its text tower", type(module).__name__)
 
 

@@ -106,7 +106,8 @@ class Budget:
     passes : list of dict
         What was chosen for every kind of cohort: ``what`` it is for, ``clients`` at most,
         ``text_bytes`` for activations of the text pass, and ``tried_bytes`` that
-        ``tried_clients`` needed.
+        ``tried_clients`` needed; for the encoding of images ``images``, ``tried_images`` and
+        ``tried_bytes``.
 
     Raises
     ------
@@ -147,7 +148,7 @@ class Budget:
         self.reserved += cache.max_bytes
         return cache
 
-    def images(self, wanted: int) -> int:
+    def decoded_images(self, wanted: int) -> int:
         """Say how many of the bytes that are wanted decoded images may take, and keep them."""
         if self._device.type == "cuda":  # images stay on the host
             return wanted
@@ -212,13 +213,9 @@ class Budget:
             known = f", but one needs {_readable(first)}"
             text //= 2
         text *= 2
-        # twice the clients need at most twice as much, so that no trial needs more than there is
-        top = _ENOUGH if most is None else most
-        count, needed = 1, first
-        while 2 * count <= top and 2 * needed <= room:
-            count *= 2
-            needed = count * beside + self._needs(run, count, text)
-        tried, count = count, min(count * room // needed, top)
+        count, tried, needed = self._doubled(
+            lambda n: n * beside + self._needs(run, n, text), first, most or _ENOUGH
+        )
         self.passes.append(
             {
                 "what": what,
@@ -229,6 +226,39 @@ class Budget:
             }
         )
         return Share(count, text)
+
+    def _doubled(self, needs: Callable[[int], int], first: int, top: int) -> tuple[int, int, int]:
+        """Double what shares a pass while it fits; return how many do, were tried and needed.
+
+        Twice as many need at most twice as much, so that no trial needs more than there is.
+        """
+        tried, needed = 1, max(first, 1)
+        while 2 * tried <= top and 2 * needed <= self.room:
+            tried *= 2
+            needed = max(needs(tried), 1)
+        return min(tried * self.room // needed, top), tried, needed
+
+    def images(self, encode: Callable[[Tensor], object], size: int, most: int) -> int:
+        """Choose how many images the image tower encodes at once, ``most`` at the most.
+
+        ``encode`` takes pixels (n, 3, size, size), uint8.
+        """
+
+        def run(count: int) -> None:
+            encode(torch.zeros(count, 3, size, size, dtype=torch.uint8))
+
+        first = self._needs(run, 1, self.room)
+        if first > self.room:
+            raise InputError(
+                f"fastfpl.run: max_memory must hold the encoding of one image; got "
+                f"{_readable(self.limit)}, of which {_readable(self.taken)} are taken, but one "
+                f"needs {_readable(first)}; raise it or take a smaller CLIP"
+            )
+        count, tried, needed = self._doubled(lambda n: self._needs(run, n, self.room), first, most)
+        self.passes.append(
+            {"what": "encoding", "images": count, "tried_images": tried, "tried_bytes": needed}
+        )
+        return count
 
     def _needs(self, run: Callable[[int], None], count: int, text: int) -> int:
         """Measure the bytes that a trial has at a time beside what was there before."""

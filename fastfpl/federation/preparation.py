@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +78,11 @@ def prepare(
     budget = None if settings.max_memory is None else Budget(settings.max_memory, clip.device)
     root = None if settings.root is None else Path(settings.root)
     dataset = load_dataset(settings.dataset, root, on_corrupt=settings.on_corrupt)
-    eye = _eye(settings, clip, dataset, kind.image_kind, FeatureStore(cache), observer, budget)
+    store = FeatureStore(cache)
+    eye = _eye(settings, clip, dataset, kind.image_kind, store, observer, budget)
+    if budget is not None:
+        chunk = budget.images(eye.encode, clip.image_size, store.chunk)
+        eye = replace(eye, store=FeatureStore(cache, chunk=chunk))
     scenario = arrange(settings, dataset, lambda mine: _deal(settings, mine))
     if changes_data(quirks):
         scenario = personal(*disturbed(scenario.dataset, scenario.shards, quirks, settings.seed))
@@ -190,7 +195,7 @@ def _eye(
     wanted = settings.feature_dtype
     resident = RESIDENT if settings.resident is None else settings.resident
     if budget is not None and settings.augment != "none":
-        resident = budget.images(resident)
+        resident = budget.decoded_images(resident)
     return Eye(
         clip,
         kind,

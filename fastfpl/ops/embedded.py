@@ -11,7 +11,14 @@ from torch import Tensor
 from fastfpl.errors import InputError, KindError
 from fastfpl.ops.faces import Face, choose
 from fastfpl.ops.memory import current_limit
-from fastfpl.ops.text import PromptLayout, TextTower, _pack, _Packing, packed_states
+from fastfpl.ops.text import (
+    PromptLayout,
+    TextTower,
+    _pack,
+    _Packing,
+    against_whole,
+    packed_states,
+)
 from fastfpl.reference import embedded as reference
 from fastfpl.shapes import check_shapes
 
@@ -52,7 +59,8 @@ def encode_embedded(tower: TextTower, prompts: Tensor, eot: Tensor, *, shared: i
     KindError
         If ``prompts`` is not floating point or not on the tower's device.
     NotSupported
-        Inside `fastfpl.ops.memory.memory_limit`: this pass keeps to none.
+        Inside `fastfpl.ops.memory.memory_limit`: this pass keeps to none. If the tower is not
+        causal: nothing of a prompt could be shared or left out.
 
     Notes
     -----
@@ -128,13 +136,14 @@ def _encode_pass(tower: TextTower, packing: _Packing, flat: Tensor) -> Tensor:
     return packed_states(tower, packing, x)
 
 
-def _against_limit(*_: object) -> list[str]:
-    return ["it keeps to no memory limit"] if current_limit() is not None else []
+def _against(tower: TextTower, *_: object) -> list[str]:
+    limited = ["it keeps to no memory limit"] if current_limit() is not None else []
+    return against_whole(tower) + limited
 
 
 FACES = {
     "encode_embedded": (
-        Face("torch", _encode_packed, against=_against_limit),
-        Face("reference", reference.encode_embedded, against=_against_limit),
+        Face("torch", _encode_packed, against=_against),
+        Face("reference", reference.encode_embedded, against=_against),
     )
 }

@@ -1,9 +1,14 @@
-"""The text pass over many contexts and classes: shared prefix once, ragged suffixes packed."""
+"""The text pass over many contexts and classes.
+
+A causal tower computes the shared prefix once and the ragged suffixes packed; a tower whose tokens
+see the whole prompt runs at full length.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -19,10 +24,24 @@ from fastfpl.ops.attention import against_cpu, against_size, against_wide
 from fastfpl.ops.faces import Face, choose
 from fastfpl.ops.memory import current_limit
 from fastfpl.reference import text as reference
-from fastfpl.reference.text import PromptLayout, TextTower, activate, block_norm, unit_length
+from fastfpl.reference.text import (
+    PromptLayout,
+    TextTower,
+    activate,
+    block_norm,
+    pooled_rows,
+    unit_length,
+)
 from fastfpl.shapes import check_shapes
 
-__all__ = ["FACES", "PromptLayout", "TextTower", "encode_text", "packed_tokens"]
+__all__ = [
+    "FACES",
+    "PromptLayout",
+    "TextTower",
+    "encode_text",
+    "packed_tokens",
+    "reasons_against",
+]
 
 
 def encode_text(
@@ -30,10 +49,12 @@ def encode_text(
 ) -> Tensor:
     r"""Encode the prompts of C classes under many contexts into unit-length text features.
 
-    A prompt is SOS, context, class name, ending and EOT (the layout says in which order). The
-    tower is causal, so the leading tokens that all classes share have the same states for every
-    class in every layer: they are computed once per context, and what follows an EOT is never
-    computed.
+    A prompt is SOS, context, class name, ending and EOT (the layout says in which order). In a
+    causal tower the leading tokens that all classes share have the same states for every class in
+    every layer: they are computed once per context, and what follows an EOT is never computed. In
+    a tower that is not causal, or pools at the last token, every token of the full length decides
+    the feature, pads included: the ``torch`` face runs all of them, and spares only what no
+    feature needs of the last layer.
 
     Parameters
     ----------
@@ -65,7 +86,8 @@ def encode_text(
     normalisation in float32 (float64 for float64). Equal to the full-length pass up to rounding.
     The compiled faces compute nothing that no context reaches: SOS, the first layer's keys and
     values of names, all but the EOT rows in the last layer.
-    Memory: activations of (prefix + suffix) tokens per context when a gradient is wanted. Inside
+    Memory: activations of (prefix + suffix) tokens per context when a gradient is wanted, of C·L
+    in a tower that is run whole. Inside
     `fastfpl.ops.memory.memory_limit` they stay below it: the call is cut into parts of contexts and
     classes, and what does not fit is computed again in the backward pass (gradient caching).
     Source: shared-prefix identity of causal attention; prompts as in Zhou et al. 2022
@@ -116,7 +138,7 @@ def packed_tokens(layout: PromptLayout, *, class_specific: bool = False) -> int:
 def _packing(layout: PromptLayout, class_specific: bool) -> _Packing:
     cached = _packings.setdefault(layout, {})
     if class_specific not in cached:
-        cached[class_specific] = _pack(layout, 1 if class_specific else layout.shared)
+        cached[class_specific] = _pack(layout, layout.begin if class_specific else layout.shared)
     return cached[class_specific]
 
 
@@ -186,39 +208,51 @@ def _fill(lengths: list[int], span: int) -> list[list[int]]:
     return bins
 
 
-def _encode_packed(
+def _encode_parts(
     tower: TextTower, layout: PromptLayout, ctx: Tensor, class_specific: bool
 ) -> Tensor:
-    packing = _packing(layout, class_specific)
     inner = 3 if class_specific else 2
     lead = ctx.shape[: ctx.dim() - inner]
     flat = ctx.reshape(math.prod(lead), *ctx.shape[ctx.dim() - inner :]).to(tower.dtype)
     wanted = torch.is_grad_enabled() and flat.requires_grad
-    # Bytes of a row of the tower's width: measured on one layer, autograd holds 24 such numbers,
-    # the attention's scores among them, and passes 16 by.
     row = tower.width * tower.projection.element_size()
+    passing, holding = _numbers_of_a_row(tower)
     limit = current_limit()
     cut = engine.cut_pass(
         *(tower, layout, len(flat), class_specific, limit),
-        passing=16 * row,
-        holding=len(tower.blocks) * 24 * row if wanted else 0.0,
+        passing=passing * row,
+        holding=len(tower.blocks) * holding * row if wanted else 0.0,
     )
+    encode: Callable[..., Tensor] = _encode_whole if tower.whole else _encode_pass
     done: dict[int, list[Tensor]] = {}
     for g, c in cut.parts(len(flat), len(layout.eot)):
-        packing = _packing(_some_classes(layout, c), class_specific)
-        arguments = (tower, packing, flat[g, c] if class_specific else flat[g], class_specific)
+        some = _some_classes(layout, c)
+        places = some if tower.whole else _packing(some, class_specific)
+        arguments = (tower, places, flat[g, c] if class_specific else flat[g], class_specific)
         if limit is not None and wanted:
-            part = checkpoint(
-                _encode_pass, *arguments, use_reentrant=False, preserve_rng_state=False
-            )
+            part = checkpoint(encode, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
-            part = _encode_pass(*arguments)
+            part = encode(*arguments)
         done.setdefault(g.start, []).append(part)
     columns = [row[0] if len(row) == 1 else torch.cat(row, dim=1) for row in done.values()]
     if not columns:
         return ctx.new_empty(*lead, len(layout.eot), tower.dim, dtype=tower.dtype)
     features = columns[0] if len(columns) == 1 else torch.cat(columns)
     return features.reshape(*lead, len(layout.eot), tower.dim)
+
+
+def _numbers_of_a_row(tower: TextTower) -> tuple[float, float]:
+    """Say how many numbers of the tower's width a row passes by and, for each layer, holds.
+
+    Measured on one layer. Of packed rows autograd holds the attention's scores too; of whole
+    prompts only where torch has no kernel without them, which is allowed for.
+    """
+    if not tower.whole:
+        return 16, 24
+    mlp = tower.blocks[0].fc_w.shape[0] / tower.width
+    scores = tower.heads * tower.context_length / tower.width
+    products = 2 if tower.activation == "quick_gelu" else 1
+    return 6 + (1 + products) * mlp + scores, 8.5 + products * mlp + scores
 
 
 _parts: WeakKeyDictionary[PromptLayout, dict[tuple[int, int], PromptLayout]] = WeakKeyDictionary()
@@ -232,7 +266,8 @@ def _some_classes(layout: PromptLayout, part: slice) -> PromptLayout:
     key = (part.start, part.stop)
     if key not in known:
         known[key] = PromptLayout(
-            layout.tokens[part], layout.slots[part], layout.eot[part], layout.shared
+            *(layout.tokens[part], layout.slots[part], layout.eot[part]),
+            *(layout.shared, layout.begin),
         )
     return known[key]
 
@@ -241,7 +276,7 @@ def _embed(tower: TextTower, packing: _Packing, ctx: Tensor, class_specific: boo
     """Lay out the first layer's input, prefix and then suffixes: (G, shared + R, W)."""
     groups = ctx.shape[0]
     positional = tower.positional.to(tower.dtype)
-    sos = (tower.token_embedding[tower.sos].to(tower.dtype) + positional[0]).expand(groups, 1, -1)
+    begin = tower.begin
     fixed = tower.token_embedding[packing.tokens].to(tower.dtype) + positional[packing.positions]
     suffix = fixed.expand(groups, -1, -1)
     if len(packing.ctx_rows):
@@ -252,19 +287,73 @@ def _embed(tower: TextTower, packing: _Packing, ctx: Tensor, class_specific: boo
         )
         moved = moved + positional[packing.positions[packing.ctx_rows]]
         suffix = suffix.index_copy(1, packing.ctx_rows, moved)
-    parts = [sos, suffix]
-    if packing.shared > 1:
-        lead = ctx[:, : packing.shared - 1] + positional[1 : packing.shared]
-        parts = [sos, lead, suffix]
+    parts = [suffix]
+    if packing.shared > begin:
+        parts.insert(0, ctx[:, : packing.shared - begin] + positional[begin : packing.shared])
+    if tower.sos is not None:
+        sos = tower.token_embedding[tower.sos].to(tower.dtype) + positional[0]
+        parts.insert(0, sos.expand(groups, 1, -1))
     return torch.cat(parts, dim=1)
 
 
 def _encode_pass(tower: TextTower, packing: _Packing, ctx: Tensor, class_specific: bool) -> Tensor:
-    x = packed_states(tower, packing, _embed(tower, packing, ctx, class_specific))
-    features = x @ tower.projection
+    return _project(
+        tower, packed_states(tower, packing, _embed(tower, packing, ctx, class_specific))
+    )
+
+
+def _project(tower: TextTower, states: Tensor) -> Tensor:
+    features = states @ tower.projection
     if tower.projection_b is not None:
         features = features + tower.projection_b
     return unit_length(features)
+
+
+def _embed_whole(
+    tower: TextTower, layout: PromptLayout, ctx: Tensor, class_specific: bool
+) -> Tensor:
+    """Lay out the first layer's input, every prompt at full length: (G, C, L, W)."""
+    groups, (classes, length) = len(ctx), layout.tokens.shape
+    positional = tower.positional.to(tower.dtype)
+    fixed = tower.token_embedding[layout.tokens].to(tower.dtype) + positional
+    each = ctx if class_specific else ctx[:, None].expand(-1, classes, -1, -1)
+    moved = each + positional[layout.slots]
+    rows = torch.arange(classes, device=ctx.device)[:, None] * length + layout.slots
+    whole = fixed.flatten(0, 1).expand(groups, -1, -1)
+    whole = whole.index_copy(1, rows.flatten(), moved.flatten(1, 2))
+    return whole.view(groups, classes, length, -1)
+
+
+def _encode_whole(
+    tower: TextTower, layout: PromptLayout, ctx: Tensor, class_specific: bool
+) -> Tensor:
+    """Encode contexts (G, T, W) or (G, C, T, W) at full length: (G, C, D)."""
+    groups, classes = len(ctx), len(layout.eot)
+    heads, width = tower.heads, tower.width
+    pooled = pooled_rows(tower, layout).repeat(groups)
+    prompts = torch.arange(groups * classes, device=ctx.device)
+    x = _embed_whole(tower, layout, ctx, class_specific).flatten(0, 1)
+    for depth, block in enumerate(tower.blocks):
+        last = depth == len(tower.blocks) - 1
+        h = block_norm(x, block.ln_1_w, block.ln_1_b, tower.eps)
+        if last:
+            # only the pooled rows reach the features; in a causal tower they are the last ones,
+            # which see every key
+            q = F.linear(h[prompts, pooled][:, None], block.qkv_w[:width], block.qkv_b[:width])
+            k, v = F.linear(h, block.qkv_w[width:], block.qkv_b[width:]).chunk(2, dim=-1)
+            x = x[prompts, pooled]
+        else:
+            q, k, v = F.linear(h, block.qkv_w, block.qkv_b).chunk(3, dim=-1)
+        q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (q, k, v))
+        causal = tower.causal and not last
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
+        mixed = mixed[:, 0] if last else mixed
+        x = x + F.linear(mixed, block.out_w, block.out_b)
+        h = block_norm(x, block.ln_2_w, block.ln_2_b, tower.eps)
+        h = activate(F.linear(h, block.fc_w, block.fc_b), tower.activation)
+        x = x + F.linear(h, block.proj_w, block.proj_b)
+    x = block_norm(x, tower.ln_w, tower.ln_b, tower.eps)
+    return _project(tower, x.unflatten(0, (groups, classes)))
 
 
 def packed_states(tower: TextTower, packing: _Packing, x: Tensor) -> Tensor:
@@ -309,12 +398,39 @@ def packed_states(tower: TextTower, packing: _Packing, x: Tensor) -> Tensor:
     return block_norm(x, tower.ln_w, tower.ln_b, tower.eps)
 
 
+def against_whole(tower: TextTower) -> list[str]:
+    """Say why a pass that cuts behind the EOT does not take a tower."""
+    if not tower.causal:
+        return [
+            "the tower is not causal: every token sees the whole prompt, so that no prefix can be "
+            "shared and nothing be cut"
+        ]
+    if tower.pooling == "last":
+        return ["the tower pools at the last token, which sees the pads behind the EOT"]
+    return []
+
+
+def reasons_against(tower: TextTower) -> dict[str, list[str]]:
+    """Say of every face why it does not take a tower here; an empty list where it does."""
+    return {face.name: face.missing() or face.against(tower) for face in FACES["encode_text"]}
+
+
+def _against_kernels(tower: TextTower) -> list[str]:
+    reasons = against_whole(tower)
+    if tower.sos is None:
+        reasons.append("the tower's prompts begin without SOS, which the kernels keep as constants")
+    if tower.activation == "gelu_tanh":
+        reasons.append("the tower's activation is tanh GELU, the kernels have QuickGELU and GELU")
+    return reasons
+
+
 def _against_cpu(tower: TextTower, *_: object) -> list[str]:
-    return against_cpu("the tower", tower.projection) + against_size(tower.heads, tower.width)
+    reasons = _against_kernels(tower) + against_cpu("the tower", tower.projection)
+    return reasons + against_size(tower.heads, tower.width)
 
 
 def _against_triton(tower: TextTower, *_: object) -> list[str]:
-    reasons = launch.against("encode_text", tower=tower.projection)
+    reasons = _against_kernels(tower) + launch.against("encode_text", tower=tower.projection)
     return reasons + against_wide(tower.heads, tower.width, tower.dtype)
 
 
@@ -336,7 +452,7 @@ FACES = {
             functools.partial(native.missing, "unit_bwd"),
             _against_cpu,
         ),
-        Face("torch", _encode_packed),
+        Face("torch", _encode_parts),
         Face("reference", reference.encode_text, against=_against_reference),
     )
 }

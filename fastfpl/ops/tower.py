@@ -1,4 +1,4 @@
-"""The frozen text tower over packed rows: forward and backward by hand, within a memory limit.
+"""The causal text tower over packed rows: forward and backward by hand, within a memory limit.
 
 Weights are constants: the backward pass has input gradients only, and nothing is computed that no
 context reaches. A pass is matrix products by the vendor's library and, between them, the kernels of
@@ -220,20 +220,21 @@ def cut_pass(
     """
     if layout not in _lengths:
         _lengths[layout] = (layout.eot + 1).tolist()
-    lead = 0 if class_specific else layout.shared - 1  # SOS has no row
-    suffixes = [length - lead - 1 for length in _lengths[layout]]
+    if tower.whole:
+        lead, suffixes = 0, [tower.context_length] * len(layout.eot)
+    else:
+        lead = 0 if class_specific else layout.shared - layout.begin  # SOS has no row
+        suffixes = [length - lead - layout.begin for length in _lengths[layout]]
     classes, whole = len(suffixes), lead + sum(suffixes)
-    if limit is None:
-        at_once = groups if holding else _ROWS_PER_PASS // whole
-        return Cut(max(1, at_once), classes, 1)
+    if limit is None and holding:
+        return Cut(max(1, groups), classes, 1)
 
     def rows_of_part(fitting: int) -> int:
         starts = range(0, classes, fitting)
         return lead + max(sum(suffixes[c : c + fitting]) for c in starts)
 
-    def largest(room: float) -> tuple[int, int]:
-        """Contexts and classes of the largest part of so many bytes; 0 classes if none fits."""
-        rows = int(room // (passing + holding))
+    def largest(rows: int) -> tuple[int, int]:
+        """Contexts and classes of the largest part of so many rows; 0 classes if none fits."""
         if rows >= whole:
             return max(1, min(groups, rows // whole)), classes
         fitting = classes
@@ -242,7 +243,10 @@ def cut_pass(
             fitting = max(0, min(fitting - 1, int(fitting * share)))
         return 1, fitting
 
-    contexts, fitting = largest(limit)
+    if limit is None:
+        contexts, fitting = largest(_ROWS_PER_PASS)
+        return Cut(contexts, max(1, fitting), 1)
+    contexts, fitting = largest(int(limit // (passing + holding)))
     if not fitting:
         least = rows_of_part(1) * (passing + holding)
         raise InputError(
@@ -253,7 +257,7 @@ def cut_pass(
         return Cut(contexts, fitting, 1)
     # smaller parts leave room to keep the activations of some of them
     for share in (4, 2):
-        fewer = largest(limit / share)
+        fewer = largest(int(limit / share // (passing + holding)))
         if fewer[1] and fewer[0] * rows_of_part(fewer[1]) >= _ROWS_OF_A_PART:
             contexts, fitting = fewer
             break

@@ -204,9 +204,8 @@ def average(contexts: Mapping[int, Tensor], clients: Sequence[Client]) -> Tensor
 
 def encode_tokens(tower: TextTower, tokens: Tensor, eot: Tensor) -> Tensor:
     """Encode whole rows of tokens (C, L) with their EOT at (C,) -> (C, D)."""
-    # a context of one vector in place 0 that is the SOS token itself
-    layout = PromptLayout(tokens, torch.zeros_like(tokens[:, :1]), eot, 1)
-    return encode_text(tower, layout, tower.token_embedding[tokens[0, :1]], False)
+    layout = PromptLayout(tokens, tokens[:, :0], eot, tower.begin, tower.begin)
+    return encode_text(tower, layout, tower.token_embedding[:0], False)
 
 
 @torch.no_grad()

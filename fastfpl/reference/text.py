@@ -1,4 +1,4 @@
-"""CLIP's causal text tower, literally: every class at full length, one context after another."""
+"""A text tower of CLIP, literally: every class at full length, one context after another."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ __all__ = [
     "activate",
     "block_norm",
     "encode_text",
+    "pooled_rows",
     "unit_length",
 ]
 
@@ -54,7 +55,7 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class TextTower:
-    """Frozen weights of a causal CLIP text transformer, whatever family they came from.
+    """Frozen weights of a CLIP text transformer, whatever family they came from.
 
     Attributes
     ----------
@@ -66,11 +67,19 @@ class TextTower:
     projection : Tensor, shape (W, D)
     projection_b : Tensor, shape (D,), or None
     heads : int
-    activation : "quick_gelu" or "gelu"
+    activation : "quick_gelu", "gelu" or "gelu_tanh"
     eps : float
         Of every LayerNorm.
-    sos, eot : int
-        Token ids that begin and end a prompt.
+    sos : int or None
+        Token id that begins a prompt; None where nothing stands in front of the text (SigLIP).
+    eot : int
+        Token id that ends a prompt.
+    pad : int
+        Token id behind the EOT, up to L tokens. It decides nothing unless the tower is ``whole``.
+    causal : bool
+        Whether a token attends to itself and what stands before it, or to all L tokens.
+    pooling : "eot" or "last"
+        Whose state becomes the feature: the EOT's, or that of the last of the L tokens.
 
     Notes
     -----
@@ -85,10 +94,23 @@ class TextTower:
     projection: Tensor
     projection_b: Tensor | None
     heads: int
-    activation: Literal["quick_gelu", "gelu"]
+    activation: Literal["quick_gelu", "gelu", "gelu_tanh"]
     eps: float
-    sos: int
+    sos: int | None
     eot: int
+    pad: int = 0
+    causal: bool = True
+    pooling: Literal["eot", "last"] = "eot"
+
+    @property
+    def begin(self) -> int:
+        """Tokens in front of the text: 1 with SOS, 0 without."""
+        return 0 if self.sos is None else 1
+
+    @property
+    def whole(self) -> bool:
+        """Whether features depend on all L tokens, pads included: then nothing can be cut."""
+        return not self.causal or self.pooling == "last"
 
     @property
     def width(self) -> int:
@@ -141,7 +163,7 @@ class PromptLayout:
     Attributes
     ----------
     tokens : Tensor, shape (C, L), int64
-        Ids of all tokens; 0 where a context vector stands and behind the EOT.
+        Ids of all tokens; 0 where a context vector stands, the tower's pad behind the EOT.
     slots : Tensor, shape (C, T), int64
         Position of each context vector.
     eot : Tensor, shape (C,), int64
@@ -149,12 +171,15 @@ class PromptLayout:
     shared : int
         How many leading positions (SOS and context vectors) are the same for every class as long
         as the classes share a context.
+    begin : int
+        How many of them hold no context vector: 1 with SOS, 0 without.
     """
 
     tokens: Tensor
     slots: Tensor
     eot: Tensor
     shared: int
+    begin: int = 1
 
 
 def block_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -163,8 +188,10 @@ def block_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
-    """QuickGELU ``x * sigmoid(1.702 x)`` (the original CLIP) or GELU."""
-    return x * torch.sigmoid(1.702 * x) if activation == "quick_gelu" else F.gelu(x)
+    """QuickGELU ``x * sigmoid(1.702 x)`` (the original CLIP), GELU or its tanh form."""
+    if activation == "quick_gelu":
+        return x * torch.sigmoid(1.702 * x)
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 def unit_length(x: Tensor) -> Tensor:
@@ -172,6 +199,13 @@ def unit_length(x: Tensor) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     unit: Tensor = wide / wide.norm(dim=-1, keepdim=True)
     return unit.to(x.dtype)
+
+
+def pooled_rows(tower: TextTower, layout: PromptLayout) -> Tensor:
+    """Give the position whose state becomes the feature of each class: (C,)."""
+    if tower.pooling == "eot":
+        return layout.eot
+    return torch.full_like(layout.eot, tower.context_length - 1)
 
 
 def embed_prompts(tower: TextTower, layout: PromptLayout, ctx: Tensor) -> Tensor:
@@ -208,7 +242,7 @@ def _encode_one(tower: TextTower, layout: PromptLayout, ctx: Tensor) -> Tensor:
             part.view(count, length, tower.heads, -1).transpose(1, 2)
             for part in qkv.chunk(3, dim=-1)
         )
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=tower.causal)
         x = x + F.linear(
             mixed.transpose(1, 2).reshape(count, length, width), block.out_w, block.out_b
         )
@@ -216,7 +250,8 @@ def _encode_one(tower: TextTower, layout: PromptLayout, ctx: Tensor) -> Tensor:
         h = activate(F.linear(h, block.fc_w, block.fc_b), tower.activation)
         x = x + F.linear(h, block.proj_w, block.proj_b)
     x = block_norm(x, tower.ln_w, tower.ln_b, tower.eps)
-    features = x[torch.arange(count, device=x.device), layout.eot] @ tower.projection
+    pooled = x[torch.arange(count, device=x.device), pooled_rows(tower, layout)]
+    features = pooled @ tower.projection
     if tower.projection_b is not None:
         features = features + tower.projection_b
     return unit_length(features)
