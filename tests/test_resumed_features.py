@@ -127,10 +127,16 @@ def torn(part, journal):
         file.write(b"0123")
 
 
+def lengthened(part, journal):
+    with part.open("ab") as file:
+        file.write(b"x" * 10_000)
+
+
 # what happened to the part or its journal, and from where it is encoded again
 HARM = {
     "nothing": (lambda part, journal: None, 24),
     "a chunk half written": (torn, 24),
+    "part longer than it will be": (lengthened, 24),
     "part a byte short": (lambda part, journal: os.truncate(part, part.stat().st_size - 1), 16),
     "part cut in the second chunk": (
         lambda part, journal: os.truncate(part, offset_of(part) + 9 * ROW),
@@ -355,7 +361,8 @@ def test_while_a_process_holds_the_part_another_one_encodes_for_itself(store, wh
     assert_goes_on(store, whole, 16)
 
 
-def test_a_part_whose_holder_ended_meanwhile_is_not_written_into(store, whole, monkeypatch):
+@pytest.mark.parametrize("there", [True, False])
+def test_a_part_whose_holder_ended_meanwhile_is_not_written_into(store, whole, monkeypatch, there):
     """The name is looked up, the file is opened, its holder gives it its final name."""
     interrupted(store)
     opened = []
@@ -367,12 +374,14 @@ def test_a_part_whose_holder_ended_meanwhile_is_not_written_into(store, whole, m
             opened.append(file)
             monkeypatch.setattr(files.os, "fdopen", plain)
             assert_goes_on(store, whole, 24)
+            if not there:
+                (store.directory / KEY.filename).unlink()
         return file
 
     monkeypatch.setattr(files.os, "fdopen", fdopen)
     encoder = Encoder(truth())
     assert torch.equal(store.get(KEY, N, encoder)[:], truth())
-    assert encoder.asked == []
+    assert encoder.asked == ([] if there else list(range(N)))
     assert only_file(store).read_bytes() == whole
 
 
