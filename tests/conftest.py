@@ -38,5 +38,6 @@ hypothesis.settings.load_profile("house")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    torch.manual_seed(0)  # torch itself begins with another seed in every process
     if item.get_closest_marker("gpu") and not GPU:
         pytest.skip("needs a CUDA device, and torch sees none")
