@@ -584,6 +584,7 @@ CHANGES = {
 ELSEWHERE = {
     *("method", "options", "evaluate_every", "cohort", "dtype", "threads", "device"),
     *("max_memory", "cuda_graphs"),  # test_memory, test_graphs
+    *("workers", "resident", "feature_dtype"),  # test_images
     "split_test",
     *("on_corrupt", "statistics"),  # test_scenarios
     "as_released",  # test_released
