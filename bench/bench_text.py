@@ -343,7 +343,13 @@ def bench_memory(benchmark, classes, limit):
         with memory_limit(None if limit is None else parse_bytes("bench", limit)):
             return step(made, ctx)
 
-    row = {"op": "encode_text", "C": classes, "T": SLOTS, "G": 1, "direction": "fwd+bwd"}
+    row = {
+        "op": "encode_text within a limit",
+        "C": classes,
+        "T": SLOTS,
+        "G": 1,
+        "direction": "fwd+bwd",
+    }
     row |= {"dtype": "float32", "threads": torch.get_num_threads(), "device": DEVICE}
     checked(
         benchmark,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,19 @@ import click
 from fastfpl.errors import FastfplError, InputError, Missing
 from fastfpl.files import write_text
 
-HEAD = "| way | median ms | IQR | times the slowest | error | GFLOP/s | of GEMM | peak MiB |"
+# what some rows have: title, name of the fact, factor
+MORE = (
+    ("s a client", "seconds_per_client", 1.0),
+    ("images/s", "images_per_s", 1.0),
+    ("error", "relative_error", 1.0),
+    ("GFLOP/s", "gflop_per_s", 1.0),
+    ("of GEMM", "share_of_gemm", 1.0),
+    ("device busy", "busy", 1.0),
+    ("tensors MiB", "tensors_bytes", 2**-20),
+    ("peak MiB", "peak_bytes", 2**-20),
+    ("kB up", "bytes_up", 1e-3),
+    ("kB down", "bytes_down", 1e-3),
+)
 #: An interquartile range above this share of the median makes a row one not to quote.
 NOISY = 0.1
 
@@ -40,17 +53,29 @@ def table(path: Path) -> str:
     dirty = " with changes" if commit["dirty"] else ""
     lines = [f"{place}; torch {machine['torch']}, commit {commit['id'][:7]}{dirty}."]
     for name, rows in groups.items():
-        slowest = max(row["stats"]["median"] for row in rows)
-        lines += ["", f"`{name}`", "", HEAD, "|" + "---|" * 8]
-        lines += [_line(row, slowest) for row in sorted(rows, key=lambda r: r["stats"]["median"])]
+        more = [one for one in MORE if any(row["extra_info"].get(one[1]) for row in rows)]
+        heads = ["way", "median ms", "IQR", "times the slowest", *(title for title, _, _ in more)]
+        lines += ["", f"`{name}`", "", _cells(heads), "|" + "---|" * len(heads)]
+        slowest = max(_work(row) for row in rows)
+        lines += [_line(row, slowest, more) for row in sorted(rows, key=_work)]
     return "\n".join(lines)
 
 
-def _line(row: dict[str, Any], slowest: float) -> str:
+def _work(row: dict[str, Any]) -> float:
+    """Seconds for the same work: of a client where rows are of several."""
+    median: float = row["stats"]["median"]
+    return float(row["extra_info"].get("seconds_per_client") or median)
+
+
+def _cells(texts: Sequence[str]) -> str:
+    return "| " + " | ".join(texts) + " |"
+
+
+def _line(row: dict[str, Any], slowest: float, more: Sequence[tuple[str, str, float]]) -> str:
     stats, facts = row["stats"], row["extra_info"]
     median, iqr = stats["median"], stats["iqr"]
 
-    def number(name: str, by: float = 1.0) -> str:
+    def number(name: str, by: float) -> str:
         value = facts.get(name)
         return "" if value is None else f"{by * value:.3g}"
 
@@ -59,13 +84,10 @@ def _line(row: dict[str, Any], slowest: float) -> str:
         f"{facts.get('face', row['name'])}{noisy}",
         f"{1e3 * median:.4g}",
         f"{1e3 * iqr:.2g}" if stats["rounds"] > 1 else "one call",
-        f"{slowest / median:.1f}",
-        number("relative_error"),
-        number("gflop_per_s"),
-        number("share_of_gemm"),
-        number("peak_bytes", 2**-20),
+        f"{slowest / _work(row):.1f}",
+        *(number(name, by) for _, name, by in more),
     )
-    return "| " + " | ".join(cells) + " |"
+    return _cells(cells)
 
 
 def insert(page: str, name: str, text: str) -> str:

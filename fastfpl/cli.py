@@ -237,8 +237,8 @@ def _chosen(memory: Mapping[str, Any], peak: int) -> str:
     passes = "; ".join(
         f"{one['what']}: {one['images']} images at once"
         if "images" in one
-        else f"{one['what']}: {one['clients']} clients at most, texts in "
-        f"{one['text_bytes'] >> 20} MiB"
+        else f"{one['what']}: {one['clients']} client{'s' * (one['clients'] != 1)} at most, texts "
+        f"in {one['text_bytes'] >> 20} MiB"
         for one in memory["passes"]
     )
     return (

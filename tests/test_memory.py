@@ -287,7 +287,7 @@ def test_the_flag(capsys, tmp_path):
     code, out, err = call(capsys, "run", "zeroshot", *quick, *where, "--max-memory", "64GiB")
     assert (code, err) == (0, "")
     assert "memory: 65536 MiB allowed, " in out
-    assert "evaluation: 64 clients at most, texts in " in out
+    assert "evaluation: 1 client at most, texts in " in out
     result = fastfpl.Result.load(tmp_path / "a")
     assert result.settings["max_memory"] == 64 << 30
     code, _, err = call(capsys, "run", "zeroshot", *quick, "--memory", "much")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -155,8 +155,7 @@ class Federation:
     def round(self) -> dict[str, Any]:
         """Play the next round and return its row."""
         round_, settings, method = len(self.rounds), self.settings, self.method
-        # a resumed run starts without these; what is encoded together decides the last bit
-        method.task.text_features.clear()
+        self._forget_texts()  # a resumed run starts without any
         begin = time.perf_counter()
         row: dict[str, Any] = {
             "round": round_,
@@ -247,7 +246,7 @@ class Federation:
                         *(round_, silent),
                         trial=True,
                     )
-                method.task.text_features.clear()
+                self._forget_texts()
                 own = _row(outcome.own, 0)
                 upload = _row(outcome.upload, 0)
                 uploads = dict.fromkeys(counts, upload) if upload else {}
@@ -262,11 +261,11 @@ class Federation:
         """Say what the training of clients with states like these may take in a round."""
         if self.budget is None:
             return Share(self.settings.cohort, current_limit())
-        batch, most = self.settings.batch_size, max(len(s.train) for s in self.shards)
-        mine = self.shards[client].train
-        if self.alike([client]) is None:
-            # the largest batches of any client, of this one's images
-            mine = np.resize(mine, min(2 * batch, most))
+        most = max(len(s.train) for s in self.shards)
+        if self.alike([client]) is None:  # nobody looks at a whole training set
+            most = min(2 * self.settings.batch_size, most)
+        # as many images as any client has, of this one's
+        mine = np.resize(self.shards[client].train, most)
 
         def fit(members: list[int], downs: State, owns: State) -> None:
             images = {client: mine}
@@ -275,19 +274,14 @@ class Federation:
                 trial=True,
             )
 
-        return self._measured("training", fit, client, down, own)
+        return self.budget.share(
+            "training", (down, own), fit, client, self.settings.cohort, self._forget_texts
+        )
 
-    def _measured(
-        self,
-        what: str,
-        trial: Callable[[list[int], State, State], None],
-        client: int,
-        down: State,
-        own: State,
-    ) -> Share:
-        assert self.budget is not None
-        forget = self.method.task.text_features.clear
-        return self.budget.share(what, (down, own), trial, client, self.settings.cohort, forget)
+    def _forget_texts(self) -> None:
+        """Forget text features: what is encoded together decides the last bit."""
+        for method in (self.method, *(exam.method for exam in self.exams)):
+            method.task.text_features.clear()
 
     def _ask(self, round_: int, trained_with: Mapping[int, StoredState]) -> list[list[Scores]]:
         """Put every exam to every client's model; one list of scores an exam."""
@@ -344,7 +338,9 @@ class Federation:
                 images = dict.fromkeys(members, longest)
                 score(exam.method, members, downs, owns, exam.feed, images, trial=True)
 
-        return self._measured("evaluation", ask, client, down, own)
+        # one global model serves all
+        most = self.settings.cohort if self.method.personal else 1
+        return self.budget.share("evaluation", (down, own), ask, client, most, self._forget_texts)
 
     def _answers(self, exam: Exam, members: Sequence[int], down: State, own: State) -> list[Scores]:
         scores = score(
