@@ -112,7 +112,8 @@ class Features:
     """
 
     def __init__(self, rows: npt.NDArray[Any], dtype: torch.dtype) -> None:
-        self._rows = rows
+        # gathered by torch, whose memory is counted by whoever plans a run
+        self._rows = torch.from_numpy(rows).view(dtype)
         self.shape: tuple[int, ...] = tuple(rows.shape)
         self.dtype = dtype
 
@@ -123,7 +124,7 @@ class Features:
         self, indices: int | slice | Sequence[int] | npt.NDArray[Any] | Tensor
     ) -> Tensor:
         if isinstance(indices, int | np.integer | slice):
-            rows = np.array(self._rows[indices])
+            where = np.arange(len(self))[indices]
         else:
             where = np.asarray(indices.cpu() if isinstance(indices, Tensor) else indices)
             if where.size == 0:
@@ -132,15 +133,9 @@ class Features:
                 raise KindError(
                     f"fastfpl.features.Features: indices must be integers; got {where.dtype}"
                 )
-            n = len(self)
-            if where.size and not (-n <= where.min() and where.max() < n):
-                raise IndexError(f"rows of {n} images; got {where.min()} to {where.max()}")
-            # torch's own memory, which whoever plans a run can count
-            gathered = torch.empty((*where.shape, *self.shape[1:]), dtype=self.dtype)
-            here = gathered.view(torch.int16) if self.dtype == torch.bfloat16 else gathered
-            np.take(self._rows, where, axis=0, out=here.numpy(), mode="wrap")
-            return gathered
-        return torch.from_numpy(rows).view(self.dtype)
+        # index gives new memory, for a single row too
+        gathered = self._rows[torch.from_numpy(np.atleast_1d(where).astype(np.int64))]
+        return gathered if np.ndim(where) else gathered[0]
 
 
 class FeatureStore:
@@ -465,7 +460,7 @@ def _open(path: Path, key: FeatureKey, n: int) -> Features | None:
         size = _nbytes(key, shape)
         if size <= 0 or status.st_size != 8 + length + size:
             raise damaged(f"got {status.st_size} bytes instead of {8 + length + size}")
-        raw = np.asarray(np.memmap(file, np.uint8, "r", offset=8 + length))
+        raw = np.asarray(np.memmap(file, np.uint8, "c", offset=8 + length))
     identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
     with _verified_lock:
         known = _verified.get(path) == identity

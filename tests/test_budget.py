@@ -168,7 +168,7 @@ def budget_text():
 def share(limit, trial, most=None):
     chosen = Budget(limit, torch.device("cpu"))
     state = {"a": torch.zeros(1)}
-    return chosen.share("training", (state, {}), trial, 7, most, lambda: None), chosen
+    return chosen.share("training", (state, {}), trial, 7, 4, most, lambda: None), chosen
 
 
 def test_clients_are_doubled_while_they_fit(nothing_taken):
@@ -223,10 +223,11 @@ def test_a_kind_is_tried_once(nothing_taken):
 
     one, other = {"a": torch.zeros(2)}, {"a": torch.zeros(3)}
     for state in (one, one, other, one):
-        chosen.share("training", (state, {}), trial, 5, 4, lambda: None)
-    chosen.share("evaluation", (one, {}), trial, 5, 4, lambda: None)
-    assert [shape[1] for _, shape in tried] == [2, 2, 2, 3, 3, 3, 2, 2, 2]
-    assert [members for members, _ in tried] == [(5,), (5, 5), (5,) * 4] * 3
+        chosen.share("training", (state, {}), trial, 5, 2, 4, lambda: None)
+    chosen.share("evaluation", (one, {}), trial, 5, None, 4, lambda: None)
+    chosen.share("training", (one, {}), trial, 5, 3, 4, lambda: None)
+    assert [shape[1] for _, shape in tried] == [2, 2, 2, 3, 3, 3, 2, 2, 2, 2, 2, 2]
+    assert [members for members, _ in tried] == [(5,), (5, 5), (5,) * 4] * 4
 
 
 def test_images_are_encoded_as_many_as_fit(nothing_taken):

@@ -392,7 +392,8 @@ def test_profile_takes_the_settings_of_a_run_but_those_it_sets(
     taken = set(re.findall(r"--([a-z-]+)", out.partition("Options:")[2]))
     mine = {name.replace("_", "-") for name in Settings.model_fields}
     mine -= {"method", "options"} | {name.replace("_", "-") for name in PROFILED}
-    assert taken == mine | {"preset", "config", "option", "out", "cache", "steps", "top", "help"}
+    more = {"memory", "preset", "config", "option", "out", "cache", "steps", "top", "help"}
+    assert taken == mine | more
     code, _, err = call(capsys, "profile", "promptfl", "--steps", "0")
     assert (code, err) == (2, "error: fastfpl.profile: steps must be at least 1; got 0\n")
     (tmp_path / "file").touch()

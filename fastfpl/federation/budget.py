@@ -161,6 +161,7 @@ class Budget:
         kind: tuple[State, State],
         trial: Callable[[list[int], State, State], object],
         client: int,
+        images: int | None,
         most: int | None,
         after: Callable[[], None],
     ) -> Share:
@@ -176,12 +177,14 @@ class Budget:
             ``trial(members, down, own)`` makes the pass; the states are stacked.
         client : int
             Number of the client.
+        images : int or None
+            What it trains on for trial: more may need more.
         most : int or None
             Clients that share a pass at most; None for 64, as more make no device busier.
         after : callable
             Called after the trials, to forget what they left in caches.
         """
-        key = (what, *(shapes(state) for state in kind))
+        key = (what, images, *(shapes(state) for state in kind))
         if key not in self._shares:
             # who gathers a cohort, or puts it into order, holds its states a second time
             twice = sum(tensor.nbytes for state in kind for tensor in state.values())

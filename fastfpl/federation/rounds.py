@@ -235,14 +235,15 @@ class Federation:
         method, feed = self.method, self.train_feed
         server, own = self.server, dict[str, Tensor]()
         counts = {c: len(s.train) for c, s in enumerate(self.shards)}
+        one = max(counts, key=lambda c: counts[c])
         for round_ in sorted({0, 1, self.settings.rounds - 1}) if feed is not None else (0,):
-            down = method.download(server, 0, round_)
+            down = method.download(server, one, round_)
             if feed is not None:
-                share = self.training_share(feed, round_, 0, down, own)
-                mine = {0: self.shards[0].train}
+                share = self.training_share(feed, round_, one, down, own)
+                mine = {one: self.shards[one].train}
                 with memory_limit(share.text):
                     outcome = train(
-                        *(method, [0], stack([down]), stack([own]), feed, mine, self.settings),
+                        *(method, [one], stack([down]), stack([own]), feed, mine, self.settings),
                         *(round_, silent),
                         trial=True,
                     )
@@ -252,8 +253,8 @@ class Federation:
                 uploads = dict.fromkeys(counts, upload) if upload else {}
                 server = method.merge(server, uploads, counts if uploads else {}, round_)
                 if method.evaluates_download == "merged":
-                    down = method.download(server, 0, round_ + 1)
-            self._exam_share(0, down, own if method.personal else {})
+                    down = method.download(server, one, round_ + 1)
+            self._exam_share(one, down, own if method.personal else {})
 
     def training_share(
         self, feed: Feed, round_: int, client: int, down: State, own: State
@@ -261,11 +262,11 @@ class Federation:
         """Say what the training of clients with states like these may take in a round."""
         if self.budget is None:
             return Share(self.settings.cohort, current_limit())
-        most = max(len(s.train) for s in self.shards)
+        mine = self.shards[client].train
         if self.alike([client]) is None:  # nobody looks at a whole training set
-            most = min(2 * self.settings.batch_size, most)
-        # as many images as any client has, of this one's
-        mine = np.resize(self.shards[client].train, most)
+            # two of the largest batches of any client, of this one's images
+            longest = max(len(s.train) for s in self.shards)
+            mine = np.resize(mine, min(2 * self.settings.batch_size, longest))
 
         def fit(members: list[int], downs: State, owns: State) -> None:
             images = {client: mine}
@@ -274,8 +275,9 @@ class Federation:
                 trial=True,
             )
 
+        most = self.settings.cohort
         return self.budget.share(
-            "training", (down, own), fit, client, self.settings.cohort, self._forget_texts
+            "training", (down, own), fit, client, len(mine), most, self._forget_texts
         )
 
     def _forget_texts(self) -> None:
@@ -340,7 +342,9 @@ class Federation:
 
         # one global model serves all
         most = self.settings.cohort if self.method.personal else 1
-        return self.budget.share("evaluation", (down, own), ask, client, most, self._forget_texts)
+        return self.budget.share(
+            "evaluation", (down, own), ask, client, None, most, self._forget_texts
+        )
 
     def _answers(self, exam: Exam, members: Sequence[int], down: State, own: State) -> list[Scores]:
         scores = score(
