@@ -109,6 +109,18 @@ def test_a_budget_that_binds_nothing_changes_no_bit(method, play):
     assert figures(play(method, max_memory="1 TiB")) == figures(play(method))
 
 
+def test_experts_of_many_clients_stay_within_the_limit(play, nothing_taken, watched):
+    """One client stands for many in a trial, but its experts are only its own."""
+    options = {"experts": 12, "heads": 2, "gate_width": 16}
+    more = {"clients": 24, "shots": 3, "partition": "iid", "batch_size": 2, "options": options}
+    play("pfedmoap", **more)
+    most = max(size for passes in watched.values() for _, size in passes)
+    for limit in (int(0.95 * most), int(0.7 * most)):
+        watched.clear()
+        play("pfedmoap", max_memory=limit, **more)
+        assert max(size for passes in watched.values() for _, size in passes) <= 0.9 * limit
+
+
 def test_a_cohort_is_an_upper_bound(play, nothing_taken, watched):
     result = play("promptfl", max_memory="1 GiB", cohort=3)
     assert [one["clients"] for one in result.memory["passes"][1:]] == [3, 1]
@@ -165,10 +177,14 @@ def budget_text():
     return current_limit()
 
 
+def whole(down, number):
+    return down
+
+
 def share(limit, trial, most=None):
     chosen = Budget(limit, torch.device("cpu"))
     state = {"a": torch.zeros(1)}
-    return chosen.share("training", (state, {}), trial, 7, 4, most, lambda: None), chosen
+    return chosen.share("training", (state, {}), whole, trial, 7, 4, most, lambda: None), chosen
 
 
 def test_clients_are_doubled_while_they_fit(nothing_taken):
@@ -223,9 +239,9 @@ def test_a_kind_is_tried_once(nothing_taken):
 
     one, other = {"a": torch.zeros(2)}, {"a": torch.zeros(3)}
     for state in (one, one, other, one):
-        chosen.share("training", (state, {}), trial, 5, 2, 4, lambda: None)
-    chosen.share("evaluation", (one, {}), trial, 5, None, 4, lambda: None)
-    chosen.share("training", (one, {}), trial, 5, 3, 4, lambda: None)
+        chosen.share("training", (state, {}), whole, trial, 5, 2, 4, lambda: None)
+    chosen.share("evaluation", (one, {}), whole, trial, 5, None, 4, lambda: None)
+    chosen.share("training", (one, {}), whole, trial, 5, 3, 4, lambda: None)
     assert [shape[1] for _, shape in tried] == [2, 2, 2, 3, 3, 3, 2, 2, 2, 2, 2, 2]
     assert [members for members, _ in tried] == [(5,), (5, 5), (5,) * 4] * 4
 

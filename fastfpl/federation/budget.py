@@ -159,6 +159,7 @@ class Budget:
         self,
         what: str,
         kind: tuple[State, State],
+        apart: Callable[[State, int], State],
         trial: Callable[[list[int], State, State], object],
         client: int,
         images: int | None,
@@ -173,6 +174,8 @@ class Budget:
             What the pass is for.
         kind : tuple of State
             What the client downloads and keeps.
+        apart : callable
+            `Method.apart`.
         trial : callable
             ``trial(members, down, own)`` makes the pass; the states are stacked.
         client : int
@@ -190,8 +193,8 @@ class Budget:
             twice = sum(tensor.nbytes for state in kind for tensor in state.values())
 
             def run(count: int) -> None:
-                down, own = (stack([state] * count) for state in kind)
-                trial([client] * count, down, own)
+                down = stack([apart(kind[0], number) for number in range(count)])
+                trial([client] * count, down, stack([kind[1]] * count))
 
             try:
                 self._shares[key] = self._choose(what, run, twice, most)

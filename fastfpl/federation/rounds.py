@@ -276,8 +276,9 @@ class Federation:
             )
 
         most = self.settings.cohort
+        kind, apart = (down, own), self.method.apart
         return self.budget.share(
-            "training", (down, own), fit, client, len(mine), most, self._forget_texts
+            "training", kind, apart, fit, client, len(mine), most, self._forget_texts
         )
 
     def _forget_texts(self) -> None:
@@ -342,8 +343,9 @@ class Federation:
 
         # one global model serves all
         most = self.settings.cohort if self.method.personal else 1
+        kind, apart = (down, own), self.method.apart
         return self.budget.share(
-            "evaluation", (down, own), ask, client, None, most, self._forget_texts
+            "evaluation", kind, apart, ask, client, None, most, self._forget_texts
         )
 
     def _answers(self, exam: Exam, members: Sequence[int], down: State, own: State) -> list[Scores]:

@@ -227,6 +227,13 @@ class Method(ABC):
         """Return what the server sends to one client; it may differ from client to client."""
         return {"ctx": server["ctx"]}
 
+    def apart(self, down: State, number: int) -> State:
+        """Return a download that shares no cached text feature with that of another number.
+
+        For trials of memory, in which one client stands for many.
+        """
+        return down
+
     def merge(
         self, server: State, uploads: Mapping[int, Upload], images: Mapping[int, int], round_: int
     ) -> State:

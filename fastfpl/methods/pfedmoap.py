@@ -99,6 +99,12 @@ class PFedMoAP(Method):
             "expert_round": server["pool_round"][chosen],
         }
 
+    def apart(self, down: State, number: int) -> State:
+        """Give the experts other owners, which are encoded by themselves."""
+        if "experts" not in down:
+            return down
+        return {**down, "expert_owner": down["expert_owner"] + number * self.task.clients}
+
     def _preference(self, server: State, client: int, candidates: Tensor, round_: int) -> Tensor:
         """Order the candidates (n,), the first choice first: positions (n,)."""
         if self.options.selection == "nearest":
