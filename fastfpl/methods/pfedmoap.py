@@ -18,6 +18,9 @@ from fastfpl.seeds import generator
 
 __all__ = ["PFedMoAP"]
 
+# prompts whose distances are computed at once
+_ROWS = 64
+
 
 class PFedMoAP(Method):
     """Clients download other clients' prompts as fixed experts and gate them by an own attention.
@@ -108,8 +111,15 @@ class PFedMoAP(Method):
     def _preference(self, server: State, client: int, candidates: Tensor, round_: int) -> Tensor:
         """Order the candidates (n,), the first choice first: positions (n,)."""
         if self.options.selection == "nearest":
-            pool = server["pool"].flatten(1).double()
-            away = torch.linalg.vector_norm(pool[candidates] - pool[client], dim=-1)
+            pool = server["pool"].flatten(1)
+            mine = pool[client].double()
+            # a few rows at a time: copies of a pool of a thousand would tear holes into the heap
+            away = torch.cat(
+                [
+                    torch.linalg.vector_norm(pool[part].double() - mine, dim=-1)
+                    for part in candidates.split(_ROWS)
+                ]
+            )
             order: Tensor = away.argsort(stable=True).cpu()
             return order
         draw = generator(self.task.seed, "experts", round_, client)
