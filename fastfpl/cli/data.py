@@ -1,0 +1,87 @@
+"""`fastfpl data`: the data sets and their files."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from fastfpl.cli.screen import console, progress
+
+
+@click.group()
+def data() -> None:
+    """List the data sets, and see whether their files are there."""
+
+
+_ROOT = click.option(
+    "--root",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="folder that holds the set's folder",
+)
+
+
+@data.command("list")
+def list_sets() -> None:
+    """List the data sets, the folder that each wants, and their published sizes."""
+    from rich.table import Table
+
+    from fastfpl.data import DATASETS
+    from fastfpl.data.catalogue import FACTS
+
+    table = Table("name", "folder", "classes", "train", "test", "domains", box=None)
+    for name in DATASETS:
+        if name not in FACTS:
+            table.add_row(name, "needs no files")
+            continue
+        facts = FACTS[name]
+        sizes = (str(n) for n in (facts.classes, facts.train, facts.test, len(facts.domains)))
+        table.add_row(name, facts.folders[0], *sizes)
+    console().print(table)
+
+
+@data.command()
+@click.argument("name")
+@_ROOT
+@click.option("--decode", is_flag=True, help="also decode every image, which takes a while")
+def check(name: str, root: Path, decode: bool) -> None:
+    """Say what of NAME's files is there, and where to get the rest; exit code 2 if any lacks."""
+    from fastfpl.data.check import check_files
+
+    with progress() as (observer, _):
+        found = check_files(name, root, decode=decode, observer=observer)
+    click.echo(f"{name} in {found.folder or root}")
+    for need, there in found.parts:
+        click.echo(f"  {'there  ' if there else 'MISSING'}  {need.path}")
+        if not there:
+            click.echo(f"           get it from {need.source}")
+    for what, count, published in found.counts:
+        click.echo(f"  {count} of {published} {what}")
+    for problem in found.problems:
+        click.echo(f"  {problem}")
+    if not found.complete:
+        click.echo(f"{name} is not complete")
+        sys.exit(2)
+    click.echo(f"{name} is complete")
+
+
+@data.command()
+@click.argument("name")
+@_ROOT
+def split(name: str, root: Path) -> None:
+    """Draw the split that stands in for NAME's published one, and write it as its file."""
+    from fastfpl.data.clip_sets import write_split
+
+    click.echo(f"{write_split(name, root)}")
+
+
+@data.command()
+@click.argument("name")
+@_ROOT
+def download(name: str, root: Path) -> None:
+    """Download NAME, if it needs no account, into --root."""
+    from fastfpl.data.cifar import download as fetch
+
+    click.echo(f"{fetch(name, root)}")

@@ -1,0 +1,77 @@
+"""`fastfpl doctor`: what runs on this machine, and why the rest does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from fastfpl.cli.screen import console
+from fastfpl.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from rich.table import Table as RichTable
+
+
+@click.command()
+@click.option("--clip", help="also say which faces take this model's text tower, and why not")
+def doctor(clip: str | None) -> None:
+    """Say what runs on this machine, why the rest does not, and what cannot be checked on it."""
+    import torch
+    from rich.table import Table
+    from rich.text import Text
+
+    from fastfpl.data import DATASETS
+    from fastfpl.features import default_directory
+    from fastfpl.federation.result import environment
+    from fastfpl.methods import METHODS
+    from fastfpl.ops import all_faces
+    from fastfpl.report.machine import machine_facts, unchecked
+
+    shown = console()
+    facts = Table(box=None, show_header=False)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for key, value in environment(device).items():
+        facts.add_row(key.replace("_", " "), str(value))
+    for key, value in machine_facts().items():
+        facts.add_row(key, value)
+    facts.add_row("methods", " ".join(METHODS))
+    facts.add_row("data sets", " ".join(DATASETS))
+    facts.add_row("feature store", _short(default_directory()))
+    shown.print(facts)
+    faces = Table("op", "face", "answers here", box=None)
+    for op, candidates in sorted(all_faces().items()):
+        for face in candidates:
+            reasons = face.missing()
+            faces.add_row(op, face.name, Text("; ".join(reasons) if reasons else "yes"))
+    shown.print(faces)
+    if clip is not None:
+        shown.print(_takers(clip, device))
+    blind = list(unchecked())
+    click.echo("cannot be checked here:" if blind else "everything can be checked here")
+    for what in blind:
+        click.echo(f"  {what}")
+
+
+def _takers(clip: str, device: torch.device) -> RichTable:
+    """Build the table of the faces that take a model's text tower on a device."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from fastfpl.clip.survey import on, survey
+    from fastfpl.ops.text import reasons_against
+
+    found = survey(clip)
+    if found.text is None:
+        raise InputError(f"fastfpl doctor: clip must be a model that is taken; got {found.refusal}")
+    faces = Table(f"text pass of {found.name}", "takes it", box=None)
+    for name, reasons in reasons_against(on(found.text, device)).items():
+        faces.add_row(name, Text("; ".join(reasons) if reasons else "yes"))
+    return faces
+
+
+def _short(path: Path) -> str:
+    home = Path.home()
+    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)

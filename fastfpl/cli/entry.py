@@ -1,0 +1,49 @@
+"""The command `fastfpl`: its commands, and how mistakes end."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import click
+
+from fastfpl import __version__
+from fastfpl.cli.compare import compare
+from fastfpl.cli.data import data
+from fastfpl.cli.doctor import doctor
+from fastfpl.cli.presets import presets
+from fastfpl.cli.profile import profile
+from fastfpl.cli.quirks import quirks
+from fastfpl.cli.report import report
+from fastfpl.cli.run import run
+from fastfpl.errors import FastfplError
+
+__all__ = ["group", "main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; a user's mistake ends with one sentence and exit code 2."""
+    try:
+        group.main(args=arguments, prog_name="fastfpl", standalone_mode=False)
+    except FastfplError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo(
+            "stopped; the rounds that ended are kept, go on with the same command and --resume",
+            err=True,
+        )
+        sys.exit(130)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="fastfpl")
+def group() -> None:
+    """Federated prompt learning of CLIP: exact, tested, fast."""
+
+
+for _command in (run, compare, profile, report, presets, quirks, doctor, data):
+    group.add_command(_command)

@@ -1,0 +1,29 @@
+"""`fastfpl presets`: the papers' settings."""
+
+from __future__ import annotations
+
+import click
+import yaml
+
+from fastfpl.cli.screen import console
+from fastfpl.config import load_preset, preset_names
+
+
+@click.command()
+@click.argument("name", required=False)
+def presets(name: str | None) -> None:
+    """List the papers' settings, or show one as YAML."""
+    from rich.table import Table
+
+    if name is not None:
+        chosen = load_preset(name)
+        click.echo(f"# {chosen.about}")
+        click.echo(yaml.safe_dump(chosen.settings, sort_keys=False), nl=False)
+        for figures in chosen.published:
+            where = "".join(f", {key}={value}" for key, value in figures.where.items())
+            click.echo(f"# published: {figures.source}{where}; for {', '.join(figures.figures)}")
+        return
+    table = Table("preset", "settings of", box=None)
+    for preset in preset_names():
+        table.add_row(preset, load_preset(preset).about)
+    console().print(table)

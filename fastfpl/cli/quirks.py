@@ -1,0 +1,28 @@
+"""`fastfpl quirks`: what released codes do that can be switched on."""
+
+from __future__ import annotations
+
+import click
+
+from fastfpl.cli.screen import console
+
+
+@click.command()
+@click.argument("method", required=False)
+def quirks(method: str | None) -> None:
+    """List the quirks of released codes that --as-released reproduces, or METHOD's alone."""
+    from rich.table import Table
+
+    from fastfpl.methods import find_method
+    from fastfpl.released import QUIRKS
+
+    if method is not None:
+        find_method(method)
+    table = Table("quirk", "what the released code does", "methods", box=None)
+    for quirk in QUIRKS.values():
+        if method is None or method in quirk.methods:
+            table.add_row(quirk.name, quirk.about, ", ".join(quirk.methods))
+    if not table.row_count:
+        click.echo(f"{method}'s released code has no quirk that is reproduced here")
+        return
+    console().print(table)

@@ -1,0 +1,89 @@
+"""What the terminal shows: progress while a run lasts, tables when it has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fastfpl.federation import Comparison
+
+__all__ = ["console", "print_tables", "progress"]
+
+# seconds over which a rate is taken
+_PERIOD = 600.0
+
+
+def console(stderr: bool = False) -> Console:
+    """Make the console that prints to stdout, or to stderr."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False)
+
+
+def print_tables(comparison: Comparison) -> None:
+    """Print the table of a comparison, and those of details and published figures it has."""
+    from fastfpl.report import detail_table, published_table, text_table
+
+    console().print(text_table(comparison))
+    for more in (detail_table(comparison), published_table(comparison)):
+        if more is not None:
+            console().print(more)
+
+
+@contextmanager
+def progress() -> Iterator[tuple[Callable[[str, int, int], None], Callable[..., None]]]:
+    """Show the current step with its rate and time left; say nothing where nobody looks."""
+    shown = console(stderr=True)
+    if not shown.is_terminal:
+        yield (lambda what, done, total: None), (lambda label, row: None)
+        return
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    from fastfpl.federation.feeds import ENCODING
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            speed = task.finished_speed or task.speed
+            unit = " images" if ENCODING in task.description else ""
+            return Text("" if speed is None else f"{speed:.1f}{unit}/s")
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        Rate(),
+        TimeRemainingColumn(),
+    )
+    # a chunk of images may take a minute on a CPU, and a rate needs several
+    with Progress(*columns, console=shown, transient=True, speed_estimate_period=_PERIOD) as bars:
+        current: dict[str, Any] = {}
+
+        def observer(what: str, done: int, total: int) -> None:
+            if current.get("what") != what:
+                if current:
+                    bars.remove_task(current["task"])
+                current.update(what=what, task=bars.add_task(what, total=total))
+            # the first report is where the rate begins: what was there before does not count
+            bars.update(current["task"], completed=done, total=total)
+
+        def on_round(label: str, row: Mapping[str, Any]) -> None:
+            if row["accuracy"] is not None:
+                bars.console.print(
+                    f"{label}  round {row['round'] + 1}  accuracy {100 * row['accuracy']:.1f} %  "
+                    f"{row['seconds']:.1f} s"
+                )
+
+        yield observer, on_round
