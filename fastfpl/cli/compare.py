@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import click
-import yaml
 
-from fastfpl.cli.flags import gather, run_options
+from fastfpl.cli.flags import Grouped, gather, run_options
+from fastfpl.cli.names import Name
 from fastfpl.cli.screen import console, print_tables, progress
 from fastfpl.config import load_preset
-from fastfpl.errors import InputError
+from fastfpl.errors import InputError, cut, shown
+from fastfpl.plain_yaml import parse_yaml
 
 
-@click.command()
-@click.argument("methods", nargs=-1, required=True, metavar="METHOD...")
+@click.command(cls=Grouped)
+@click.argument("methods", nargs=-1, required=True, metavar="METHOD...", type=Name("method"))
 @click.option("--seeds", default="0", show_default=True, help="seeds, separated by commas")
 @click.option(
     "--sweep",
@@ -48,7 +49,7 @@ def compare(
         numbers = [int(part) for part in seeds.split(",")]
     except ValueError:
         raise InputError(
-            f"fastfpl compare: seeds must be whole numbers separated by commas; got {seeds!r}"
+            f"fastfpl compare: seeds must be whole numbers separated by commas; got {shown(seeds)}"
         ) from None
     values = gather(methods, config, options, flags)
     if "seed" in values:
@@ -86,8 +87,9 @@ def _swept(text: str | None, values: Mapping[str, Any]) -> tuple[str, list[Any]]
     if text is not None:
         key, equals, rest = text.partition("=")
         if not equals or not key or not rest:
-            raise InputError(f"fastfpl compare: sweep must read SETTING=V1,V2; got {text!r}")
-        return key.replace("-", "_"), [yaml.safe_load(part) for part in rest.split(",")]
+            raise InputError(f"fastfpl compare: sweep must read SETTING=V1,V2; got {shown(text)}")
+        rule = f"fastfpl compare: sweep of {cut(key)}"
+        return key.replace("-", "_"), [parse_yaml(part, rule) for part in rest.split(",")]
     if values.get("scenario") == "leave-one-domain-out" and values.get("target") is None:
         from fastfpl.data import load_dataset
 

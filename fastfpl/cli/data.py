@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from fastfpl.cli.flags import Place
+from fastfpl.cli.names import Name
 from fastfpl.cli.screen import console, progress
 
 
@@ -17,7 +19,7 @@ def data() -> None:
 
 _ROOT = click.option(
     "--root",
-    type=click.Path(path_type=Path),
+    type=Place(),
     required=True,
     help="folder that holds the set's folder",
 )
@@ -43,7 +45,7 @@ def list_sets() -> None:
 
 
 @data.command()
-@click.argument("name")
+@click.argument("name", type=Name("dataset"))
 @_ROOT
 @click.option("--decode", is_flag=True, help="also decode every image, which takes a while")
 def check(name: str, root: Path, decode: bool) -> None:
@@ -68,7 +70,7 @@ def check(name: str, root: Path, decode: bool) -> None:
 
 
 @data.command()
-@click.argument("name")
+@click.argument("name", type=Name("dataset"))
 @_ROOT
 def split(name: str, root: Path) -> None:
     """Draw the split that stands in for NAME's published one, and write it as its file."""
@@ -78,7 +80,7 @@ def split(name: str, root: Path) -> None:
 
 
 @data.command()
-@click.argument("name")
+@click.argument("name", type=Name("dataset"))
 @_ROOT
 def download(name: str, root: Path) -> None:
     """Download NAME, if it needs no account, into --root."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import TYPE_CHECKING
 
 import click
 
+from fastfpl.cli.names import Name
 from fastfpl.cli.screen import console
-from fastfpl.errors import InputError
+from fastfpl.errors import InputError, Missing
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +17,11 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--clip", help="also say which faces take this model's text tower, and why not")
+@click.option(
+    "--clip",
+    type=Name("clip"),
+    help="also say which faces take this model's text tower, and why not",
+)
 def doctor(clip: str | None) -> None:
     """Say what runs on this machine, why the rest does not, and what cannot be checked on it."""
     import torch
@@ -24,7 +29,6 @@ def doctor(clip: str | None) -> None:
     from rich.text import Text
 
     from fastfpl.data import DATASETS
-    from fastfpl.features import default_directory
     from fastfpl.federation.result import environment
     from fastfpl.methods import METHODS
     from fastfpl.ops import all_faces
@@ -39,7 +43,7 @@ def doctor(clip: str | None) -> None:
         facts.add_row(key, value)
     facts.add_row("methods", " ".join(METHODS))
     facts.add_row("data sets", " ".join(DATASETS))
-    facts.add_row("feature store", _short(default_directory()))
+    facts.add_row("feature store", _store())
     shown.print(facts)
     faces = Table("op", "face", "answers here", box=None)
     for op, candidates in sorted(all_faces().items()):
@@ -72,6 +76,15 @@ def _takers(clip: str, device: torch.device) -> RichTable:
     return faces
 
 
-def _short(path: Path) -> str:
-    home = Path.home()
-    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
+def _store() -> str:
+    """Say where image features lie by default, below ~ where that is so."""
+    from fastfpl.features import default_directory
+
+    try:
+        folder = default_directory()
+    except Missing as error:
+        return str(error)
+    home = os.environ.get("HOME")
+    if home and folder.is_relative_to(home):
+        return f"~/{folder.relative_to(home)}"
+    return str(folder)

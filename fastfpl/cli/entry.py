@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -11,12 +12,13 @@ from fastfpl import __version__
 from fastfpl.cli.compare import compare
 from fastfpl.cli.data import data
 from fastfpl.cli.doctor import doctor
+from fastfpl.cli.methods import methods
 from fastfpl.cli.presets import presets
 from fastfpl.cli.profile import profile
 from fastfpl.cli.quirks import quirks
 from fastfpl.cli.report import report
 from fastfpl.cli.run import run
-from fastfpl.errors import FastfplError
+from fastfpl.errors import FastfplError, cut
 
 __all__ = ["group", "main"]
 
@@ -27,6 +29,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         group.main(args=arguments, prog_name="fastfpl", standalone_mode=False)
     except FastfplError as error:
         click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except BrokenPipeError:
+        # who read has gone, as head does; what is left must not fail at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        where = f" {cut(str(error.filename), 200)!r}" if error.filename else ""
+        click.echo(
+            f"error: fastfpl: the system refused{where}: {error.strerror or error}", err=True
+        )
         sys.exit(2)
     except click.ClickException as error:
         error.show()
@@ -45,5 +57,5 @@ def group() -> None:
     """Federated prompt learning of CLIP: exact, tested, fast."""
 
 
-for _command in (run, compare, profile, report, presets, quirks, doctor, data):
+for _command in (run, compare, profile, report, methods, presets, quirks, doctor, data):
     group.add_command(_command)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import click
 import yaml
 
+from fastfpl.cli.names import Name
 from fastfpl.cli.screen import console
 from fastfpl.config import load_preset, preset_names
 
 
 @click.command()
-@click.argument("name", required=False)
+@click.argument("name", required=False, type=Name("preset"))
 def presets(name: str | None) -> None:
     """List the papers' settings, or show one as YAML."""
     from rich.table import Table

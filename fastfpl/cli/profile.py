@@ -8,12 +8,13 @@ from typing import Any
 
 import click
 
-from fastfpl.cli.flags import SEED, profile_options, settings_of, shared
+from fastfpl.cli.flags import SEED, Grouped, profile_options, settings_of, shared
+from fastfpl.cli.names import Name
 from fastfpl.cli.screen import console, progress
 
 
-@click.command()
-@click.argument("method")
+@click.command(cls=Grouped)
+@click.argument("method", type=Name("method"))
 @click.option("--steps", type=int, default=3, show_default=True, help="training steps of a client")
 @click.option(
     "--top", type=click.IntRange(1), default=15, show_default=True, help="operators that are shown"

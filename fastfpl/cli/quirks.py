@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import click
 
+from fastfpl.cli.names import Name
 from fastfpl.cli.screen import console
 
 
 @click.command()
-@click.argument("method", required=False)
+@click.argument("method", required=False, type=Name("method"))
 def quirks(method: str | None) -> None:
     """List the quirks of released codes that --as-released reproduces, or METHOD's alone."""
     from rich.table import Table

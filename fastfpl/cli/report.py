@@ -6,16 +6,15 @@ from pathlib import Path
 
 import click
 
+from fastfpl.cli.flags import Place
 from fastfpl.cli.screen import console, print_tables
 
 
 @click.command()
-@click.argument(
-    "folders", nargs=-1, required=True, metavar="FOLDER...", type=click.Path(path_type=Path)
-)
+@click.argument("folders", nargs=-1, required=True, metavar="FOLDER...", type=Place())
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=Place(),
     help="folder of the report; by itself FOLDER, and runs/report for several",
 )
 def report(folders: tuple[Path, ...], out: Path | None) -> None:

@@ -8,12 +8,13 @@ from typing import Any
 
 import click
 
-from fastfpl.cli.flags import SEED, run_options, settings_of
+from fastfpl.cli.flags import SEED, Grouped, run_options, settings_of
+from fastfpl.cli.names import Name
 from fastfpl.cli.screen import console, print_tables, progress
 
 
-@click.command()
-@click.argument("method")
+@click.command(cls=Grouped)
+@click.argument("method", type=Name("method"))
 @SEED
 @run_options
 def run(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+import click
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -13,8 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["console", "print_tables", "progress"]
 
-# seconds over which a rate is taken
+# seconds over which a rate is taken, and after which a long step says a line
 _PERIOD = 600.0
+_EVERY = 60.0
 
 
 def console(stderr: bool = False) -> Console:
@@ -36,10 +40,14 @@ def print_tables(comparison: Comparison) -> None:
 
 @contextmanager
 def progress() -> Iterator[tuple[Callable[[str, int, int], None], Callable[..., None]]]:
-    """Show the current step with its rate and time left; say nothing where nobody looks."""
+    """Show the current step with its rate and time left; in a file, a line a round.
+
+    A step that lasts says every minute how far it is there. All of it goes to stderr.
+    """
     shown = console(stderr=True)
     if not shown.is_terminal:
-        yield (lambda what, done, total: None), (lambda label, row: None)
+        lines = _Lines()
+        yield lines.observer, lines.on_round
         return
     from rich.progress import (
         BarColumn,
@@ -81,9 +89,35 @@ def progress() -> Iterator[tuple[Callable[[str, int, int], None], Callable[..., 
 
         def on_round(label: str, row: Mapping[str, Any]) -> None:
             if row["accuracy"] is not None:
-                bars.console.print(
-                    f"{label}  round {row['round'] + 1}  accuracy {100 * row['accuracy']:.1f} %  "
-                    f"{row['seconds']:.1f} s"
-                )
+                bars.console.print(_round_line(label, row))
 
         yield observer, on_round
+
+
+def _round_line(label: str, row: Mapping[str, Any]) -> str:
+    """Say how a round went: its accuracy, or its loss where nobody was asked."""
+    if row["accuracy"] is not None:
+        figure = f"accuracy {100 * row['accuracy']:.1f} %"
+    else:
+        figure = f"loss {row['loss']:.4f}"
+    return f"{label}  round {row['round'] + 1}  {figure}  {row['seconds']:.1f} s"
+
+
+class _Lines:
+    """Progress where lines stay: in a file, a pipe, the log of a batch job."""
+
+    def __init__(self) -> None:
+        self._what, self._last = "", 0.0
+
+    def observer(self, what: str, done: int, total: int) -> None:
+        """Say once a minute how far a long step is."""
+        now = time.monotonic()
+        if what != self._what:
+            self._what, self._last = what, now
+        elif now - self._last >= _EVERY:
+            self._last = now
+            click.echo(f"{what}  {done} of {total}", err=True)
+
+    def on_round(self, label: str, row: Mapping[str, Any]) -> None:
+        """Say that a round ended; click flushes every line."""
+        click.echo(_round_line(label, row), err=True)

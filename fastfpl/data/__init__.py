@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastfpl.data.base import Dataset, Images, Split, Statistics
-from fastfpl.data.partitions import KINDS, Shard, base_novel, partition
+from fastfpl.data.partitions import KINDS, Shard, base_novel, deal_depends_on_seed, partition
 from fastfpl.data.subsets import ClassSubset, DomainSubset, Joined, restrict, split_domain
 from fastfpl.errors import InputError, near
 
@@ -32,6 +32,7 @@ __all__ = [
     "Split",
     "Statistics",
     "base_novel",
+    "deal_depends_on_seed",
     "load_dataset",
     "partition",
     "restrict",
