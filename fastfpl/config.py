@@ -204,8 +204,10 @@ class Settings(BaseModel):
         if isinstance(value, int) and value > _LARGEST:
             raise ValueError(f"input should be at most {_LARGEST}")
         for text in value if isinstance(value, list) else (value,):
-            if isinstance(text, str) and _NO_TEXT.search(text):
-                raise ValueError("input should be text without NUL and lone surrogates")
+            if isinstance(text, str) and (_NO_TEXT.search(text) or len(text) > 4096):
+                raise ValueError(
+                    "input should be text of at most 4096 letters without NUL and lone surrogates"
+                )
         return value
 
     @model_validator(mode="after")
@@ -287,8 +289,8 @@ def make_settings(values: Mapping[str, Any]) -> Settings:
     shots = clean.get("shots")
     if isinstance(shots, int) and shots < 1:
         raise InputError(
-            "fastfpl.Settings: shots must be at least 1, or 'all' for every image; got "
-            f"{shown(shots)}"
+            "fastfpl.Settings: shots is refused: it must be at least 1, or 'all' for every image; "
+            f"got {shown(shots)}"
         )
     if shots == "all":
         clean["shots"] = None

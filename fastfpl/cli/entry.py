@@ -22,13 +22,16 @@ from fastfpl.errors import FastfplError, cut
 
 __all__ = ["group", "main"]
 
+# letters of a sentence: what came may be longer than anyone reads
+_MOST = 1500
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake ends with one sentence and exit code 2."""
     try:
         group.main(args=arguments, prog_name="fastfpl", standalone_mode=False)
     except FastfplError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error: {cut(str(error), _MOST)}", err=True)
         sys.exit(2)
     except BrokenPipeError:
         # who read has gone, as head does; what is left must not fail at exit either
@@ -41,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         sys.exit(2)
     except click.ClickException as error:
+        error.message = cut(error.message, _MOST)
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):

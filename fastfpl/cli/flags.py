@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -99,8 +100,12 @@ class Place(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Refuse what no path can be."""
-        if "\0" in str(value):
-            self.fail(f"{shown(str(value))} holds NUL, which no path can", param, ctx)
+        try:
+            good = b"\0" not in os.fsencode(value)
+        except UnicodeEncodeError:
+            good = False
+        if not good:
+            self.fail(f"{shown(str(value))} holds what no path can", param, ctx)
         return super().convert(value, param, ctx)
 
 

@@ -123,18 +123,20 @@ def _kind(field: Any) -> str:
     return " ".join((name, ", ".join(rules))).strip()
 
 
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
 def page() -> str:
     """Write the page of all methods in Markdown."""
     lines = [
         "# Methods",
         "",
-        "`fastfpl methods` lists them and `fastfpl methods NAME` shows one. This page is printed from"
-        " the methods'",
-        "own classes by `python -m fastfpl.methods.facts`; a test holds it current.",
+        "`fastfpl methods` lists them, `fastfpl methods NAME` shows one. This page is printed from",
+        "the methods' own classes by `python -m fastfpl.methods.facts`; a test holds it current.",
         "",
-        "An option is given by `-o KEY=VALUE` (`-o METHOD.KEY=VALUE` where several methods run), or"
-        " under",
-        "`options` in a file of settings. All settings of a run that are not a method's own are in",
+        "An option is given by `-o KEY=VALUE` (`-o METHOD.KEY=VALUE` where several methods run) or",
+        "under `options` in a file of settings. The settings that all methods share are in",
         "`fastfpl run --help`.",
         "",
         "| method | | answers with | sees of an image |",
@@ -146,15 +148,13 @@ def page() -> str:
         lines.append(f"| [`{one.name}`](#{one.name}) | {one.summary} | {whose} | {one.images} |")
     for one in every:
         lines += ["", f"## {one.name}", "", one.about, ""]
-        lines += [
-            f"- Source: {one.source}",
-            f"- A client sends {one.sends}; it receives {one.receives}.",
-        ]
+        lines.append(f"- Source: {one.source}")
+        lines.append(f"- A client sends {one.sends}; it receives {one.receives}.")
         lines += [f"- Needs {need}." for need in one.needs]
         if one.options:
             lines += ["", "| option | value | default | |", "|---|---|---|---|"]
             lines += [
-                f"| `{o.name}` | {o.kind} | {o.default} | {o.about} |".replace("|no", "\\|no")
+                f"| `{o.name}` | {_cell(o.kind)} | {_cell(o.default)} | {_cell(o.about)} |"
                 for o in one.options
             ]
     return "\n".join(lines) + "\n"
