@@ -44,8 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         sys.exit(2)
     except click.ClickException as error:
-        error.message = cut(error.message, _MOST)
-        error.show()
+        text = cut(error.format_message(), _MOST)
+        click.UsageError(text, getattr(error, "ctx", None)).show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         click.echo(
