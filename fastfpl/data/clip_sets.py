@@ -140,8 +140,10 @@ def imagenet(root: Path) -> Dataset:
     known: dict[str, str] = {}
     for number, line in enumerate(lines(facts, path), 1):
         synset, _, name = line.partition(" ")
-        if not name.strip() or synset in known:
-            raise bad_line(facts, path, number, "a folder, named once, and a class name", line)
+        if not name.strip():
+            raise bad_line(facts, path, number, "a folder and a class name", line)
+        if synset in known:
+            raise bad_line(facts, path, number, "a folder that no line before it names", line)
         known[synset] = readable(name)
     synsets = subfolders(facts, images / "train")
     for synset in synsets:
