@@ -1486,12 +1486,37 @@ def test_check_counts_the_images_that_are_there(
         ("data split cifar10 --root .", "name must be one of caltech101"),
         ("data download food101 --root .", "got 'food101': get it from https://data.vision"),
         ("data download glyphs --root .", "name must be one of cifar10, cifar100"),
+        (
+            "data check dtd --root ~nobody-here/x",
+            "got '~nobody-here/x', of a home that is not known",
+        ),
+        (
+            "data split dtd --root conftest.py/x",
+            "root must be a folder; got conftest.py/x (Not a d",
+        ),
+        ("data split dtd --root nowhere", "root must be a folder; got nowhere (nothing)"),
+        (
+            "data download cifar10 --root /dev/null/x",
+            "must be a folder that can be made; got Not a",
+        ),
     ],
 )
 def test_mistakes_end_with_a_sentence(arguments: str, sentence: str, capsys) -> None:
     code, out, err = cli(capsys, *arguments.split())
     assert (code, out) == (2, "")
     assert sentence in err
+
+
+@pytest.mark.parametrize(
+    ("root", "got"),
+    [("nowhere", "(nothing)"), ("/dev/null", "(a device)"), ("x" * 300, "(File name too long)")],
+)
+def test_check_of_no_folder_says_what_is_there(root: str, got: str, capsys) -> None:
+    for name in ("eurosat", "cifar10", "domainnet345"):
+        code, out, err = cli(capsys, "data", "check", name, "--root", root, "--decode")
+        assert (code, err) == (2, "")
+        assert f"  fastfpl.data.{name}: root must be a folder; got {root} {got}\n" in out
+        assert out.endswith(f"{name} is not complete\n")
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])

@@ -441,7 +441,8 @@ def open_root(op: str, root: str | Path) -> Path:
         return Path(root).expanduser()
     except RuntimeError as error:
         raise InputError(
-            f"{op}: root must be a folder; got {str(root)!r}: {error}: write it out"
+            f"{op}: root must be a folder; got {str(root)!r}, of a home that is not known: write "
+            "it out"
         ) from error
 
 
