@@ -58,10 +58,10 @@ def gate_experts(image: Tensor, experts: Tensor, gate: Gate) -> Tensor:
     faces. A bias of keys changes no softmax, so the gradient of b_k is zero there, and rounding
     in the others. Deterministic: yes, whatever the number of threads; no atomics on a GPU.
     Accumulates in float32, in float64 for float64; autocast is not asked. On a GPU float32 is
-    multiplied exactly, or in TF32 where ``torch.set_float32_matmul_precision`` allows that. The C++
+    multiplied exactly, or in TF32 where torch is set to allow that. The C++
     face takes float32 and float64, the kernels heads of at most 128 numbers.
     Memory of the triton and cpu faces: the projections of images and experts, and where a gradient
-    is wanted two or three numbers an image, class and head; no (B, C, D) and no H B C E. The torch
+    is wanted three numbers an image, class and head; no (B, C, D) and no H B C E. The torch
     face keeps H B C E scores and values.
 
     Source: Luo et al. 2025 (pFedMoAP, ICLR), equations 8 to 10.
