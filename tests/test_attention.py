@@ -250,20 +250,19 @@ def test_wide_heads_are_for_another_face(dtype):
 def test_too_little_memory_is_an_error_and_not_the_end(entry):
     if native.missing(entry):
         pytest.skip("fastfpl._C is not compiled")
-    # what threads work in is allocated before they begin: 50 MB and more here, 8 are left
+    # what threads work in is allocated before they begin: 64 MB and more here, 8 are left
     script = f"""
 import re, resource, torch
 from fastfpl.ops import native
 run = native.load({entry!r})
-def call(shared, threads=2):
-    qkv, out = torch.zeros(2, shared + 4, 24), torch.zeros(2, 2, 8)
-    starts = torch.tensor([0, 2, 4])
+def call(rows):  # of the second thread's segment
+    qkv, out = torch.zeros(1, rows + 2, 24), torch.zeros(1, 2, 8)
+    starts = torch.tensor([0, 2, rows + 2])
     into = (out,) if {entry!r}.endswith("fwd") else (torch.zeros_like(qkv),)
     given = (qkv,) if {entry!r}.endswith("fwd") else (out, qkv)
-    rest = None, None, *into, starts, shared, 1, True, threads
-    return lambda: getattr(run, {entry!r})(*given, *rest)
-call(3)()  # threads and their stacks are there
-large = call(1 << 16)
+    return lambda: getattr(run, {entry!r})(*given, None, None, *into, starts, 0, 1, True, 2)
+small, large = call(1 << 13), call(1 << 18)
+small()  # threads and their stacks are there
 taken = int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
 resource.setrlimit(resource.RLIMIT_AS, (taken + (8 << 20), resource.RLIM_INFINITY))
 try:
@@ -272,9 +271,8 @@ except MemoryError:
     pass
 else:
     raise AssertionError("it found the memory")
-call(3)()
 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-large()
+small(), large()
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
