@@ -625,9 +625,8 @@ def _settings(qkv: Tensor, heads: int, last_only: bool, step: int | None) -> dic
     width = qkv.shape[-1] // 3
     head = width // heads
     half = qkv.dtype in (torch.float16, torch.bfloat16)
-    if qkv.dtype != torch.float32:
-        precision = "ieee"  # says nothing but for float32
-    else:
+    precision = "ieee"  # says nothing but for float32
+    if qkv.dtype == torch.float32:
         precision = "tf32" if allows_tf32() else "tf32x3"
     # so much of a head at a time as leaves no register spilled: half where it is in several pieces
     widest = (64 if half else 32) // (1 if head <= 64 else 2)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from fastfpl.errors import InputError, KindError
 from fastfpl.ops import launch, native
 from fastfpl.ops.faces import Face, choose
+from fastfpl.ops.precision import as_given, autocast_dtype
 from fastfpl.reference import attention as reference
 from fastfpl.shapes import check_shapes
 
@@ -80,7 +81,8 @@ def prefix_attention(
     Notes
     -----
     Differentiable in: qkv, once. Deterministic: yes, on every face; the prefix' gradients are sums
-    of parts in a fixed order. Accumulates in float32; in float64 for float64. Memory: the result;
+    of parts in a fixed order. Accumulates in float32; in float64 for float64. Under autocast the
+    operands are rounded to its dtype, which is the result's. Memory: the result;
     the softmax is recomputed in the backward pass and nothing but the arguments is kept. The
     C++ face takes heads of at most 128 numbers and no float16, the Triton face heads of at most 64
     numbers in float32 and 80 in 16 bits.
@@ -113,10 +115,15 @@ def prefix_attention(
                 f"{_OP}: {name} must be {qkv.dtype} on {qkv.device} as qkv is; got {tensor.dtype} "
                 f"on {tensor.device}"
             )
+    dtype = autocast_dtype(qkv.device, qkv.dtype)
+    if dtype != qkv.dtype:
+        qkv, bias = (qkv if bias is None else qkv + bias).to(dtype), None
+        sos = None if sos is None else sos.to(dtype)
     arguments = (heads, shared, bounds, bias, sos, last_only)
     face = choose("prefix_attention", FACES["prefix_attention"], qkv, *arguments)
     flat = qkv.reshape(-1, rows, triple)
-    mixed: Tensor = face.run(flat, *arguments)
+    with as_given(qkv.device):
+        mixed: Tensor = face.run(flat, *arguments)
     return mixed.reshape(*qkv.shape[:-2], *mixed.shape[1:])
 
 
@@ -274,9 +281,10 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, d_mixed: Tensor) -> tuple[Tensor | None, ...]:
         qkv, bias, sos = ctx.saved_tensors
         launchers, shared, starts, heads, last_only = ctx.rest
-        d_qkv = launchers.backward(
-            d_mixed.contiguous(), qkv, bias, shared, starts, heads, sos, last_only
-        )
+        with as_given(qkv.device):
+            d_qkv = launchers.backward(
+                d_mixed.contiguous(), qkv, bias, shared, starts, heads, sos, last_only
+            )
         return (d_qkv, *(None,) * 7)
 
 

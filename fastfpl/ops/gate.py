@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from fastfpl.errors import InputError, KindError
 from fastfpl.ops import launch, native
 from fastfpl.ops.faces import Face, choose
-from fastfpl.ops.precision import as_given
+from fastfpl.ops.precision import as_given, widest
 from fastfpl.reference import gate as reference
 from fastfpl.reference.gate import Gate
 from fastfpl.shapes import check_shapes
@@ -57,7 +58,8 @@ def gate_experts(image: Tensor, experts: Tensor, gate: Gate) -> Tensor:
     Differentiable in: image, experts, all eight tensors of the gate; once in the triton and cpu
     faces. A bias of keys changes no softmax, so the gradient of b_k is zero there, and rounding
     in the others. Deterministic: yes, whatever the number of threads; no atomics on a GPU.
-    Accumulates in float32, in float64 for float64; autocast is not asked. On a GPU float32 is
+    Accumulates in float32, in float64 for float64. Under autocast dtypes
+    may differ, and everything is computed and returned in the widest of them. On a GPU float32 is
     multiplied exactly, or in TF32 where torch is set to allow that. The C++
     face takes float32 and float64, the kernels heads of at most 128 numbers.
     Memory of the triton and cpu faces: the projections of images and experts, and where a gradient
@@ -67,6 +69,8 @@ def gate_experts(image: Tensor, experts: Tensor, gate: Gate) -> Tensor:
     Source: Luo et al. 2025 (pFedMoAP, ICLR), equations 8 to 10.
     """
     op = "fastfpl.ops.gate_experts"
+    image, experts, *tensors = widest(image.device, image, experts, *gate.tensors().values())
+    gate = replace(gate, **dict(zip(gate.tensor_names(), tensors, strict=True)))  # type: ignore[arg-type]
     sizes = check_shapes(op, image=(image, "... B D"), experts=(experts, "... C E D"))
     for name, tensor in gate.tensors().items():
         check_shapes(
