@@ -56,12 +56,12 @@ def gate_experts(image: Tensor, experts: Tensor, gate: Gate) -> Tensor:
     Notes
     -----
     Differentiable in: image, experts, all eight tensors of the gate; once in the triton and cpu
-    faces. A bias of keys changes no softmax, so the gradient of b_k is zero there, and rounding
-    in the others. Deterministic: yes, whatever the number of threads; no atomics on a GPU.
-    Accumulates in float32, in float64 for float64. Under autocast dtypes
-    may differ, and everything is computed and returned in the widest of them. On a GPU float32 is
-    multiplied exactly, or in TF32 where torch is set to allow that. The C++
-    face takes float32 and float64, the kernels heads of at most 128 numbers.
+    faces, whose place the torch face takes for forward mode and torch.func. A bias of keys changes
+    no softmax, so the gradient of b_k is zero there, and rounding in the others. Deterministic:
+    yes, whatever the number of threads; no atomics on a GPU. Accumulates in float32, in float64 for
+    float64. Under autocast dtypes may differ, and everything is computed and returned in the widest
+    of them. On a GPU float32 is multiplied exactly, or in TF32 where torch is set to allow that.
+    The C++ face takes float32 and float64, the kernels heads of at most 128 numbers.
     Memory of the triton and cpu faces: the projections of images and experts, and where a gradient
     is wanted three numbers an image, class and head; no (B, C, D) and no H B C E. The torch
     face keeps H B C E scores and values.
@@ -69,7 +69,9 @@ def gate_experts(image: Tensor, experts: Tensor, gate: Gate) -> Tensor:
     Source: Luo et al. 2025 (pFedMoAP, ICLR), equations 8 to 10.
     """
     op = "fastfpl.ops.gate_experts"
-    image, experts, *tensors = widest(image.device, image, experts, *gate.tensors().values())
+    # a lazily negated view keeps its sign in a bit that kernels do not see
+    given = (x.resolve_neg() for x in (image, experts, *gate.tensors().values()))
+    image, experts, *tensors = widest(image.device, *given)
     gate = replace(gate, **dict(zip(gate.tensor_names(), tensors, strict=True)))  # type: ignore[arg-type]
     sizes = check_shapes(op, image=(image, "... B D"), experts=(experts, "... C E D"))
     for name, tensor in gate.tensors().items():
@@ -189,7 +191,7 @@ class _Gate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_logits: Tensor) -> tuple[Tensor | None, ...]:
         with as_given(d_logits.device):
-            return _Gate._gradients(ctx, d_logits)
+            return _Gate._gradients(ctx, d_logits.resolve_neg())
 
     @staticmethod
     def _gradients(ctx: Any, d_logits: Tensor) -> tuple[Tensor | None, ...]:

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from fastfpl.errors import KindError
 from fastfpl.ops import launch, native
 from fastfpl.ops import tower as engine
-from fastfpl.ops.attention import against_cpu, against_size, against_wide
+from fastfpl.ops.attention import against_cpu, against_size, against_wide, for_transforms
 from fastfpl.ops.faces import Face, choose
 from fastfpl.ops.memory import current_limit
 from fastfpl.ops.precision import autocast_dtype
@@ -83,7 +83,8 @@ def encode_text(
 
     Notes
     -----
-    Differentiable in: ctx, once on the compiled faces. Deterministic: yes. LayerNorm and
+    Differentiable in: ctx, once on the compiled faces, whose place the torch face takes for forward
+    mode and torch.func. Deterministic: yes. LayerNorm and
     normalisation in float32 (float64 for float64). Under autocast matrix products and attention
     run in its dtype and the residual stream in the tower's; the compiled faces keep the rounded
     weights. Equal to the full-length pass up to rounding.
@@ -105,7 +106,13 @@ def encode_text(
     if ctx.device != tower.device:
         raise KindError(f"{op}: ctx must be on the tower's device {tower.device}; got {ctx.device}")
     face = choose("encode_text", FACES["encode_text"], tower, layout, ctx, class_specific)
-    features: Tensor = face.run(tower, layout, ctx, class_specific)
+    # without context vectors nothing moves: the empty gradient of nothing is attached below
+    given = ctx.resolve_neg() if slots else ctx.detach()
+    with for_transforms(ctx):
+        features: Tensor = face.run(tower, layout, given, class_specific)
+    if not slots:
+        nothing = ctx.sum(dim=(-2, -1), dtype=features.dtype)
+        features = features + (nothing[..., None] if class_specific else nothing[..., None, None])
     if not features.numel() and tower.projection_b is None:
         return features.to(_dtype(tower))  # no product has told
     return features

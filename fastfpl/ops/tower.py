@@ -640,7 +640,7 @@ class _Encode(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_features: Tensor) -> tuple[Tensor, None]:
         with as_given(d_features.device):
-            return _Encode._gradient(ctx, d_features), None
+            return _Encode._gradient(ctx, d_features.resolve_neg()), None
 
     @staticmethod
     def _gradient(ctx: Any, d_features: Tensor) -> Tensor:
