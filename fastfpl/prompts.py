@@ -238,7 +238,7 @@ def encode_prompts(
     Returns
     -------
     Tensor, shape (..., C, D), dtype of the tower
-        Unit length over D.
+        Unit length over D. Under autocast in its dtype, unless the tower's projection has a bias.
 
     Raises
     ------

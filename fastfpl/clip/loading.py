@@ -137,7 +137,7 @@ def _freeze(
             f"{OP}: tokenizer must end a text with the model's token {pooling.eos}; "
             f"got {tokens.eot}"
         )
-    place = torch.empty(0, device=device).device
+    place = torch.empty(0, device=device, dtype=torch.float32).device
     return FrozenCLIP(
         name=name,
         pretrained=source,

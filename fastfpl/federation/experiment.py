@@ -37,6 +37,7 @@ from fastfpl.federation.rounds import Federation
 from fastfpl.federation.states import CLIENTS, StateFiles
 from fastfpl.ops.faces import recorded_faces
 from fastfpl.ops.memory import memory_limit
+from fastfpl.ops.precision import without_autocast
 
 __all__ = ["RoundObserver", "run", "threads", "unseen"]
 
@@ -95,6 +96,11 @@ def run(
     ------
     FastfplError
         With a sentence that names the argument, what came and the cure.
+
+    Notes
+    -----
+    What a run computes in is in its settings: the caller's autocast is off meanwhile, and torch's
+    default dtype decides nothing.
     """
     origin = None if preset is None else load_preset(preset)
     if isinstance(method, Settings):
@@ -115,7 +121,7 @@ def run(
             raise InputError(f"fastfpl.run: out must be a folder; got the file {folder}")
         held = alone_in(folder)
         old = [] if resume else [folder / RESULT, folder / CHECKPOINT]
-    with held, threads(chosen.threads):
+    with held, threads(chosen.threads), without_autocast():
         if any(path.exists() for path in old):
             raise InputError(
                 f"fastfpl.run: out must not hold a run already; got {folder}; "
