@@ -5,7 +5,8 @@ from __future__ import annotations
 import pickle
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fastfpl.clip.image import image_of
 from fastfpl.clip.tiny import build_tiny, tiny_config, tiny_tokenizer, tiny_weights
 from fastfpl.clip.tokenizer import adapt_tokenizer
 from fastfpl.clip.towers import family_of, pooling_of, text_of, vocabulary_of
+from fastfpl.clip.trial import check_tensors, prove
 from fastfpl.errors import Damaged, InputError, KindError, Missing, near
 
 __all__ = ["load_clip"]
@@ -116,7 +118,8 @@ def load_clip(
         config = checked_config(plain)
         tokenizer = tokenizer or _tokenizer_of(plain, config)
         model, mean, std = _named(plain, config, source, quick_gelu, seed)
-    return _freeze(model, name, source, tokenizer, mean, std, device, dtype)
+    live = not isinstance(name_or_model, str)
+    return _freeze(model, name, source, tokenizer, mean, std, device, dtype, live)
 
 
 def _freeze(
@@ -128,26 +131,46 @@ def _freeze(
     std: Sequence[float],
     device: torch.device | str,
     dtype: torch.dtype,
+    live: bool,
 ) -> FrozenCLIP:
     family = family_of(model)
-    pooling = pooling_of(model, family)
-    tokens = adapt_tokenizer(tokenizer, vocabulary_of(model, family))
-    if pooling.rule == "eos" and pooling.eos != tokens.eot:
-        raise InputError(
-            f"{OP}: tokenizer must end a text with the model's token {pooling.eos}; "
-            f"got {tokens.eot}"
-        )
-    place = torch.empty(0, device=device).device
+    if live:
+        check_tensors(model)
+    with _structure(model):
+        pooling = pooling_of(model, family)
+        tokens = adapt_tokenizer(tokenizer, vocabulary_of(model, family))
+        if pooling.rule == "eos" and pooling.eos != tokens.eot:
+            raise InputError(
+                f"{OP}: tokenizer must end a text with the model's token {pooling.eos}; "
+                f"got {tokens.eot}"
+            )
+        place = torch.empty(0, device=device).device
+        text, image = text_of(model, family, tokens), image_of(model, place, dtype)
+        scale = float(model.logit_scale.detach().float().exp().item())
+        if live:
+            prove(model, family, tokens, image)
     return FrozenCLIP(
         name=name,
         pretrained=source,
-        text=text_of(model, family, tokens).to(place, dtype),
-        image=image_of(model, place, dtype),
+        text=text.to(place, dtype),
+        image=image,
         tokenizer=tokens,
-        logit_scale=float(model.logit_scale.detach().float().exp().item()),
+        logit_scale=scale,
         mean=mean,
         std=std,
     )
+
+
+@contextmanager
+def _structure(model: Any) -> Iterator[None]:
+    """Turn what a model of another build lacks into a sentence."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError) as error:
+        raise KindError(
+            f"{OP}: model must have the parts of open_clip's, OpenAI's or transformers' CLIP; got "
+            f"{type(model).__name__} with {_line(error)}"
+        ) from error
 
 
 def known(name: str) -> str:
