@@ -4,15 +4,18 @@ import copy
 import functools
 import gzip
 import json
+import os
 import pickle
 import subprocess
 import sys
+import zipfile
 from collections import OrderedDict
 
 import open_clip
 import pytest
 import torch
 from open_clip.model import CLIP, CustomTextCLIP
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -656,7 +659,7 @@ def test_hooks_that_may_do_something_later_are_refused():
     gate = nn.Parameter(torch.zeros(()))
     model.ln_final.register_forward_hook(lambda module, args, output: output + gate * args[0])
     with pytest.raises(
-        KindError, match="no hook that replaces what passes it.* got one at ln_final"
+        KindError, match=r"no hook that replaces what passes it.* got one at ln_final"
     ):
         load_clip(model)
     model = make_open_clip()
@@ -669,7 +672,7 @@ def test_a_method_of_its_own_is_refused():
     model = make_open_clip()
     plain = model.encode_text
     model.encode_text = lambda tokens: plain(tokens.flip(0))
-    with pytest.raises(KindError, match="encode texts.*because of the model's own method"):
+    with pytest.raises(KindError, match=r"encode texts.*because of the model's own method"):
         load_clip(model)
     model = make_openai()
     model.encode_image = lambda pixels: model.visual(2 * pixels)
@@ -688,7 +691,7 @@ def test_a_method_of_its_own_is_refused():
 
     model.encode_text = fail
     with pytest.raises(
-        KindError, match="must run its own encode_text; got RuntimeError: no kernel$"
+        KindError, match=r"must run its own encode_text; got RuntimeError: no kernel$"
     ):
         load_clip(model)
 
@@ -743,7 +746,7 @@ def test_quantised_and_absent_weights_are_refused_by_path():
     with pytest.raises(KindError, match=said.format(r"Tensor of torch\.int8 on cpu")):
         load_clip(model)
     with pytest.raises(
-        KindError, match="got Parameter of .* on meta at |got Tensor of .* on meta at"
+        KindError, match=r"got Parameter of .* on meta at |got Tensor of .* on meta at"
     ):
         load_clip(make_open_clip().to("meta"))
 
@@ -800,22 +803,198 @@ def test_random_weights_are_seeded_and_leave_the_generator(nano):
     assert (a.name, a.pretrained) == ("nano", "random")
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "pt", "wrapped"])
-def test_checkpoints_load(nano, tmp_path, kind):
-    from safetensors.torch import save_file
+WRAPPERS = {
+    "safetensors": lambda state: state,
+    "pt": lambda state: state,
+    "misnamed": lambda state: state,
+    "ddp": lambda state: {"state_dict": under("module.", state), "epoch": 3, "name": "x"},
+    "compiled": lambda state: {"model": under("_orig_mod.", state), "step": 3},
+    "compiled in ddp": lambda state: {"model": under("module._orig_mod.", state)},
+    "compiled tower": lambda state: {
+        k.replace("visual.", "visual._orig_mod."): v for k, v in state.items()
+    },
+    "lightning": lambda state: {"state_dict": under("model.", state), "global_step": 3},
+    "in a class of its own": lambda state: {"model_state_dict": under("backbone.clip.", state)},
+    "twice": lambda state: {"model": {"state_dict": state}},
+}
 
+
+def under(prefix, state):
+    return {prefix + key: value for key, value in state.items()}
+
+
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_checkpoints_load(nano, tmp_path, kind):
     model = scramble(make_open_clip())
+    state = WRAPPERS[kind](model.state_dict())
     path = tmp_path / ("w.safetensors" if kind == "safetensors" else "w.pt")
-    if kind == "safetensors":
-        save_file(model.state_dict(), path)
-    elif kind == "pt":
-        torch.save(model.state_dict(), path)
-    else:
-        torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, path)
-    clip = load_clip("nano", path)
+    (save_file if kind in ("safetensors", "misnamed") else torch.save)(state, path)
+    with pytest.warns(
+        UserWarning, match=r"weights .* do not say their activation .* of openai need"
+    ):
+        clip = load_clip("nano", path)
     assert same_weights(clip, load_clip(model))
     assert clip.text.activation == "gelu"
-    assert load_clip("nano", str(path), quick_gelu=True).text.activation == "quick_gelu"
+    assert load_clip("nano", str(path), quick_gelu=False).weights_digest == clip.weights_digest
+    quick = load_clip("nano", str(path), quick_gelu=True)
+    assert quick.text.activation == "quick_gelu"
+    assert quick.weights_digest != clip.weights_digest
+
+
+def test_prefixes_that_are_not_taken_off_are_named(nano, tmp_path):
+    path = tmp_path / "w.pt"
+    state = under("net.", make_open_clip().state_dict())
+    torch.save({**state, "loss.weight": torch.zeros(1)}, path)
+    with pytest.raises(
+        InputError,
+        match=r"CLIP's names lie under the prefix 'net\.', beside 'loss\.weight': save those alone$",
+    ):
+        load_clip("nano", path)
+    torch.save({"model": state, "state_dict": state}, path)
+    with pytest.raises(
+        InputError, match="must hold one state dict; got .*'state_dict' and 'model'"
+    ):
+        load_clip("nano", path)
+    state["net.ln_final.bias"] = torch.zeros(3)
+    torch.save(state, path)
+    with pytest.raises(
+        InputError, match=r"shape of ln_final\.bias \(3,\), under the prefix 'net\.'$"
+    ):
+        load_clip("nano", path)
+
+
+def transformers_folder(folder, act="quick_gelu"):
+    model = scramble(make_transformers(act))
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["vocab_size"] = 49408
+    (folder / "config.json").write_text(json.dumps(config))
+    statistics = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.5, 0.5]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(statistics))
+    return model
+
+
+@pytest.mark.parametrize("act", ["gelu", "quick_gelu"])
+def test_folders_of_transformers_load(nano, tmp_path, act):
+    model = transformers_folder(tmp_path, act)
+    want = load_clip(model)
+    clip = load_clip(f"local-dir:{tmp_path}")
+    torch.testing.assert_close(encode(clip), encode(want), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        clip.encode_image_tokens(pixels_of()), want.encode_image_tokens(pixels_of())
+    )
+    assert (clip.text.activation, clip.mean, clip.std) == (act, (0.1, 0.2, 0.3), (0.5,) * 3)
+    # under a name of open_clip, the folder or the file in it still tells the activation
+    config = open_clip.factory._MODEL_CONFIGS["nano"]
+    config["text_cfg"] = {**TEXT, "mlp_ratio": 72 / 32, "norm_kwargs": {"eps": 1e-4}}
+    config["vision_cfg"] = {**VISION, "mlp_ratio": 2.0}
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        named = load_clip("nano", path)
+        assert (named.text.activation, named.mean) == (act, (0.1, 0.2, 0.3))
+        assert same_weights(named, clip)
+    # elsewhere it does not
+    moved = (tmp_path / "model.safetensors").rename(tmp_path / "moved.safetensors")
+    with pytest.warns(UserWarning, match="do not say their activation"):
+        load_clip("nano", moved)
+    assert load_clip(f"local-dir:{tmp_path}", "random").text.activation == act
+
+
+def test_folders_of_open_clip_load(nano, tmp_path):
+    model = scramble(make_open_clip(quick_gelu=True))
+    save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
+    config = {"model_cfg": {**nano, "quick_gelu": True}, "preprocess_cfg": {"mean": [0.1] * 3}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    clip = load_clip(f"local-dir:{tmp_path}")
+    assert same_weights(clip, load_clip(model))
+    assert (clip.text.activation, clip.mean) == ("quick_gelu", (0.1,) * 3)
+    assert clip.name == f"local-dir:{tmp_path}"
+    assert load_clip("nano", tmp_path).text.activation == "quick_gelu"
+    with pytest.raises(InputError, match=r"pretrained must be None or 'random' for 'local-dir:"):
+        load_clip(f"local-dir:{tmp_path}", "openai")
+    with pytest.raises(InputError, match=r"; a folder is 'local-dir:"):
+        load_clip(str(tmp_path))
+    nano["quick_gelu"] = True
+    config["model_cfg"]["quick_gelu"] = False
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="quick_gelu must be given where name and origin disagree"):
+        load_clip("nano", tmp_path)
+
+
+def test_folders_and_configs_that_are_refused(tmp_path):
+    name = f"local-dir:{tmp_path}"
+    config = tmp_path / "config.json"
+    with pytest.raises(
+        Missing, match=r"must be 'local-dir:' and a folder; got no folder .*nowhere"
+    ):
+        load_clip(f"{name}/nowhere")
+    with pytest.raises(
+        Missing, match=r"must hold open_clip_config\.json, or config\.json of trans"
+    ):
+        load_clip(name)
+    for text, said in (
+        ("{", "must be JSON; got JSONDecodeError"),
+        ("[" * 100_000, "must be JSON; got RecursionError"),
+        ("[]", "must be a JSON object; got list"),
+        ('{"model_type": "owlvit"}', "of transformers' CLIPModel; got model_type 'owlvit'"),
+        ('{"model_type": "clip", "text_config": 3}', "config .* must be one of open_clip or of"),
+        ('{"model_type": "clip", "text_config": {"hidden_act": "silu"}}', "quick_gelu and silu"),
+        ('{"model_type": "clip", "vision_config": {"num_attention_heads": 0}}', "must be one of"),
+        ('{"model_cfg": {}}', "must be one of open_clip or of transformers' CLIPModel"),
+        (
+            '{"model_cfg": {"text_cfg": {}, "vision_cfg": {}}}',
+            "must be one that open_clip can build",
+        ),
+    ):
+        config.write_text(text)
+        (tmp_path / "model.safetensors").touch()
+        with pytest.raises((Damaged, InputError, KindError), match=said):
+            load_clip(name)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(
+        Missing, match=r"must hold its weights as open_clip_model\.safetensors, .*none"
+    ):
+        load_clip("ViT-B-32", tmp_path)
+
+
+def test_the_hub_is_asked_by_name(nano, tmp_path, monkeypatch):
+    model = transformers_folder(tmp_path)
+
+    def download(repo, filename=None):
+        assert repo == "somebody/clip"
+        path = tmp_path / (filename or "open_clip_model.safetensors")
+        if not path.is_file():
+            raise FileNotFoundError(f"no {path.name}\nand a long story")
+        return str(path)
+
+    monkeypatch.setattr(open_clip.pretrained, "download_pretrained_from_hf", download)
+    clip = load_clip("hf-hub:somebody/clip")
+    torch.testing.assert_close(encode(clip), encode(load_clip(model)), rtol=0, atol=1e-6)
+    assert (clip.name, clip.pretrained, clip.mean) == ("hf-hub:somebody/clip", "", (0.1, 0.2, 0.3))
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(
+        Missing,
+        match=r"model 'hf-hub:somebody/clip' must be at hand or in reach; got FileNotFoundError: no "
+        r'config\.json; .* load_clip\("local-dir:/path/to/folder"\)$',
+    ):
+        load_clip("hf-hub:somebody/clip")
+
+
+def test_the_place_of_a_file_tells_its_tag(tmp_path):
+    from fastfpl.clip.origins import origin_of
+
+    def quick(model, *parts):
+        return origin_of(tmp_path.joinpath(*parts), model).quick_gelu
+
+    hub = "models--timm--vit_base_patch16_clip_224.openai"
+    assert quick("ViT-B-16", hub, "snapshots", "0a1b", "open_clip_model.safetensors") is True
+    assert quick("ViT-B-16", "vit_base_patch16_clip_224.metaclip_400m", "w.safetensors") is True
+    hub = "models--laion--CLIP-ViT-B-16-laion2B-s34B-b88K"
+    assert quick("ViT-B-16", hub, "snapshots", "0a1b", "open_clip_model.safetensors") is False
+    assert quick("ViT-B-32", "vit_b_32-quickgelu-laion400m_e31-d867053b.pt") is True
+    assert quick("ViT-B-16", "vit_b_16-laion400m_e31-00efa78f.pt") is False
+    # may be anybody's
+    assert quick("ViT-B-16", "ViT-B-16.pt") is None
+    assert quick("ViT-B-16", "mine.pt") is None
 
 
 def test_openai_archives_know_their_activation(nano, tmp_path):
@@ -852,9 +1031,67 @@ def test_weights_out_of_reach_name_the_cure(nano, monkeypatch):
         Missing,
         match=r"^fastfpl\.load_clip: weights 'openai' of 'nano' must be .*; got OSError: no route "
         r"to host; .*load_clip\('nano', pretrained=\"/path/to/weights.safetensors\", "
-        r"quick_gelu=True\)$",
+        r"quick_gelu=True\) or --quick-gelu yes$",
     ):
         load_clip("nano")
+
+
+def other_files(folder):
+    """Yield files that are no weights, and what is said of them."""
+    path = folder / "text.bin"
+    for data, said in (
+        (b"", "got an empty file"),
+        (b"just a text about weights\n", "a file that begins with b'just a text"),
+        (b"\x00" * 4096, r"a file that begins with b'\\x00"),
+        (b"\x80\x02", "must be readable; got"),
+        (b"\x80\x02Kzq\x00h\x05.", "must be readable; got|must hold tensors only"),
+        (b"PK\x03\x04" + b"\x00" * 99, "must be readable; got BadZipFile"),
+        (b"\xff\xff\xff\xff\xff\xff\xff\x7f{}", "must be a safetensors file; got"),
+    ):
+        path.write_bytes(data)
+        yield path, said
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "no weights")
+    yield path, "got a zip archive of readme.txt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data.pkl", "no pickle")
+    yield path, "must be readable; got|must hold tensors only"
+    text = folder / "text.safetensors"
+    text.write_text("no weights either")
+    yield text, "must be a safetensors file; got"
+    whole = folder / "whole.safetensors"
+    save_file({"a": torch.zeros(99)}, whole)
+    data = whole.read_bytes()
+    for size in (3, 20, len(data) - 5):
+        text.write_bytes(data[:size])
+        yield text, "must be a safetensors file; got"
+
+
+def test_files_that_are_no_weights_are_told(nano, tmp_path):
+    for path, said in other_files(tmp_path):
+        for name in ("nano", "ViT-B-32"):
+            with pytest.raises((Damaged, InputError), match=rf"^fastfpl\.load_clip: .*({said})"):
+                load_clip(name, path)
+    os.mkfifo(tmp_path / "fifo.pt")
+    with pytest.raises(Missing, match=r"is there, but is no file '.*fifo\.pt'"):
+        load_clip("nano", tmp_path / "fifo.pt")
+    for name in ("nul\0.pt", "x" * 300 + ".pt"):
+        with pytest.raises(Missing, match="no file"):
+            load_clip("nano", name)
+    torch.save({}, tmp_path / "w.pt")
+    with pytest.raises(InputError, match="must hold tensors by name, .* with no tensor"):
+        load_clip("nano", tmp_path / "w.pt")
+    torch.save({"model": {"a": torch.zeros(1), "b": 3}}, tmp_path / "w.pt")
+    with pytest.raises(InputError, match="must hold tensors by name, .* with 'b' of int"):
+        load_clip("nano", tmp_path / "w.pt")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_files_of_others_are_told(nano, tmp_path):
+    path = tmp_path / "w.pt"
+    path.touch(mode=0)
+    with pytest.raises(Damaged, match="must be readable; got PermissionError"):
+        load_clip("nano", path)
 
 
 def test_files_that_are_refused(nano, tmp_path):
@@ -1031,8 +1268,6 @@ def test_tokenizers_agree():
 
 
 def test_tiny_names_its_script_and_loads_its_files(tmp_path, monkeypatch):
-    from safetensors.torch import save_file
-
     monkeypatch.setattr(fastfpl.clip.tiny, "TINY", tmp_path)
     with pytest.raises(Missing, match=r"python -m fastfpl\.clip\.train_tiny makes it"):
         load_clip("tiny")

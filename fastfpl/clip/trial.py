@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastfpl.clip.checkpoints import first_line
 from fastfpl.clip.image import ImageTower, eval_copy, image_of
 from fastfpl.clip.tokenizer import Tokenizer
 from fastfpl.clip.towers import Family, pooling_of, read_parts, text_blocks, text_of
@@ -202,7 +203,7 @@ class _Twin:
         try:
             tokens = tower.tokens(pixels)
         except Exception as error:  # the modules are somebody else's
-            image.forget_patches(f"refuses its tokens with {_line(error)}")
+            image.forget_patches(f"refuses its tokens with {first_line(error)}")
             return
         pooled = tower.pooled(pixels)
         fits = tokens.shape == (1, tower.patches + 1, pooled.shape[-1])
@@ -225,7 +226,7 @@ class _Twin:
 
     def _in_model(self, path: str) -> str:
         """Give the name in the model of a module, or a weight, of the image tower."""
-        names = {id(part): name for name, part in self.model.named_modules()}
+        names: dict[int, str] = {id(part): name for name, part in self.model.named_modules()}
         for inner, side in _image_sides(self.model).items():
             if path == inner or not inner or path.startswith(f"{inner}."):
                 return (names[id(side)] + "." + path[len(inner) :].lstrip(".")).strip(".")
@@ -281,7 +282,9 @@ class _Twin:
         try:
             found = method(given)
         except Exception as error:  # the model is somebody else's
-            raise KindError(f"{OP}: model must run its own {name}; got {_line(error)}") from error
+            raise KindError(
+                f"{OP}: model must run its own {name}; got {first_line(error)}"
+            ) from error
         found = found if isinstance(found, Tensor) else getattr(found, "pooler_output", None)
         if not isinstance(found, Tensor) or found.dim() != 2:
             raise KindError(
@@ -391,11 +394,6 @@ def _tensors(part: Any) -> list[Tensor]:
         return [part]
     own = (getattr(part, "weight", None), getattr(part, "bias", None))
     return [t for t in own if isinstance(t, Tensor)]
-
-
-def _line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
 # --- what the parts of a text tower should do, to name the one that does not ----------------------
