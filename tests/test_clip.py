@@ -4,6 +4,7 @@ import copy
 import functools
 import gzip
 import json
+import multiprocessing
 import os
 import pickle
 import subprocess
@@ -19,10 +20,12 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
+import fastfpl
 import fastfpl.clip.tiny
 from fastfpl.clip import FrozenCLIP, load_clip
 from fastfpl.clip.tokenizer import Tokenizer
 from fastfpl.errors import Damaged, InputError, KindError, Missing, NotSupported
+from fastfpl.prompts import ClassPrompts, encode_prompts
 from fastfpl.reference.text import PromptLayout, encode_text
 
 TEXTS = ["a photo of a cat.", "sea horse", "X X X X centered satellite photo of annual crop land."]
@@ -841,18 +844,33 @@ def test_checkpoints_load(nano, tmp_path, kind):
     assert quick.weights_digest != clip.weights_digest
 
 
+def test_a_run_says_which_activation_it_took(nano, tmp_path):
+    torch.save(scramble(make_open_clip()).state_dict(), tmp_path / "w.pt")
+    more = {"dataset": "digits", "clients": 2, "clip": "nano", "pretrained": tmp_path / "w.pt"}
+    seen = {}
+    for answer in ("yes", "no", False):
+        result = fastfpl.run("zeroshot", quick_gelu=answer, cache=tmp_path / "cache", **more)
+        seen[answer] = (result.settings["quick_gelu"], result.data["activation"])
+        seen[result.data["weights"]] = None
+    assert seen["yes"] == ("yes", "quick_gelu")
+    assert seen["no"] == seen[False] == ("no", "gelu")
+    assert len(seen) == 3 + 2, "another activation is another digest"
+    with pytest.raises(InputError, match="quick_gelu must be left out with a model that is loaded"):
+        fastfpl.run("zeroshot", quick_gelu="yes", dataset="digits", model=load_clip("tiny"))
+
+
 def test_prefixes_that_are_not_taken_off_are_named(nano, tmp_path):
     path = tmp_path / "w.pt"
     state = under("net.", make_open_clip().state_dict())
     torch.save({**state, "loss.weight": torch.zeros(1)}, path)
     with pytest.raises(
         InputError,
-        match=r"CLIP's names lie under the prefix 'net\.', beside 'loss\.weight': save those alone$",
+        match=r"names lie under the prefix 'net\.', beside 'loss\.weight': save those alone$",
     ):
         load_clip("nano", path)
     torch.save({"model": state, "state_dict": state}, path)
     with pytest.raises(
-        InputError, match="must hold one state dict; got .*'state_dict' and 'model'"
+        InputError, match=r"must hold one state dict; got .*'state_dict' and 'model'"
     ):
         load_clip("nano", path)
     state["net.ln_final.bias"] = torch.zeros(3)
@@ -973,8 +991,8 @@ def test_the_hub_is_asked_by_name(nano, tmp_path, monkeypatch):
     (tmp_path / "config.json").unlink()
     with pytest.raises(
         Missing,
-        match=r"model 'hf-hub:somebody/clip' must be at hand or in reach; got FileNotFoundError: no "
-        r'config\.json; .* load_clip\("local-dir:/path/to/folder"\)$',
+        match=r"model 'hf-hub:somebody/clip' must be at hand or in reach; got FileNotFoundError: "
+        r'no config\.json; .* load_clip\("local-dir:/path/to/folder"\)$',
     ):
         load_clip("hf-hub:somebody/clip")
 
@@ -1079,10 +1097,10 @@ def test_files_that_are_no_weights_are_told(nano, tmp_path):
         with pytest.raises(Missing, match="no file"):
             load_clip("nano", name)
     torch.save({}, tmp_path / "w.pt")
-    with pytest.raises(InputError, match="must hold tensors by name, .* with no tensor"):
+    with pytest.raises(InputError, match=r"must hold tensors by name, .* with no tensor"):
         load_clip("nano", tmp_path / "w.pt")
     torch.save({"model": {"a": torch.zeros(1), "b": 3}}, tmp_path / "w.pt")
-    with pytest.raises(InputError, match="must hold tensors by name, .* with 'b' of int"):
+    with pytest.raises(InputError, match=r"must hold tensors by name, .* with 'b' of int"):
         load_clip("nano", tmp_path / "w.pt")
 
 
@@ -1142,6 +1160,8 @@ def test_names_are_suggested():
         r"did you mean 'ViT-B-16'",
     ):
         load_clip("ViT-B16")
+    with pytest.raises(InputError, match=r"hub is 'hf-hub:openai/clip-vit-base-patch16'$"):
+        load_clip("openai/clip-vit-base-patch16")
     with pytest.raises(
         InputError, match=r"tag of 'ViT-B-16'.*; got 'opnai'; did you mean 'openai'"
     ):
@@ -1216,6 +1236,10 @@ def test_arguments_are_checked():
         load_clip(model, dtype=torch.int8)
     with pytest.raises(InputError, match="pretrained must be None for a live model; got 'openai'"):
         load_clip(model, "openai")
+    with pytest.raises(InputError, match="quick_gelu must be None for a live model; got True"):
+        load_clip(model, quick_gelu=True)
+    with pytest.raises(InputError, match="quick_gelu must be None or True for 'tiny'; got False"):
+        load_clip("tiny", quick_gelu=False)
     clip = load_clip(model)
     with pytest.raises(
         InputError, match=r"pixels must have shape \(B, 3, 64, 64\); got \(1, 3, 8, 8\)"
@@ -1288,6 +1312,29 @@ def test_tiny_names_its_script_and_loads_its_files(tmp_path, monkeypatch):
     torch.testing.assert_close(encode(clip, ["cat", "hot"]), want, rtol=0, atol=1e-5)
     with pytest.raises(InputError, match="pretrained must be None or 'random' for 'tiny'"):
         load_clip("tiny", "openai")
+
+
+def test_clip_and_prompts_go_to_a_spawned_process():
+    clip = load_clip("tiny")
+    rows = load_clip(family("open_clip"), tokenizer=open_clip.tokenize)  # a function
+    classes = ClassPrompts(clip, ["cat", "sea horse"])
+    ctx = classes.words("a photo of a")
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        theirs = pool.apply(encode_prompts, (classes, ctx))
+        digest = pool.apply(getattr, (clip, "weights_digest"))
+        ids = [pool.apply(one.tokenize, (TEXTS,)) for one in (clip, rows)]
+    torch.testing.assert_close(theirs, encode_prompts(classes, ctx))
+    assert digest == clip.weights_digest
+    assert ids == [clip.tokenize(TEXTS), rows.tokenize(TEXTS)]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_clips_of_every_family_pickle(name):
+    clip = load_clip(family(name))
+    again = pickle.loads(pickle.dumps(clip))
+    assert again.weights_digest == clip.weights_digest
+    assert same_weights(again, clip)
+    assert again.tokenize(TEXTS) == clip.tokenize(TEXTS)
 
 
 def test_import_is_light():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -210,8 +211,12 @@ def known(name: str) -> str:
     plain = name.replace("/", "-").replace("@336px", "-336")  # OpenAI's spelling
     if plain not in open_clip.list_models():
         known = ["tiny", *open_clip.list_models()]
-        folder = f"; a folder is '{LOCAL}{name}'" if Path(name).is_dir() else near(plain, known)
-        raise InputError(f"{OP}: name must be 'tiny' or a model of open_clip; got {name!r}{folder}")
+        hint = near(plain, known)
+        if os.path.isdir(name):
+            hint = f"; a folder is '{LOCAL}{name}'"
+        elif name.count("/") == 1 and hint.startswith("; known"):
+            hint = f"; a model of the Hugging Face hub is '{HUB}{name}'"
+        raise InputError(f"{OP}: name must be 'tiny' or a model of open_clip; got {name!r}{hint}")
     return plain
 
 
@@ -244,11 +249,11 @@ def _named(
             ) from error
         return model, facts.get("mean", MEAN), facts.get("std", STD)
     path = Path(source)
-    folder = path.is_dir()
-    if not folder and not path.is_file():
+    folder = os.path.isdir(path)  # pathlib's own raise of names that no system takes
+    if not folder and not os.path.isfile(path):
         looks_like_path = path.suffix != "" or len(path.parts) > 1
         if looks_like_path:
-            what = "is there, but is no file" if path.exists() else "no file"
+            what = "is there, but is no file" if os.path.exists(path) else "no file"
             raise Missing(f"{OP}: pretrained must be a tag, a file or 'random'; {what} {source!r}")
         raise InputError(
             f"{OP}: pretrained must be a tag of {plain!r}, a file or 'random'; got {source!r}"
@@ -302,7 +307,7 @@ def _placed(
         origin, path = from_hub(name)
     else:
         folder = Path(name.removeprefix(LOCAL))
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise Missing(f"{OP}: name must be '{LOCAL}' and a folder; got no folder {folder}")
         found = read_folder(folder)
         if found is None:
