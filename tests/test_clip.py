@@ -748,6 +748,12 @@ def test_quantised_and_absent_weights_are_refused_by_path():
     linear.weight = nn.Parameter(whole, requires_grad=False)
     with pytest.raises(KindError, match=said.format(r"Tensor of torch\.int8 on cpu")):
         load_clip(model)
+    whole = linear.weight.detach()
+    del linear.weight
+    linear.register_buffer("weight", whole)
+    said = r"floating point weights; got torch\.int8 at transformer\.resblocks\.1\.mlp\.c_fc$"
+    with pytest.raises(KindError, match=said):
+        load_clip(model)
     with pytest.raises(
         KindError, match=r"got Parameter of .* on meta at |got Tensor of .* on meta at"
     ):

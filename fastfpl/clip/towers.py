@@ -336,6 +336,8 @@ def _linear(layer: Any) -> tuple[Tensor, Tensor]:
     # an adapter (peft) passes for its base layer by attribute; its own part would be lost
     if not isinstance(layer, nn.Linear):
         raise _Odd("have plain linear layers in its text tower", type(layer).__name__, layer)
+    if not layer.weight.is_floating_point():
+        raise _Odd("have floating point weights", f"{layer.weight.dtype}", layer)
     return layer.weight.detach(), _bias(layer.bias, layer.weight)
 
 

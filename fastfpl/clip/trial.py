@@ -114,6 +114,7 @@ class _Twin:
     replaced: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self._read: tuple[ImageTower, Tensor] | None = None
         # before any pass: an adapter may put other parameters into the place of those that are read
         self._rest = self._unread()
         for path, part in self.model.named_modules():
@@ -211,6 +212,9 @@ class _Twin:
             image.forget_patches("does more in its own pass than CLIP's image towers do")
 
     def _image(self) -> tuple[ImageTower, Tensor]:
+        """Read the image tower, once for the values that the copy has, and draw pixels."""
+        if self._read is not None:
+            return self._read
         sides = _image_sides(self.model).values()
         weights = [p for side in sides for p in side.parameters() if p.is_floating_point()]
         # OpenAI's 16-bit towers keep some parameters in 32
@@ -218,7 +222,9 @@ class _Twin:
         tower = image_of(self.model, like.device, like.dtype)
         side = tower.image_size
         draw = torch.Generator().manual_seed(0)
-        return tower, torch.randn(1, 3, side, side, generator=draw, dtype=torch.float32).to(like)
+        pixels = torch.randn(1, 3, side, side, generator=draw, dtype=torch.float32).to(like)
+        self._read = tower, pixels
+        return self._read
 
     def _encode_image(self, pixels: Tensor) -> Tensor:
         name = "get_image_features" if self.family == "transformers" else "encode_image"
@@ -269,7 +275,7 @@ class _Twin:
             noise = torch.randn(tensor.shape, generator=draw, dtype=torch.float32)
             # a new tensor: the storage is the owner's too
             tensor.data = tensor.detach() + noise.to(tensor)
-        self.moved = self._rest
+        self.moved, self._read = self._rest, None
         return bool(self.moved)
 
     def _own(self, name: str, given: Tensor) -> Tensor:
