@@ -1,4 +1,4 @@
-"""The suite over toolchains: `nox` plays all, `nox -s "tests(torch 2.11, Python 3.10)"` one of it."""
+"""The suite over toolchains: all by `nox`, one by `nox -s "tests(torch 2.11, Python 3.10)"`."""
 
 from __future__ import annotations
 
