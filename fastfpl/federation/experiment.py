@@ -231,5 +231,6 @@ def _result(federation: Federation, faces: dict[str, list[str]]) -> Result:
             "skipped": federation.dataset.skipped,
             "notes": list(federation.dataset.notes),
             "weights": federation.clip.weights_digest,
+            "activation": federation.clip.text.activation,
         },
     )

@@ -62,7 +62,7 @@ class Result:
         Of the process during the run (Linux) or so far; on a GPU, of its allocations.
     data : dict
         Data set, class names, test and training images of each client, exams, whether the clients
-        trained on their test images, weights digest.
+        trained on their test images, weights digest, activation of the CLIP's text tower.
     memory : dict or None
         What ``max_memory`` led to (`fastfpl.federation.budget.Budget`): ``limit_bytes``,
         ``taken_bytes`` before the first pass, ``text_cache_bytes``, ``image_cache_bytes``,
