@@ -44,7 +44,8 @@ def write_all(contents: Mapping[Path, bytes]) -> None:
         for path, content in contents.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             parts[path] = path.with_name(f".{path.name}.{os.getpid()}.part")
-            with parts[path].open("wb") as file:
+            parts[path].unlink(missing_ok=True)  # never written through a link
+            with parts[path].open("xb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())

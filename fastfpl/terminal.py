@@ -18,9 +18,20 @@ if TYPE_CHECKING:
 __all__ = ["console", "plain", "say", "sayable", "table"]
 
 # controls of C0 and C1, line separators, marks that turn the order of letters, lone surrogates
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_CONTROL = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 # what a stream without Unicode is told in place of our own signs
-_SPELLED = {"–": "-", "—": "-", "±": "+/-", "…": "...", "×": "x", "≥": ">=", "≤": "<=", "·": "-"}
+_SPELLED = {
+    "\u2013": "-",
+    "\u2014": "-",
+    "±": "+/-",
+    "…": "...",
+    "\u00d7": "x",
+    "≥": ">=",
+    "≤": "<=",
+    "·": "-",
+}
 _SPELLED |= {"━": "-", "─": "-", "│": "|", "→": "->"}
 # nobody looks at the width of a pipe or a file
 _UNBOUNDED = 100_000

@@ -198,7 +198,7 @@ def test_report_writes_again_what_compare_wrote(
     Path("c/promptfl-seed0/result.json").unlink()
     code, out, err = call(capsys, "report", "c/promptfl-seed0")
     assert (code, out) == (2, "")
-    assert err.startswith("error: fastfpl.load_comparison: folder must hold finished runs")
+    assert err.startswith("error: fastfpl.load_comparisons: folder must hold finished runs")
     assert err.count("\n") == 1
 
 

@@ -23,7 +23,7 @@ from fastfpl.report import (
     clients_plot,
     csv_table,
     html_page,
-    load_comparison,
+    load_comparisons,
     markdown_table,
     text_table,
     write_report,
@@ -587,7 +587,7 @@ def test_the_page_is_accessible() -> None:
     page = Page(html_page(pair()))
     assert all(len(alt) > 40 for alt in page.alts)
     assert len(page.alts) == 2
-    assert "promptfl from 30.0 % in round 1 to 60.0 % in round 3" in page.alts[0]
+    assert "promptfl from 30.0 % after 1 round to 60.0 % after 3" in page.alts[0]
     assert set(page.headers) == {"row", "col"}
 
 
@@ -614,7 +614,7 @@ def test_a_report_is_written_and_written_again(tmp_path: Path) -> None:
     assert files == [tmp_path / name for name in names]
     first = {path: path.read_bytes() for path in files}
     assert all(first.values())
-    again = load_comparison(tmp_path)
+    (again,) = load_comparisons(tmp_path)
     assert {m: list(r) for m, r in again.results.items()} == dict(c.results)
     write_report(again, tmp_path)
     assert {path: path.read_bytes() for path in files} == first
@@ -639,33 +639,33 @@ def test_methods_and_seeds_load_in_order(tmp_path: Path) -> None:
     save(Comparison(made), tmp_path)
     (tmp_path / "fedotp-seed0").mkdir()  # not finished
     (tmp_path / "notes").mkdir()
-    loaded = load_comparison(tmp_path)
+    (loaded,) = load_comparisons(tmp_path)
     assert list(loaded.results) == ["zeroshot", "a-seed3", "promptfl"]
     assert [r.settings["seed"] for r in loaded.results["promptfl"]] == [9, 10]
 
 
 def test_a_folder_without_results_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(Missing, match=r"fastfpl\.load_comparison: folder must exist"):
-        load_comparison(tmp_path / "none")
+    with pytest.raises(Missing, match=r"fastfpl\.load_comparisons: folder must exist"):
+        load_comparisons(tmp_path / "none")
     (tmp_path / "local-seed0").mkdir()
     with pytest.raises(Missing, match=r"folder must hold finished runs as METHOD-seedN"):
-        load_comparison(tmp_path)
+        load_comparisons(tmp_path)
 
 
 def test_a_result_in_the_wrong_folder_is_damaged(tmp_path: Path) -> None:
     save(Comparison({"local": [result("local", [[0.5]])]}), tmp_path)
     (tmp_path / "local-seed0").rename(tmp_path / "promptfl-seed0")
     with pytest.raises(Damaged, match="must be the result of the run its folder is named after"):
-        load_comparison(tmp_path)
+        load_comparisons(tmp_path)
     file = tmp_path / "promptfl-seed0" / "result.json"
     content = json.loads(file.read_text())
     content["settings"] = []
     file.write_text(json.dumps(content))
-    with pytest.raises(Damaged, match="must name its seed"):
-        load_comparison(tmp_path)
+    with pytest.raises(Damaged, match=r"must be a result; got settings: "):
+        load_comparisons(tmp_path)
     file.write_text("{")
     with pytest.raises(Damaged):
-        load_comparison(tmp_path)
+        load_comparisons(tmp_path)
 
 
 def test_runs_are_loaded_from_their_own_folders(tmp_path: Path) -> None:
@@ -674,12 +674,12 @@ def test_runs_are_loaded_from_their_own_folders(tmp_path: Path) -> None:
         one.save(tmp_path / f"run {number}")
     folders = sorted(tmp_path.iterdir(), reverse=True)
     # the order of the folders does not matter, nor that one is named twice
-    loaded = load_comparison(*folders, str(folders[0]), folders[0] / ".." / folders[1].name)
+    (loaded,) = load_comparisons(*folders, str(folders[0]), folders[0] / ".." / folders[1].name)
     assert {m: list(r) for m, r in loaded.results.items()} == dict(made.results)
     with pytest.raises(InputError, match=r"folders must be one or more; got none"):
-        load_comparison()
+        load_comparisons()
     with pytest.raises(Missing, match=r"folder must hold finished runs .* got none in"):
-        load_comparison(*folders, tmp_path)
+        load_comparisons(*folders, tmp_path)
 
 
 def test_runs_of_one_method_and_seed_are_refused(tmp_path: Path) -> None:
@@ -689,17 +689,17 @@ def test_runs_of_one_method_and_seed_are_refused(tmp_path: Path) -> None:
         InputError,
         match=r"runs must differ in method or seed; got local-seed0 in .*lr 0\.1 and in .*lr 0\.2$",
     ):
-        load_comparison(tmp_path / "lr 0.1", tmp_path / "lr 0.2")
+        load_comparisons(tmp_path / "lr 0.1", tmp_path / "lr 0.2")
 
 
 def test_runs_that_named_their_folder_themselves_are_loaded(tmp_path: Path) -> None:
     for seed in (0, 1):
         one = result("local", [[0.5]], seed=seed, dataset="digits", name="digits")
         one.save(tmp_path / f"local-digits-seed{seed}")
-    assert [r.settings["seed"] for r in load_comparison(tmp_path).results["local"]] == [0, 1]
+    assert [r.settings["seed"] for r in load_comparisons(tmp_path)[0].results["local"]] == [0, 1]
     (tmp_path / "local-digits-seed1").rename(tmp_path / "local-glyphs-seed1")
     with pytest.raises(Damaged, match="must be the result of the run its folder is named after"):
-        load_comparison(tmp_path)
+        load_comparisons(tmp_path)
 
 
 def test_a_report_into_a_file_is_refused(tmp_path: Path) -> None:

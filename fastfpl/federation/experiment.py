@@ -28,6 +28,7 @@ from fastfpl.federation.provenance import provenance
 from fastfpl.federation.result import (
     RESULT,
     Result,
+    deal,
     environment,
     forget_peak_memory,
     peak_memory,
@@ -225,5 +226,6 @@ def _result(federation: Federation, faces: dict[str, list[str]]) -> Result:
             "skipped": federation.dataset.skipped,
             "notes": list(federation.dataset.notes),
             "weights": federation.clip.weights_digest,
+            "deal": deal(federation.shards),
         },
     )
