@@ -5,12 +5,11 @@ from __future__ import annotations
 import io
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastfpl.federation import Comparison, Result
@@ -177,23 +176,20 @@ def matplotlib_defaults(changes: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _matplotlib() -> Any:
-    """Import matplotlib, also where the environment names a backend that is not installed."""
+    """Import matplotlib, also where the environment names a backend that is not installed.
+
+    A name that is known becomes the caller's backend, as it does where the caller imports it.
+    """
+    first = "matplotlib" not in sys.modules
+    theirs = os.environ.pop("MPLBACKEND", None) if first else None
     try:
         import matplotlib
-    except (ValueError, OSError):  # of MPLBACKEND, and of a matplotlibrc that is no text
-        spec = find_spec("matplotlib")
-        if spec is None or spec.origin is None:
-            raise
-        own = Path(spec.origin).parent / "mpl-data" / "matplotlibrc"
-        mended = {"MPLBACKEND": "agg", "MATPLOTLIBRC": str(own)}
-        theirs = {name: os.environ.pop(name) for name in mended if name in os.environ}
-        os.environ.update(mended)
-        try:
-            import matplotlib
-        finally:
-            for name in mended:
-                del os.environ[name]
-            os.environ.update(theirs)
+    finally:
+        if theirs is not None:
+            os.environ["MPLBACKEND"] = theirs
+    if theirs:
+        with suppress(ValueError):
+            matplotlib.rcParams["backend"] = theirs
     return matplotlib
 
 
