@@ -68,7 +68,7 @@ def test_no_encoding_ends_a_command(
     code, out, err = told(encoding, monkeypatch, "report", str(tmp_path))
     assert (code, err) == (0, "")
     assert "zeroshot" in out
-    assert "60.0" in out
+    assert "65.0" in out
     assert ("±" in out) == (encoding != "ascii")
     assert ("+/-" in out) == (encoding == "ascii")
     assert str(tmp_path / "index.html") in out.splitlines()  # one line, however long
