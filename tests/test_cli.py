@@ -179,7 +179,9 @@ def test_report_writes_again_what_compare_wrote(
     where = ["--out", "c", "--cache", "cache"]
     code, out, err = call(capsys, "compare", "zeroshot", "promptfl", *QUICK, *where)
     assert (code, err) == (0, "")
-    files = [p for p in Path("c").iterdir() if p.is_file()]
+    plan = json.loads(Path("c/comparison.json").read_text())
+    assert plan == {"methods": ["zeroshot", "promptfl"], "seeds": [0], "rounds": 2}
+    files = [p for p in Path("c").iterdir() if p.is_file() and p.name != "comparison.json"]
     before = {path: path.read_bytes() for path in files}
     assert len(before) == 5
     for path in files:
@@ -201,7 +203,7 @@ def test_report_writes_again_what_compare_wrote(
     Path("c/promptfl-seed0/result.json").unlink()
     code, out, err = call(capsys, "report", "c/promptfl-seed0")
     assert (code, out) == (2, "")
-    assert err.startswith("error: fastfpl.load_comparison: folder must hold finished runs")
+    assert err.startswith("error: fastfpl.load_comparisons: folder must hold finished runs")
     assert err.count("\n") == 1
 
 

@@ -28,6 +28,7 @@ from fastfpl.federation.provenance import provenance
 from fastfpl.federation.result import (
     RESULT,
     Result,
+    deal,
     environment,
     forget_peak_memory,
     peak_memory,
@@ -232,5 +233,6 @@ def _result(federation: Federation, faces: dict[str, list[str]]) -> Result:
             "notes": list(federation.dataset.notes),
             "weights": federation.clip.weights_digest,
             "activation": federation.clip.text.activation,
+            "deal": deal(federation.shards),
         },
     )
