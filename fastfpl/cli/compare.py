@@ -10,10 +10,11 @@ import click
 
 from fastfpl.cli.flags import Grouped, gather, run_options
 from fastfpl.cli.names import Name
-from fastfpl.cli.screen import console, print_tables, progress
+from fastfpl.cli.screen import print_tables, progress
 from fastfpl.config import load_preset
 from fastfpl.errors import InputError, cut, shown
 from fastfpl.plain_yaml import parse_yaml
+from fastfpl.terminal import console, say
 
 
 @click.command(cls=Grouped)
@@ -72,14 +73,17 @@ def compare(
             comparison = play(methods, **shared)
         else:
             swept = play_each(methods, *chosen, **shared)
-    if chosen is None:
-        print_tables(comparison)
-        written = write_report(comparison, folder)
-    else:
-        console().print(sweep_table(swept))
-        written = write_sweep(swept, folder)
+    # files first; a disk that does not take them must not cost the table either
+    written: list[Path] = []
+    try:
+        written = write_sweep(swept, folder) if chosen else write_report(comparison, folder)
+    finally:
+        if chosen is None:
+            print_tables(comparison)
+        else:
+            console().print(sweep_table(swept))
     for path in written:
-        console().print(str(path))
+        say(str(path))
 
 
 def _swept(text: str | None, values: Mapping[str, Any]) -> tuple[str, list[Any]] | None:

@@ -9,7 +9,8 @@ import click
 
 from fastfpl.cli.flags import Place
 from fastfpl.cli.names import Name
-from fastfpl.cli.screen import console, progress
+from fastfpl.cli.screen import progress
+from fastfpl.terminal import console, say, table
 
 
 @click.group()
@@ -28,20 +29,18 @@ _ROOT = click.option(
 @data.command("list")
 def list_sets() -> None:
     """List the data sets, the folder that each wants, and their published sizes."""
-    from rich.table import Table
-
     from fastfpl.data import DATASETS
     from fastfpl.data.catalogue import FACTS
 
-    table = Table("name", "folder", "classes", "train", "test", "domains", box=None)
+    sets = table("name", "folder", "classes", "train", "test", "domains")
     for name in DATASETS:
         if name not in FACTS:
-            table.add_row(name, "needs no files")
+            sets.add_row(name, "needs no files")
             continue
         facts = FACTS[name]
         sizes = (str(n) for n in (facts.classes, facts.train, facts.test, len(facts.domains)))
-        table.add_row(name, facts.folders[0], *sizes)
-    console().print(table)
+        sets.add_row(name, facts.folders[0], *sizes)
+    console().print(sets)
 
 
 @data.command()
@@ -54,15 +53,15 @@ def check(name: str, root: Path, decode: bool) -> None:
 
     with progress() as (observer, _):
         found = check_files(name, root, decode=decode, observer=observer)
-    click.echo(f"{name} in {found.folder or root}")
+    say(f"{name} in {found.folder or root}")
     for need, there in found.parts:
-        click.echo(f"  {'there  ' if there else 'MISSING'}  {need.path}")
+        say(f"  {'there  ' if there else 'MISSING'}  {need.path}")
         if not there:
-            click.echo(f"           get it from {need.source}")
+            say(f"           get it from {need.source}")
     for what, count, published in found.counts:
-        click.echo(f"  {count} of {published} {what}")
+        say(f"  {count} of {published} {what}")
     for problem in found.problems:
-        click.echo(f"  {problem}")
+        say(f"  {problem}")
     if not found.complete:
         click.echo(f"{name} is not complete")
         sys.exit(2)
@@ -76,7 +75,7 @@ def split(name: str, root: Path) -> None:
     """Draw the split that stands in for NAME's published one, and write it as its file."""
     from fastfpl.data.clip_sets import write_split
 
-    click.echo(f"{write_split(name, root)}")
+    say(f"{write_split(name, root)}")
 
 
 @data.command()
@@ -86,4 +85,4 @@ def download(name: str, root: Path) -> None:
     """Download NAME, if it needs no account, into --root."""
     from fastfpl.data.cifar import download as fetch
 
-    click.echo(f"{fetch(name, root)}")
+    say(f"{fetch(name, root)}")

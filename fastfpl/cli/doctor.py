@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from fastfpl.cli.names import Name
-from fastfpl.cli.screen import console
 from fastfpl.errors import InputError, Missing
+from fastfpl.terminal import console, say, table
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,6 @@ def doctor(clip: str | None) -> None:
     """Say what runs on this machine, why the rest does not, and what cannot be checked on it."""
     import torch
     from rich.table import Table
-    from rich.text import Text
 
     from fastfpl.data import DATASETS
     from fastfpl.federation.result import environment
@@ -45,34 +44,31 @@ def doctor(clip: str | None) -> None:
     facts.add_row("data sets", " ".join(DATASETS))
     facts.add_row("feature store", _store())
     shown.print(facts)
-    faces = Table("op", "face", "answers here", box=None)
+    faces = table("op", "face", "answers here")
     for op, candidates in sorted(all_faces().items()):
         for face in candidates:
             reasons = face.missing()
-            faces.add_row(op, face.name, Text("; ".join(reasons) if reasons else "yes"))
+            faces.add_row(op, face.name, "; ".join(reasons) or "yes")
     shown.print(faces)
     if clip is not None:
         shown.print(_takers(clip, device))
     blind = list(unchecked())
     click.echo("cannot be checked here:" if blind else "everything can be checked here")
     for what in blind:
-        click.echo(f"  {what}")
+        say(f"  {what}")
 
 
 def _takers(clip: str, device: torch.device) -> RichTable:
     """Build the table of the faces that take a model's text tower on a device."""
-    from rich.table import Table
-    from rich.text import Text
-
     from fastfpl.clip.survey import on, survey
     from fastfpl.ops.text import reasons_against
 
     found = survey(clip)
     if found.text is None:
         raise InputError(f"fastfpl doctor: clip must be a model that is taken; got {found.refusal}")
-    faces = Table(f"text pass of {found.name}", "takes it", box=None)
+    faces = table(f"text pass of {found.name}", "takes it")
     for name, reasons in reasons_against(on(found.text, device)).items():
-        faces.add_row(name, Text("; ".join(reasons) if reasons else "yes"))
+        faces.add_row(name, "; ".join(reasons) or "yes")
     return faces
 
 

@@ -19,6 +19,7 @@ from fastfpl.cli.quirks import quirks
 from fastfpl.cli.report import report
 from fastfpl.cli.run import run
 from fastfpl.errors import FastfplError, cut
+from fastfpl.terminal import say, sayable
 
 __all__ = ["group", "main"]
 
@@ -28,10 +29,15 @@ _MOST = 1500
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake ends with one sentence and exit code 2."""
+    with sayable():
+        _run(arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> None:
     try:
         group.main(args=arguments, prog_name="fastfpl", standalone_mode=False)
     except FastfplError as error:
-        click.echo(f"error: {cut(str(error), _MOST)}", err=True)
+        say(f"error: {cut(str(error), _MOST)}", err=True)
         sys.exit(2)
     except BrokenPipeError:
         # who read has gone, as head does; what is left must not fail at exit either
@@ -39,9 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
     except OSError as error:
         where = f" {cut(str(error.filename), 200)!r}" if error.filename else ""
-        click.echo(
-            f"error: fastfpl: the system refused{where}: {error.strerror or error}", err=True
-        )
+        say(f"error: fastfpl: the system refused{where}: {error.strerror or error}", err=True)
         sys.exit(2)
     except click.ClickException as error:
         text = cut(error.format_message(), _MOST)

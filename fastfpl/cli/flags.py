@@ -40,7 +40,16 @@ GROUPS = {
         *("split_test", "shots", "participation", "sampling", "dropout"),
     ),
     "CLIP and prompts": (
-        *("clip", "pretrained", "dtype", "feature_dtype", "position", "n_ctx", "ctx_init"),
+        *(
+            "clip",
+            "pretrained",
+            "quick_gelu",
+            "dtype",
+            "feature_dtype",
+            "position",
+            "n_ctx",
+            "ctx_init",
+        ),
     ),
     "Training": (
         *("rounds", "local_epochs", "batch_size", "lr", "momentum", "weight_decay", "schedule"),

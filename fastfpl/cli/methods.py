@@ -5,28 +5,27 @@ from __future__ import annotations
 import click
 
 from fastfpl.cli.names import Name
-from fastfpl.cli.screen import console
+from fastfpl.terminal import console, say, table
 
 
 @click.command()
 @click.argument("name", required=False, type=Name("method"))
 def methods(name: str | None) -> None:
     """List the methods, or show one: options with defaults, source, needs, what travels."""
-    from rich.table import Table
-
     from fastfpl.methods import METHODS
     from fastfpl.methods.facts import method_facts
 
     if name is None:
-        table = Table("method", "what it is", "answers with", "options", box=None)
+        found = table("method", "what it is", "answers with", "options")
         for known in METHODS:
             one = method_facts(known)
             whose = "a client's own" if one.personal else "one global model"
-            table.add_row(known, one.summary, whose, " ".join(o.name for o in one.options))
-        console().print(table)
+            found.add_row(known, one.summary, whose, " ".join(o.name for o in one.options))
+        console().print(found)
         return
     one = method_facts(name)
-    click.echo(f"{one.name}: {one.summary}\n\n{one.about}\n")
+    for line in (f"{one.name}: {one.summary}", "", *one.about.splitlines(), ""):
+        say(line)
     for title, text in (
         ("source", one.source),
         ("answers with", "parameters of each client" if one.personal else "one global model"),
@@ -35,12 +34,12 @@ def methods(name: str | None) -> None:
         ("receives", one.receives),
         *(("needs", need) for need in one.needs),
     ):
-        click.echo(f"{title + ':':14}{text}")
+        say(f"{title + ':':14}{text}")
     if not one.options:
         click.echo("options:      none")
         return
-    table = Table("option", "value", "default", "meaning", box=None)
+    found = table("option", "value", "default", "meaning")
     for option in one.options:
-        table.add_row(option.name, option.kind, option.default, option.about)
+        found.add_row(option.name, option.kind, option.default, option.about)
     click.echo()
-    console().print(table)
+    console().print(found)

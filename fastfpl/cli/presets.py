@@ -6,16 +6,14 @@ import click
 import yaml
 
 from fastfpl.cli.names import Name
-from fastfpl.cli.screen import console
 from fastfpl.config import load_preset, preset_names
+from fastfpl.terminal import console, table
 
 
 @click.command()
 @click.argument("name", required=False, type=Name("preset"))
 def presets(name: str | None) -> None:
     """List the papers' settings, or show one as YAML."""
-    from rich.table import Table
-
     if name is not None:
         chosen = load_preset(name)
         click.echo(f"# {chosen.about}")
@@ -24,7 +22,7 @@ def presets(name: str | None) -> None:
             where = "".join(f", {key}={value}" for key, value in figures.where.items())
             click.echo(f"# published: {figures.source}{where}; for {', '.join(figures.figures)}")
         return
-    table = Table("preset", "settings of", box=None)
+    found = table("preset", "settings of")
     for preset in preset_names():
-        table.add_row(preset, load_preset(preset).about)
-    console().print(table)
+        found.add_row(preset, load_preset(preset).about)
+    console().print(found)

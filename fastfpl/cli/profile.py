@@ -10,7 +10,8 @@ import click
 
 from fastfpl.cli.flags import SEED, Grouped, profile_options, settings_of, shared
 from fastfpl.cli.names import Name
-from fastfpl.cli.screen import console, progress
+from fastfpl.cli.screen import progress
+from fastfpl.terminal import console, say, table
 
 
 @click.command(cls=Grouped)
@@ -46,19 +47,19 @@ def profile(
 
     Open trace.json at ui.perfetto.dev or in chrome://tracing.
     """
-    from rich.table import Table
-
     from fastfpl.federation.profiling import profile as measure
 
     settings = settings_of(method, preset, config, options, flags)
     folder = out or Path("runs") / f"profile-{method}-{settings.dataset}"
-    with progress() as (observer, _):
-        seen = measure(settings, folder, steps=steps, cache=cache, observer=observer)
+    with progress() as (observer, on_round):
+        seen = measure(
+            settings, folder, steps=steps, cache=cache, observer=observer, on_round=on_round
+        )
     shown = console()
     device = ("GPU ms", "share") if seen.cuda else ()
     for title, spans in (("phase", seen.phases), ("operator", seen.operators)):
-        table = Table(title, "calls", "CPU ms", "share", *device, box=None)
-        for column in table.columns[1:]:
+        columns = table(title, "calls", "CPU ms", "share", *device)
+        for column in columns.columns[1:]:
             column.justify = "right"
         # operators share the time of all; a phase stands in another one
         totals = [seen.seconds, seen.seconds]
@@ -71,9 +72,9 @@ def profile(
                 for t, total in zip(times, totals, strict=False)
                 for cell in (f"{1e3 * t:.2f}", f"{100 * t / total:.1f} %" if total else "")
             ]
-            table.add_row(span.name, str(span.calls), *cells)
-        shown.print(table)
+            columns.add_row(span.name, str(span.calls), *cells)
+        shown.print(columns)
     faces = ", ".join(f"{op} by {' and '.join(names)}" for op, names in sorted(seen.faces.items()))
     click.echo(f"round {seen.seconds:.3f} s under the profiler; {faces}")
     click.echo(f"peak memory {seen.peak_memory_bytes / 2**20:.0f} MiB")
-    click.echo(str(seen.trace))
+    say(str(seen.trace))

@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from fastfpl.cli.flags import Place
-from fastfpl.cli.screen import console, print_tables
+from fastfpl.cli.screen import print_tables
+from fastfpl.terminal import say
 
 
 @click.command()
@@ -20,12 +21,23 @@ from fastfpl.cli.screen import console, print_tables
 def report(folders: tuple[Path, ...], out: Path | None) -> None:
     """Print the table and write plots and page of finished runs anew.
 
-    A FOLDER is the --out of a run or of a comparison.
+    A FOLDER is the --out of a run or of a comparison. Runs on different tasks (data set, scenario,
+    CLIP, partition, shots, views) get tables of their own; runs that are not finished are named.
     """
-    from fastfpl.report import load_comparison, write_report
+    from fastfpl.report import load_comparisons, write_report
+    from fastfpl.report.facts import group_names
 
-    comparison = load_comparison(*folders)
-    print_tables(comparison)
+    comparisons = load_comparisons(*folders)
     folder = out or (folders[0] if len(folders) == 1 else Path("runs") / "report")
-    for path in write_report(comparison, folder):
-        console().print(str(path))
+    written: list[Path] = []
+    try:
+        written = write_report(comparisons, folder)
+    finally:
+        for name, comparison in zip(group_names(comparisons), comparisons, strict=True):
+            if name:
+                say(f"== {name}")
+            print_tables(comparison)
+    for path in written:
+        say(str(path))
+    for text in (text for comparison in comparisons for text in comparison.missing):
+        say(f"missing: {text}", err=True)

@@ -10,7 +10,8 @@ import click
 
 from fastfpl.cli.flags import SEED, Grouped, run_options, settings_of
 from fastfpl.cli.names import Name
-from fastfpl.cli.screen import console, print_tables, progress
+from fastfpl.cli.screen import print_tables, progress
+from fastfpl.terminal import say
 
 
 @click.command(cls=Grouped)
@@ -56,7 +57,7 @@ def run(
     print_tables(Comparison({method: [result]}))
     if result.memory is not None:
         click.echo(_chosen(result.memory, result.peak_memory_bytes))
-    console().print(f"{folder / 'result.json'}")
+    say(str(folder / "result.json"))
 
 
 def _chosen(memory: Mapping[str, Any], peak: int) -> str:

@@ -7,25 +7,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import click
+from fastfpl.terminal import console, plain, say
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from fastfpl.federation import Comparison
 
-__all__ = ["console", "print_tables", "progress"]
+__all__ = ["print_tables", "progress"]
 
 # seconds over which a rate is taken, and after which a long step says a line
 _PERIOD = 600.0
 _EVERY = 60.0
-
-
-def console(stderr: bool = False) -> Console:
-    """Make the console that prints to stdout, or to stderr."""
-    from rich.console import Console
-
-    return Console(stderr=stderr, highlight=False)
 
 
 def print_tables(comparison: Comparison) -> None:
@@ -69,7 +60,7 @@ def progress() -> Iterator[tuple[Callable[[str, int, int], None], Callable[..., 
             return Text("" if speed is None else f"{speed:.1f}{unit}/s")
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         Rate(),
@@ -83,7 +74,7 @@ def progress() -> Iterator[tuple[Callable[[str, int, int], None], Callable[..., 
             if current.get("what") != what:
                 if current:
                     bars.remove_task(current["task"])
-                current.update(what=what, task=bars.add_task(what, total=total))
+                current.update(what=what, task=bars.add_task(plain(what), total=total))
             # the first report is where the rate begins: what was there before does not count
             bars.update(current["task"], completed=done, total=total)
 
@@ -100,7 +91,7 @@ def _round_line(label: str, row: Mapping[str, Any]) -> str:
         figure = f"accuracy {100 * row['accuracy']:.1f} %"
     else:
         figure = f"loss {row['loss']:.4f}"
-    return f"{label}  round {row['round'] + 1}  {figure}  {row['seconds']:.1f} s"
+    return f"{plain(label)}  round {row['round'] + 1}  {figure}  {row['seconds']:.1f} s"
 
 
 class _Lines:
@@ -116,8 +107,8 @@ class _Lines:
             self._what, self._last = what, now
         elif now - self._last >= _EVERY:
             self._last = now
-            click.echo(f"{what}  {done} of {total}", err=True)
+            say(f"{what}  {done} of {total}", err=True)
 
     def on_round(self, label: str, row: Mapping[str, Any]) -> None:
-        """Say that a round ended; click flushes every line."""
-        click.echo(_round_line(label, row), err=True)
+        """Say that a round ended."""
+        say(_round_line(label, row), err=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +18,29 @@ from fastfpl.federation.experiment import RoundObserver, refuse_held, run, unsee
 from fastfpl.federation.feeds import Observer, silent
 from fastfpl.federation.preparation import Plan, load_model, plan, weigh
 from fastfpl.federation.result import Result
+from fastfpl.files import write_json
 from fastfpl.methods import check_options, find_method
 from fastfpl.released import share_quirks
 
-__all__ = ["Comparison", "Sweep", "compare", "sweep"]
+__all__ = ["PLAN", "Comparison", "Sweep", "compare", "sweep", "value_folder"]
+
+#: Names the methods, seeds and rounds that a comparison was asked for.
+PLAN = "comparison.json"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Results by method, one a seed."""
+    """Results by method, one a seed.
+
+    Attributes
+    ----------
+    results : mapping from method to sequence of Result
+    missing : tuple of str
+        Runs that belong to it and are not finished, each in words; with one, nothing is ranked.
+    """
 
     results: Mapping[str, Sequence[Result]]
+    missing: tuple[str, ...] = ()
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a method: mean and standard deviation over seeds, cost per round.
@@ -98,6 +112,12 @@ class Sweep:
     comparisons: Mapping[Any, Comparison]
 
 
+def value_folder(key: str, value: Any) -> str:
+    """Name the folder of one value of a sweep: what no folder may be called is percent-encoded."""
+    text = re.sub(r"[%/\\\x00-\x1f\x7f]", lambda m: f"%{ord(m.group()):02X}", str(value))
+    return f"{key}={text}"
+
+
 @dataclass(frozen=True)
 class _Job:
     """One run of a comparison."""
@@ -129,7 +149,8 @@ def compare(
         Names, each once.
     seeds : sequence of int
     preset, out, resume, model, cache, observer, on_round
-        As in `run`; ``out`` gets one folder a method and seed.
+        As in `run`; ``out`` gets one folder a method and seed, and ``comparison.json``, which says
+        what belongs together.
     options : mapping from method to its options
     **settings
         Fields of `fastfpl.Settings` but ``method``, ``seed`` and ``options``. Of ``as_released``
@@ -204,7 +225,9 @@ def _check(jobs: Sequence[_Job], resume: bool, model: FrozenCLIP | None) -> None
     clips: dict[tuple[Any, ...], list[Plan]] = {}
     for planned in plans.values():
         s = planned.settings
-        clips.setdefault((s.clip, s.pretrained, s.dtype, s.device), []).append(planned)
+        clips.setdefault((s.clip, s.pretrained, s.quick_gelu, s.dtype, s.device), []).append(
+            planned
+        )
     for same in clips.values():
         clip = model or load_model(same[0])
         for planned in same:
@@ -221,6 +244,18 @@ def _play(
     observer: Observer,
     on_round: RoundObserver,
 ) -> Comparison:
+    whole = {
+        "methods": list(methods),
+        "seeds": list(dict.fromkeys(job.settings.seed for job in jobs)),
+        "rounds": jobs[0].settings.rounds,
+    }
+
+    @lru_cache(maxsize=1)
+    def begin() -> None:
+        """Say what belongs to the comparison as soon as a round of it is there."""
+        if jobs[0].folder is not None:
+            write_json(jobs[0].folder.parent / PLAN, whole)
+
     results: dict[str, list[Result]] = {name: [] for name in methods}
     for job in jobs:
 
@@ -228,6 +263,7 @@ def _play(
             observer(f"{label}: {what}", done, total)
 
         def tell_round(method: str, row: Mapping[str, Any], label: str = job.label) -> None:
+            begin()
             on_round(label, row)
 
         results[job.settings.method].append(
@@ -242,6 +278,7 @@ def _play(
                 on_round=tell_round,
             )
         )
+        begin()
     return Comparison(results)
 
 
@@ -271,7 +308,7 @@ def sweep(
     values : sequence
         Its values, each once.
     out : path, optional
-        Gets one folder ``KEY=VALUE`` a value.
+        Gets one folder ``KEY=VALUE`` a value (`value_folder`).
     seeds, preset, resume, model, cache, observer, on_round, options, **settings
         As for `compare`.
     """
@@ -293,7 +330,7 @@ def sweep(
             methods,
             seeds,
             preset,
-            None if out is None else Path(out) / f"{key}={value}",
+            None if out is None else Path(out) / value_folder(key, value),
             options,
             {**settings, key: value},
         )

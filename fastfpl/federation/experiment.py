@@ -29,6 +29,7 @@ from fastfpl.federation.provenance import provenance
 from fastfpl.federation.result import (
     RESULT,
     Result,
+    deal,
     environment,
     forget_peak_memory,
     peak_memory,
@@ -38,6 +39,7 @@ from fastfpl.federation.rounds import Federation
 from fastfpl.federation.states import CLIENTS, StateFiles
 from fastfpl.ops.faces import recorded_faces
 from fastfpl.ops.memory import memory_limit
+from fastfpl.ops.precision import without_autocast
 
 __all__ = ["RoundObserver", "refuse_held", "run", "threads", "unseen"]
 
@@ -96,6 +98,11 @@ def run(
     ------
     FastfplError
         With a sentence that names the argument, what came and the cure.
+
+    Notes
+    -----
+    What a run computes in is in its settings: the caller's autocast is off meanwhile, and torch's
+    default dtype decides nothing.
     """
     origin = None if preset is None else load_preset(preset)
     if isinstance(method, Settings):
@@ -113,7 +120,7 @@ def run(
     if folder is not None:
         refuse_held(folder, resume)
         held = alone_in(folder)
-    with held, threads(chosen.threads):
+    with held, threads(chosen.threads), without_autocast():
         if folder is not None:
             refuse_held(folder, resume)  # one that ended while this one waited for the folder
         store = None if cache is None else Path(cache)
@@ -246,5 +253,7 @@ def _result(federation: Federation, faces: dict[str, list[str]]) -> Result:
             "skipped": federation.dataset.skipped,
             "notes": list(federation.dataset.notes),
             "weights": federation.clip.weights_digest,
+            "activation": federation.clip.text.activation,
+            "deal": deal(federation.shards),
         },
     )

@@ -99,6 +99,11 @@ def plan(
             "fastfpl.run: transductive must be left out but for methods that look at no label; "
             f"got True for {settings.method}"
         )
+    if loaded and settings.quick_gelu != "auto":
+        raise InputError(
+            "fastfpl.run: quick_gelu must be left out with a model that is loaded; got "
+            f"{settings.quick_gelu!r}"
+        )
     device = _device(settings.device)
     if not loaded and settings.clip != "tiny":
         known(settings.clip)
@@ -155,6 +160,7 @@ def load_model(planned: Plan) -> FrozenCLIP:
         settings.pretrained,
         device=planned.device,
         dtype=getattr(torch, settings.dtype),
+        quick_gelu={"auto": None, "yes": True, "no": False}[settings.quick_gelu],
     )
 
 
