@@ -19,7 +19,9 @@ from fastfpl.terminal import console, say
 
 @click.command(cls=Grouped)
 @click.argument("methods", nargs=-1, required=True, metavar="METHOD...", type=Name("method"))
-@click.option("--seeds", default="0", show_default=True, help="seeds, separated by commas")
+@click.option(
+    "--seeds", metavar="N,N,...", default="0", show_default=True, help="seeds, separated by commas"
+)
 @click.option(
     "--sweep",
     metavar="SETTING=V1,V2,...",

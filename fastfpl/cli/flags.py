@@ -18,6 +18,7 @@ from fastfpl.plain_yaml import parse_yaml
 __all__ = [
     "GROUPS",
     "SEED",
+    "Count",
     "Grouped",
     "Place",
     "gather",
@@ -79,7 +80,7 @@ class Grouped(click.Command):
                 formatter.write_dl(records)
 
 
-class _Count(click.ParamType):  # type: ignore[type-arg]
+class Count(click.ParamType):  # type: ignore[type-arg]
     """A whole number, or ``all`` where the setting takes it."""
 
     def __init__(self, everything: bool = False) -> None:
@@ -87,11 +88,13 @@ class _Count(click.ParamType):  # type: ignore[type-arg]
         self.name = "N|all" if everything else "N"
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        """Say what is written."""
         return self.name
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> int | str:
+        """Read it; whether the number is taken is for `Settings` to say."""
         if value == "all" and self.everything:
             return "all"
         try:
@@ -165,7 +168,7 @@ def _flag_type(name: str, annotation: Any) -> Any:
     if len(parts) == 1:
         return _flag_type(name, parts[0])
     if annotation is int:
-        return _Count(everything=name == "shots")
+        return Count(everything=name == "shots")
     return {float: click.FLOAT, bool: click.BOOL}.get(annotation, click.STRING)
 
 
@@ -180,7 +183,9 @@ def _complete_option(
     ctx: click.Context, param: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
     """Complete the keys of the options of the methods that stand on the line."""
-    methods = ctx.params.get("methods") or [m for m in (ctx.params.get("method"),) if m]
+    # click reads no further than an option whose value is still to come
+    named = (*(ctx.params.get("methods") or ()), ctx.params.get("method"), *ctx.args)
+    methods = [name for name in dict.fromkeys(named) if name]
     several = len(methods) > 1
     return [
         CompletionItem(f"{method}.{key}=" if several else f"{key}=", help=about)
@@ -208,7 +213,7 @@ _SHARED = (
     click.option("--out", type=Place(), metavar="FOLDER", help="folder of the results"),
     click.option("--cache", type=Place(), metavar="FOLDER", help="folder of image features"),
 )
-SEED = click.option("--seed", type=_Count(), default=None, help="of everything that is drawn  [0]")
+SEED = click.option("--seed", type=Count(), default=None, help="of everything that is drawn  [0]")
 
 
 def run_options(command: _Command) -> _Command:

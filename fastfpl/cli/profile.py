@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from fastfpl.cli.flags import SEED, Grouped, profile_options, settings_of, shared
+from fastfpl.cli.flags import SEED, Count, Grouped, profile_options, settings_of, shared
 from fastfpl.cli.names import Name
 from fastfpl.cli.screen import progress
 from fastfpl.terminal import console, say, table
@@ -16,9 +16,16 @@ from fastfpl.terminal import console, say, table
 
 @click.command(cls=Grouped)
 @click.argument("method", type=Name("method"))
-@click.option("--steps", type=int, default=3, show_default=True, help="training steps of a client")
 @click.option(
-    "--top", type=click.IntRange(1), default=15, show_default=True, help="operators that are shown"
+    "--steps", type=Count(), default=3, show_default=True, help="training steps of a client"
+)
+@click.option(
+    "--top",
+    type=click.IntRange(1),
+    metavar="N",
+    default=15,
+    show_default=True,
+    help="operators that are shown",
 )
 @SEED
 @shared
