@@ -24,6 +24,7 @@ from fastfpl.kernels.transport_pair import plan_of_pair, solve_pair
 
 __all__ = [
     "MOST_PATCHES",
+    "MOST_PATCHES_DOUBLE",
     "MOST_PROMPTS",
     "transport_logits_bwd",
     "transport_logits_fwd",
@@ -32,6 +33,8 @@ __all__ = [
 
 #: Most patches of an image and prompts of a class: what one program holds in registers.
 MOST_PATCHES, MOST_PROMPTS = 1024, 16
+#: Of float64 in `transport_logits_fwd`: of more, one step of the product needs 128 KiB.
+MOST_PATCHES_DOUBLE = 512
 
 # The interpreter takes the bits of bfloat16 operands of a product for integers, and cuts a number
 # off when it stores one (Triton 3.9).
@@ -729,6 +732,8 @@ def transport_logits_fwd(
         "BLOCK_D": _depth(patches, prompts, block_p, width),
     } | (tile or {})
     size = blocks["BLOCK_P"] * blocks["BLOCK_C"] * blocks["BLOCK_N"]
+    # 64 KiB of patches fit every card, with what is fetched ahead or without
+    step = blocks["BLOCK_P"] * blocks["BLOCK_D"] * max(patches.itemsize, prompts.itemsize)
     with torch.cuda.device_of(patches):
         _transport_logits_fwd_kernel[(clients * images * triton.cdiv(classes, blocks["BLOCK_C"]),)](
             patches,
@@ -755,7 +760,7 @@ def transport_logits_fwd(
             **_kinds(patches, prompts),
             **blocks,
             **_warps(4 if size <= 4096 else 8 if size <= 8192 else 16),
-            num_stages=2,
+            num_stages=2 if 2 * step <= 1 << 16 else 1,
         )
     return logits, iterations, residual, entropy, state
 
@@ -794,11 +799,14 @@ def transport_logits_bwd(
     if not on_cpu:
         block_p, block_out = min(block_p, 64), min(block_out, 128)
     block_c = max(1, (256 if on_cpu else 32) // block_n)
+    depth = _depth(patches, prompts, block_p, width)
+    if not on_cpu and block_n == 1 and not sixteen:
+        depth = 16  # classes by themselves leave no registers for a whole line
     blocks = {
         "BLOCK_P": block_p,
         "BLOCK_C": min(block_c, max(_power(classes), -(-16 // block_n))),
         "BLOCK_N": block_n,
-        "BLOCK_D": _depth(patches, prompts, block_p, width),
+        "BLOCK_D": depth,
         "BLOCK_OUT": block_out,
     } | (tile or {})
     outs = triton.cdiv(width, blocks["BLOCK_OUT"])

@@ -481,8 +481,13 @@ def _against_triton(sim: Tensor, *_: object) -> list[str]:
 
 
 def _against_triton_logits(patches: Tensor, prompts: Tensor, *options: Any) -> list[str]:
+    from fastfpl.kernels.transport import MOST_PATCHES_DOUBLE
+
+    n_patches = patches.shape[-2]
     reasons = launch.against("transport_logits", patches=patches)
-    reasons += _beyond_kernels(patches.shape[-2], prompts.shape[-2])
+    reasons += _beyond_kernels(n_patches, prompts.shape[-2])
+    if wide_of(patches, prompts) == torch.float64 and n_patches > MOST_PATCHES_DOUBLE:
+        reasons.append(f"P = {n_patches} patches in float64, at most {MOST_PATCHES_DOUBLE}")
     *_, plan_gradient, _ = options
     return [*reasons, "gradients through the plan: cpu, torch faces"] if plan_gradient else reasons
 
