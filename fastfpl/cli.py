@@ -22,10 +22,12 @@ from fastfpl.config import (
     preset_names,
 )
 from fastfpl.errors import FastfplError, InputError
+from fastfpl.terminal import console as _console
+from fastfpl.terminal import plain, say, sayable
+from fastfpl.terminal import table as _table
 
 if TYPE_CHECKING:
     import torch
-    from rich.console import Console
     from rich.table import Table as RichTable
 
     from fastfpl.federation import Comparison
@@ -39,10 +41,15 @@ _PERIOD = 600.0
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake ends with one sentence and exit code 2."""
+    with sayable():
+        _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> None:
     try:
         _cli.main(args=arguments, prog_name="fastfpl", standalone_mode=False)
     except FastfplError as error:
-        click.echo(f"error: {error}", err=True)
+        say(f"error: {error}", err=True)
         sys.exit(2)
     except click.ClickException as error:
         error.show()
@@ -229,7 +236,7 @@ def run(
     _print_tables(Comparison({method: [result]}))
     if result.memory is not None:
         click.echo(_chosen(result.memory, result.peak_memory_bytes))
-    _console().print(f"{folder / 'result.json'}")
+    say(str(folder / "result.json"))
 
 
 def _chosen(memory: Mapping[str, Any], peak: int) -> str:
@@ -303,14 +310,17 @@ def compare(
             comparison = play(methods, **shared)
         else:
             swept = play_each(methods, *chosen, **shared)
-    if chosen is None:
-        _print_tables(comparison)
-        written = write_report(comparison, folder)
-    else:
-        _console().print(sweep_table(swept))
-        written = write_sweep(swept, folder)
+    # files first; a disk that does not take them must not cost the table either
+    written: list[Path] = []
+    try:
+        written = write_sweep(swept, folder) if chosen else write_report(comparison, folder)
+    finally:
+        if chosen is None:
+            _print_tables(comparison)
+        else:
+            _console().print(sweep_table(swept))
     for path in written:
-        _console().print(str(path))
+        say(str(path))
 
 
 @_cli.command()
@@ -346,8 +356,6 @@ def profile(
 
     Open trace.json at ui.perfetto.dev or in chrome://tracing.
     """
-    from rich.table import Table
-
     from fastfpl.federation.profiling import profile as measure
 
     settings = _settings_of(method, preset, config, options, flags)
@@ -357,7 +365,7 @@ def profile(
     console = _console()
     device = ("GPU ms", "share") if seen.cuda else ()
     for title, spans in (("phase", seen.phases), ("operator", seen.operators)):
-        table = Table(title, "calls", "CPU ms", "share", *device, box=None)
+        table = _table(title, "calls", "CPU ms", "share", *device)
         for column in table.columns[1:]:
             column.justify = "right"
         # operators share the time of all; a phase stands in another one
@@ -376,7 +384,7 @@ def profile(
     faces = ", ".join(f"{op} by {' and '.join(names)}" for op, names in sorted(seen.faces.items()))
     click.echo(f"round {seen.seconds:.3f} s under the profiler; {faces}")
     click.echo(f"peak memory {seen.peak_memory_bytes / 2**20:.0f} MiB")
-    click.echo(str(seen.trace))
+    say(str(seen.trace))
 
 
 def _print_tables(comparison: Comparison) -> None:
@@ -416,23 +424,32 @@ def _swept(text: str | None, values: Mapping[str, Any]) -> tuple[str, list[Any]]
 def report(folders: tuple[Path, ...], out: Path | None) -> None:
     """Print the table and write plots and page of finished runs anew.
 
-    A FOLDER is the --out of a run or of a comparison.
+    A FOLDER is the --out of a run or of a comparison. Runs on different tasks (data set, scenario,
+    CLIP, partition, shots, views) get tables of their own; runs that are not finished are named.
     """
-    from fastfpl.report import load_comparison, write_report
+    from fastfpl.report import load_comparisons, write_report
+    from fastfpl.report.facts import group_names
 
-    comparison = load_comparison(*folders)
-    _print_tables(comparison)
+    comparisons = load_comparisons(*folders)
     folder = out or (folders[0] if len(folders) == 1 else Path("runs") / "report")
-    for path in write_report(comparison, folder):
-        _console().print(str(path))
+    written: list[Path] = []
+    try:
+        written = write_report(comparisons, folder)
+    finally:
+        for name, comparison in zip(group_names(comparisons), comparisons, strict=True):
+            if name:
+                say(f"== {name}")
+            _print_tables(comparison)
+    for path in written:
+        say(str(path))
+    for text in (text for comparison in comparisons for text in comparison.missing):
+        say(f"missing: {text}", err=True)
 
 
 @_cli.command()
 @click.argument("name", required=False)
 def presets(name: str | None) -> None:
     """List the papers' settings, or show one as YAML."""
-    from rich.table import Table
-
     if name is not None:
         chosen = load_preset(name)
         click.echo(f"# {chosen.about}")
@@ -441,7 +458,7 @@ def presets(name: str | None) -> None:
             where = "".join(f", {key}={value}" for key, value in figures.where.items())
             click.echo(f"# published: {figures.source}{where}; for {', '.join(figures.figures)}")
         return
-    table = Table("preset", "settings of", box=None)
+    table = _table("preset", "settings of")
     for preset in preset_names():
         table.add_row(preset, load_preset(preset).about)
     _console().print(table)
@@ -451,14 +468,12 @@ def presets(name: str | None) -> None:
 @click.argument("method", required=False)
 def quirks(method: str | None) -> None:
     """List the quirks of released codes that --as-released reproduces, or METHOD's alone."""
-    from rich.table import Table
-
     from fastfpl.methods import find_method
     from fastfpl.released import QUIRKS
 
     if method is not None:
         find_method(method)
-    table = Table("quirk", "what the released code does", "methods", box=None)
+    table = _table("quirk", "what the released code does", "methods")
     for quirk in QUIRKS.values():
         if method is None or method in quirk.methods:
             table.add_row(quirk.name, quirk.about, ", ".join(quirk.methods))
@@ -474,7 +489,6 @@ def doctor(clip: str | None) -> None:
     """Say what runs on this machine, why the rest does not, and what cannot be checked on it."""
     import torch
     from rich.table import Table
-    from rich.text import Text
 
     from fastfpl.data import DATASETS
     from fastfpl.features import default_directory
@@ -494,34 +508,31 @@ def doctor(clip: str | None) -> None:
     facts.add_row("data sets", " ".join(DATASETS))
     facts.add_row("feature store", _short(default_directory()))
     console.print(facts)
-    faces = Table("op", "face", "answers here", box=None)
+    faces = _table("op", "face", "answers here")
     for op, candidates in sorted(all_faces().items()):
         for face in candidates:
             reasons = face.missing()
-            faces.add_row(op, face.name, Text("; ".join(reasons) if reasons else "yes"))
+            faces.add_row(op, face.name, "; ".join(reasons) or "yes")
     console.print(faces)
     if clip is not None:
         console.print(_takers(clip, device))
     blind = list(unchecked())
     click.echo("cannot be checked here:" if blind else "everything can be checked here")
     for what in blind:
-        click.echo(f"  {what}")
+        say(f"  {what}")
 
 
 def _takers(clip: str, device: torch.device) -> RichTable:
     """Build the table of the faces that take a model's text tower on a device."""
-    from rich.table import Table
-    from rich.text import Text
-
     from fastfpl.clip.survey import on, survey
     from fastfpl.ops.text import reasons_against
 
     found = survey(clip)
     if found.text is None:
         raise InputError(f"fastfpl doctor: clip must be a model that is taken; got {found.refusal}")
-    faces = Table(f"text pass of {found.name}", "takes it", box=None)
+    faces = _table(f"text pass of {found.name}", "takes it")
     for name, reasons in reasons_against(on(found.text, device)).items():
-        faces.add_row(name, Text("; ".join(reasons) if reasons else "yes"))
+        faces.add_row(name, "; ".join(reasons) or "yes")
     return faces
 
 
@@ -541,12 +552,10 @@ _ROOT = click.option(
 @data.command("list")
 def list_sets() -> None:
     """List the data sets, the folder that each wants, and their published sizes."""
-    from rich.table import Table
-
     from fastfpl.data import DATASETS
     from fastfpl.data.catalogue import FACTS
 
-    table = Table("name", "folder", "classes", "train", "test", "domains", box=None)
+    table = _table("name", "folder", "classes", "train", "test", "domains")
     for name in DATASETS:
         if name not in FACTS:
             table.add_row(name, "needs no files")
@@ -567,15 +576,15 @@ def check(name: str, root: Path, decode: bool) -> None:
 
     with _progress() as (observer, _):
         found = check_files(name, root, decode=decode, observer=observer)
-    click.echo(f"{name} in {found.folder or root}")
+    say(f"{name} in {found.folder or root}")
     for need, there in found.parts:
-        click.echo(f"  {'there  ' if there else 'MISSING'}  {need.path}")
+        say(f"  {'there  ' if there else 'MISSING'}  {need.path}")
         if not there:
-            click.echo(f"           get it from {need.source}")
+            say(f"           get it from {need.source}")
     for what, count, published in found.counts:
-        click.echo(f"  {count} of {published} {what}")
+        say(f"  {count} of {published} {what}")
     for problem in found.problems:
-        click.echo(f"  {problem}")
+        say(f"  {problem}")
     if not found.complete:
         click.echo(f"{name} is not complete")
         sys.exit(2)
@@ -589,7 +598,7 @@ def split(name: str, root: Path) -> None:
     """Draw the split that stands in for NAME's published one, and write it as its file."""
     from fastfpl.data.clip_sets import write_split
 
-    click.echo(f"{write_split(name, root)}")
+    say(f"{write_split(name, root)}")
 
 
 @data.command()
@@ -599,18 +608,12 @@ def download(name: str, root: Path) -> None:
     """Download NAME, if it needs no account, into --root."""
     from fastfpl.data.cifar import download as fetch
 
-    click.echo(f"{fetch(name, root)}")
+    say(f"{fetch(name, root)}")
 
 
 def _short(path: Path) -> str:
     home = Path.home()
     return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
-
-
-def _console(stderr: bool = False) -> Console:
-    from rich.console import Console
-
-    return Console(stderr=stderr, highlight=False)
 
 
 @contextmanager
@@ -640,7 +643,7 @@ def _progress() -> Iterator[tuple[Callable[[str, int, int], None], Callable[...,
             return Text("" if speed is None else f"{speed:.1f}{unit}/s")
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         Rate(),
@@ -654,15 +657,15 @@ def _progress() -> Iterator[tuple[Callable[[str, int, int], None], Callable[...,
             if current.get("what") != what:
                 if current:
                     bars.remove_task(current["task"])
-                current.update(what=what, task=bars.add_task(what, total=total))
+                current.update(what=what, task=bars.add_task(plain(what), total=total))
             # the first report is where the rate begins: what was there before does not count
             bars.update(current["task"], completed=done, total=total)
 
         def on_round(label: str, row: Mapping[str, Any]) -> None:
             if row["accuracy"] is not None:
                 bars.console.print(
-                    f"{label}  round {row['round'] + 1}  accuracy {100 * row['accuracy']:.1f} %  "
-                    f"{row['seconds']:.1f} s"
+                    f"{plain(label)}  round {row['round'] + 1}  "
+                    f"accuracy {100 * row['accuracy']:.1f} %  {row['seconds']:.1f} s"
                 )
 
         yield observer, on_round

@@ -75,7 +75,12 @@ class Settings(BaseModel):
     )
     clip: str = Field("tiny", description="the frozen CLIP: tiny or a name of open_clip")
     pretrained: str | None = Field(
-        None, description="weights of the CLIP: a tag, a local file, or random"
+        None, description="weights of the CLIP: a tag, a local file or folder, or random"
+    )
+    quick_gelu: Literal["auto", "yes", "no"] = Field(
+        "auto",
+        description="whether the weights were trained with QuickGELU, as OpenAI's were; auto is "
+        "what tag, file or name say",
     )
     position: Literal["end", "middle", "front"] = Field(
         "end", description="where the class name stands in the prompt"
@@ -249,8 +254,8 @@ def make_settings(values: Mapping[str, Any]) -> Settings:
     """Check values and fill in defaults, or refuse with a sentence that names the key.
 
     ``shots`` also takes ``"all"``, ``as_released`` names separated by commas, ``max_memory`` and
-    ``resident`` a text such as ``"2GiB"``, ``cuda_graphs`` the truth values that YAML makes of on
-    and off, and numbers may come as integers where a float is meant.
+    ``resident`` a text such as ``"2GiB"``, ``cuda_graphs`` and ``quick_gelu`` the truth values that
+    YAML makes of on and off, yes and no, and numbers may come as integers where a float is meant.
     """
     known = Settings.model_fields
     for key in values:
@@ -267,8 +272,9 @@ def make_settings(values: Mapping[str, Any]) -> Settings:
             clean[key] = parse_bytes("fastfpl.Settings", clean[key], key)
     if none:
         clean["resident"] = 0
-    if isinstance(clean.get("cuda_graphs"), bool):
-        clean["cuda_graphs"] = "on" if clean["cuda_graphs"] else "off"
+    for key, on, off in (("cuda_graphs", "on", "off"), ("quick_gelu", "yes", "no")):
+        if isinstance(clean.get(key), bool):
+            clean[key] = on if clean[key] else off
     clean["as_released"] = quirk_names(clean.get("as_released", []))
     for key, value in clean.items():
         if isinstance(value, Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-__all__ = ["Growing", "sweep_parts", "write_json", "write_text", "write_whole"]
+__all__ = ["Growing", "sweep_parts", "write_all", "write_json", "write_text", "write_whole"]
 
 _JOURNAL = "fastfpl-journal-1"
 _PRIVATE = re.compile(r"-\d+-[0-9a-f]{8}\.part$")
@@ -31,6 +32,34 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_all(contents: Mapping[Path, bytes]) -> None:
+    """Write files that belong together: all lie whole under temporary names before one is renamed.
+
+    Whatever the disk refuses leaves the files that were there as they were.
+    """
+    parts: dict[Path, Path] = {}
+    try:
+        for path, content in contents.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            parts[path] = path.with_name(f".{path.name}.{os.getpid()}.part")
+            parts[path].unlink(missing_ok=True)  # never written through a link
+            with parts[path].open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for path in parts:
+            # a rename onto a folder fails, and would leave the files before it new
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        for path, part in parts.items():
+            os.replace(part, path)
+    finally:
+        for part in parts.values():
+            # a disk that is read-only again says so here too
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

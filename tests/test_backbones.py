@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,8 @@ def test_what_surrounds_a_text_is_read_from_the_tokenizer(
         row = [i for i in (found.sos,) if i is not None] + found.encode(text) + [found.eot]
         assert tokenizer([text])[0].tolist() == row + [pad] * (20 - len(row))
         assert bare.encode(text) == found.encode(text)
+    sent = pickle.loads(pickle.dumps(found))
+    assert sent.encode("Sea-horse 42.") == found.encode("Sea-horse 42.")
     plain = adapt_tokenizer(hub_tokenizer(kind), 1000)
     assert plain.sos == sos
     assert plain.eot == (3 if kind == "bert" else eot)  # open_clip replaces BERT's [SEP] by 0

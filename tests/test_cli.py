@@ -49,6 +49,9 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
     [
         ("run pfedmop", "method must be a known one; got 'pfedmop'; did you mean 'pfedmoap'"),
         ("run promptfl --dataset glyfs", "did you mean 'glyphs'"),
+        ("run promptfl --clip vit-b16", "did you mean 'ViT-B-16'?"),
+        ("run promptfl --device gpu", "did you mean 'cuda'?"),
+        ("run promptfl --quick-gelu no", "quick_gelu must be None or True for 'tiny'; got False"),
         ("run promptfl --clip tinny", "'tinny'"),
         ("run promptfl --preset nope", "preset must be a known one; got 'nope'"),
         ("run promptfl --beta .3", "beta must be left out with partition='pathological'"),
@@ -176,7 +179,9 @@ def test_report_writes_again_what_compare_wrote(
     where = ["--out", "c", "--cache", "cache"]
     code, out, err = call(capsys, "compare", "zeroshot", "promptfl", *QUICK, *where)
     assert (code, err) == (0, "")
-    files = [p for p in Path("c").iterdir() if p.is_file()]
+    plan = json.loads(Path("c/comparison.json").read_text())
+    assert plan == {"methods": ["zeroshot", "promptfl"], "seeds": [0], "rounds": 2}
+    files = [p for p in Path("c").iterdir() if p.is_file() and p.name != "comparison.json"]
     before = {path: path.read_bytes() for path in files}
     assert len(before) == 5
     for path in files:
@@ -198,7 +203,7 @@ def test_report_writes_again_what_compare_wrote(
     Path("c/promptfl-seed0/result.json").unlink()
     code, out, err = call(capsys, "report", "c/promptfl-seed0")
     assert (code, out) == (2, "")
-    assert err.startswith("error: fastfpl.load_comparison: folder must hold finished runs")
+    assert err.startswith("error: fastfpl.load_comparisons: folder must hold finished runs")
     assert err.count("\n") == 1
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastfpl.data.base import Dataset, Images, Split, Statistics
+from fastfpl.data.catalogue import open_root
 from fastfpl.data.partitions import KINDS, Shard, base_novel, partition
 from fastfpl.data.subsets import ClassSubset, DomainSubset, Joined, restrict, split_domain
 from fastfpl.errors import InputError, near
@@ -124,7 +125,7 @@ def read_dataset(name: str, root: str | Path | None) -> Dataset:
             f"got {str(root)!r}"
         )
     load: Callable[..., Dataset] = getattr(importlib.import_module(module), function)
-    return load() if root is None else load(Path(root).expanduser())
+    return load() if root is None else load(open_root("fastfpl.data.load_dataset", root))
 
 
 def __getattr__(name: str) -> Any:

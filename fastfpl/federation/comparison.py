@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +16,29 @@ from fastfpl.errors import InputError, near
 from fastfpl.federation.experiment import RoundObserver, run, unseen
 from fastfpl.federation.feeds import Observer, silent
 from fastfpl.federation.result import Result
+from fastfpl.files import write_json
 from fastfpl.methods import check_options, find_method
 from fastfpl.released import share_quirks
 
-__all__ = ["Comparison", "Sweep", "compare", "sweep"]
+__all__ = ["PLAN", "Comparison", "Sweep", "compare", "sweep", "value_folder"]
+
+#: Names the methods, seeds and rounds that a comparison was asked for.
+PLAN = "comparison.json"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Results by method, one a seed."""
+    """Results by method, one a seed.
+
+    Attributes
+    ----------
+    results : mapping from method to sequence of Result
+    missing : tuple of str
+        Runs that belong to it and are not finished, each in words; with one, nothing is ranked.
+    """
 
     results: Mapping[str, Sequence[Result]]
+    missing: tuple[str, ...] = ()
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a method: mean and standard deviation over seeds, cost per round.
@@ -96,6 +110,12 @@ class Sweep:
     comparisons: Mapping[Any, Comparison]
 
 
+def value_folder(key: str, value: Any) -> str:
+    """Name the folder of one value of a sweep: what no folder may be called is percent-encoded."""
+    text = re.sub(r"[%/\\\x00-\x1f\x7f]", lambda m: f"%{ord(m.group()):02X}", str(value))
+    return f"{key}={text}"
+
+
 def compare(
     methods: Sequence[str],
     *,
@@ -118,7 +138,8 @@ def compare(
         Names, each once.
     seeds : sequence of int
     preset, out, resume, model, cache, observer, on_round
-        As in `run`; ``out`` gets one folder a method and seed.
+        As in `run`; ``out`` gets one folder a method and seed, and ``comparison.json``, which says
+        what belongs together.
     options : mapping from method to its options
     **settings
         Fields of `fastfpl.Settings` but ``method``, ``seed`` and ``options``. Of ``as_released``
@@ -154,6 +175,14 @@ def compare(
             f"{op}: as_released must be left out where no quirk of {', '.join(methods)} would "
             "change something; got 'all'"
         )
+    plan = {"methods": list(methods), "seeds": [int(s) for s in seeds], "rounds": jobs[0][1].rounds}
+
+    @lru_cache(maxsize=1)
+    def begin() -> None:
+        """Say what belongs to the comparison as soon as a round of it is there."""
+        if out is not None:
+            write_json(Path(out) / PLAN, plan)
+
     results: dict[str, list[Result]] = {name: [] for name in methods}
     for name, one, folder in jobs:
         label = name if len(seeds) == 1 else f"{name}, seed {one.seed}"
@@ -162,6 +191,7 @@ def compare(
             observer(f"{label}: {what}", done, total)
 
         def tell_round(method: str, row: Mapping[str, Any], label: str = label) -> None:
+            begin()
             on_round(label, row)
 
         results[name].append(
@@ -176,6 +206,7 @@ def compare(
                 on_round=tell_round,
             )
         )
+        begin()
     return Comparison(results)
 
 
@@ -197,7 +228,7 @@ def sweep(
     values : sequence
         Its values, each once.
     out : path, optional
-        Gets one folder ``KEY=VALUE`` a value.
+        Gets one folder ``KEY=VALUE`` a value (`value_folder`).
     **settings
         As for `compare`.
     """
@@ -220,7 +251,7 @@ def sweep(
         {
             value: compare(
                 methods,
-                out=None if out is None else Path(out) / f"{key}={value}",
+                out=None if out is None else Path(out) / value_folder(key, value),
                 **{**settings, key: value},
             )
             for value in values

@@ -28,6 +28,7 @@ from fastfpl.federation.provenance import provenance
 from fastfpl.federation.result import (
     RESULT,
     Result,
+    deal,
     environment,
     forget_peak_memory,
     peak_memory,
@@ -37,6 +38,7 @@ from fastfpl.federation.rounds import Federation
 from fastfpl.federation.states import CLIENTS, StateFiles
 from fastfpl.ops.faces import recorded_faces
 from fastfpl.ops.memory import memory_limit
+from fastfpl.ops.precision import without_autocast
 
 __all__ = ["RoundObserver", "run", "threads", "unseen"]
 
@@ -95,6 +97,11 @@ def run(
     ------
     FastfplError
         With a sentence that names the argument, what came and the cure.
+
+    Notes
+    -----
+    What a run computes in is in its settings: the caller's autocast is off meanwhile, and torch's
+    default dtype decides nothing.
     """
     origin = None if preset is None else load_preset(preset)
     if isinstance(method, Settings):
@@ -115,7 +122,7 @@ def run(
             raise InputError(f"fastfpl.run: out must be a folder; got the file {folder}")
         held = alone_in(folder)
         old = [] if resume else [folder / RESULT, folder / CHECKPOINT]
-    with held, threads(chosen.threads):
+    with held, threads(chosen.threads), without_autocast():
         if any(path.exists() for path in old):
             raise InputError(
                 f"fastfpl.run: out must not hold a run already; got {folder}; "
@@ -225,5 +232,7 @@ def _result(federation: Federation, faces: dict[str, list[str]]) -> Result:
             "skipped": federation.dataset.skipped,
             "notes": list(federation.dataset.notes),
             "weights": federation.clip.weights_digest,
+            "activation": federation.clip.text.activation,
+            "deal": deal(federation.shards),
         },
     )

@@ -69,11 +69,17 @@ def prepare(
             "fastfpl.run: transductive must be left out but for methods that look at no label; "
             f"got True for {settings.method}"
         )
+    if model is not None and settings.quick_gelu != "auto":
+        raise InputError(
+            "fastfpl.run: quick_gelu must be left out with a model that is loaded; got "
+            f"{settings.quick_gelu!r}"
+        )
     clip = model or load_clip(
         settings.clip,
         settings.pretrained,
         device=_device(settings.device),
         dtype=getattr(torch, settings.dtype),
+        quick_gelu={"auto": None, "yes": True, "no": False}[settings.quick_gelu],
     )
     budget = None if settings.max_memory is None else Budget(settings.max_memory, clip.device)
     root = None if settings.root is None else Path(settings.root)

@@ -23,6 +23,7 @@ from fastfpl.federation.steps import PHASE
 from fastfpl.files import write_whole
 from fastfpl.ops.faces import recorded_faces
 from fastfpl.ops.memory import memory_limit
+from fastfpl.ops.precision import without_autocast
 
 __all__ = ["TRACE", "Profile", "Span", "profile"]
 
@@ -112,7 +113,7 @@ def profile(
     if out.exists() and not out.is_dir():
         raise InputError(f"fastfpl.profile: out must be a folder; got the file {out}")
     short = settings.model_copy(update=PROFILED)
-    with threads(short.threads), memory_limit(None), uncapped():
+    with threads(short.threads), memory_limit(None), uncapped(), without_autocast():
         federation = prepare(short, model=model, cache=cache, observer=observer)
         images = steps * short.batch_size
         federation.shards = [Shard(s.train[:images], s.test) for s in federation.shards]

@@ -149,7 +149,7 @@ class Federation:
         if not self.settings.dropout:
             return set()
         draw = generator(self.settings.seed, "dropout", round_)
-        luck = torch.rand(len(self.shards), generator=draw)
+        luck = torch.rand(len(self.shards), generator=draw, dtype=torch.float32)
         return {c for c in selected if luck[c].item() < self.settings.dropout}
 
     def round(self) -> dict[str, Any]:

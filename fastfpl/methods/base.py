@@ -135,7 +135,9 @@ class Task:
         tower = self.classes.tower
         if self.ctx_init is not None:
             return self.classes.words(self.ctx_init).to(self.dtype)
-        draw = torch.randn(self.n_ctx, tower.width, generator=generator(self.seed, "ctx"))
+        draw = torch.randn(
+            self.n_ctx, tower.width, generator=generator(self.seed, "ctx"), dtype=torch.float32
+        )
         return (0.02 * draw).to(tower.device, self.dtype)
 
     def encode(self, ctx: Tensor) -> Tensor:

@@ -69,7 +69,9 @@ class FedOTP(Method):
         words = torch.zeros_like(first) if self.task.ctx_init is None else first
         prompts = [first]
         for n in range(1, self.options.prompts):
-            draw = torch.randn(first.shape, generator=generator(self.task.seed, "ctx", n))
+            draw = torch.randn(
+                first.shape, generator=generator(self.task.seed, "ctx", n), dtype=torch.float32
+            )
             prompts.append(words + (0.02 * draw).to(first))
         return torch.stack(prompts)
 

@@ -38,7 +38,9 @@ class PromptFolio(Method):
     def _initial(self) -> Tensor:
         """Draw the local prompt that every client starts from: (T, W)."""
         words = self.task.initial_ctx()
-        draw = torch.randn(words.shape, generator=generator(self.task.seed, "ctx", 1))
+        draw = torch.randn(
+            words.shape, generator=generator(self.task.seed, "ctx", 1), dtype=torch.float32
+        )
         own = (0.02 * draw).to(words)
         return own if self.task.ctx_init is None else words + own
 
