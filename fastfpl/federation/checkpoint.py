@@ -18,7 +18,7 @@ from fastfpl.federation.states import CLIENTS, StateFiles
 from fastfpl.files import write_json, write_whole
 from fastfpl.methods import State
 
-__all__ = ["CHECKPOINT", "Checkpoint", "load_checkpoint", "save_checkpoint"]
+__all__ = ["CHECKPOINT", "Checkpoint", "check_checkpoint", "load_checkpoint", "save_checkpoint"]
 
 CHECKPOINT = "checkpoint.json"
 _FORMAT = "fastfpl-checkpoint-2"
@@ -90,19 +90,10 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     checkpoint.clients.sweep()
 
 
-def load_checkpoint(
-    folder: Path, facts: Mapping[str, Any], device: torch.device | str = "cpu"
-) -> Checkpoint | None:
-    """Read the checkpoint of a folder onto a device, or None if there is none.
+def check_checkpoint(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Read what a folder's checkpoint says, or None if there is none; its tensors stay unread.
 
-    What a killed process left beside a whole checkpoint is removed.
-
-    Raises
-    ------
-    Damaged
-        If a file is truncated, changed or not a checkpoint of this library.
-    InputError
-        If it belongs to a run with other settings, weights or data.
+    ``facts`` are those of the run, or as many of them as are known already; see `load_checkpoint`.
     """
     path = folder / CHECKPOINT
     if not path.exists():
@@ -127,6 +118,27 @@ def load_checkpoint(
             f"fastfpl.run: a resumed run must have the settings of {folder}; got {shown}; "
             "use the same settings or another out"
         )
+    return head
+
+
+def load_checkpoint(
+    folder: Path, facts: Mapping[str, Any], device: torch.device | str = "cpu"
+) -> Checkpoint | None:
+    """Read the checkpoint of a folder onto a device, or None if there is none.
+
+    What a killed process left beside a whole checkpoint is removed.
+
+    Raises
+    ------
+    Damaged
+        If a file is truncated, changed or not a checkpoint of this library.
+    InputError
+        If it belongs to a run with other settings, weights or data.
+    """
+    head = check_checkpoint(folder, facts)
+    if head is None:
+        return None
+    path = folder / CHECKPOINT
     name = str(head["tensors"])
     tensors_path = folder / Path(name).name
     if not tensors_path.exists():

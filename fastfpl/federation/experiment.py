@@ -12,18 +12,19 @@ import torch
 
 from fastfpl.clip import FrozenCLIP
 from fastfpl.config import Settings, load_preset, make_settings
-from fastfpl.errors import InputError
+from fastfpl.errors import InputError, cut, shown
 from fastfpl.federation.budget import uncapped
 from fastfpl.federation.checkpoint import (
     CHECKPOINT,
     Checkpoint,
+    check_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
 from fastfpl.federation.feeds import Observer, silent
 from fastfpl.federation.graphs import against
 from fastfpl.federation.lock import alone_in
-from fastfpl.federation.preparation import prepare
+from fastfpl.federation.preparation import plan, prepare
 from fastfpl.federation.provenance import provenance
 from fastfpl.federation.result import (
     RESULT,
@@ -40,7 +41,7 @@ from fastfpl.ops.faces import recorded_faces
 from fastfpl.ops.memory import memory_limit
 from fastfpl.ops.precision import without_autocast
 
-__all__ = ["RoundObserver", "run", "threads", "unseen"]
+__all__ = ["RoundObserver", "refuse_held", "run", "threads", "unseen"]
 
 #: ``on_round(label, row)`` is told of every round that ended.
 RoundObserver = Callable[[str, Mapping[str, Any]], None]
@@ -116,18 +117,12 @@ def run(
     if folder is None and resume:
         raise InputError("fastfpl.run: out must name the folder to resume; got none")
     held: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    old: list[Path] = []
     if folder is not None:
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"fastfpl.run: out must be a folder; got the file {folder}")
+        refuse_held(folder, resume)
         held = alone_in(folder)
-        old = [] if resume else [folder / RESULT, folder / CHECKPOINT]
     with held, threads(chosen.threads), without_autocast():
-        if any(path.exists() for path in old):
-            raise InputError(
-                f"fastfpl.run: out must not hold a run already; got {folder}; "
-                "go on with it by resume (--resume), or name another folder"
-            )
+        if folder is not None:
+            refuse_held(folder, resume)  # one that ended while this one waited for the folder
         store = None if cache is None else Path(cache)
         result = _play(chosen, folder, resume, model, store, observer, on_round)
         if origin is not None:
@@ -135,6 +130,28 @@ def run(
         if folder is not None:
             result.save(folder)
     return result
+
+
+def refuse_held(folder: Path, resume: bool) -> None:
+    """Refuse a folder of results that is none, or that holds a run which is not to go on."""
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"fastfpl.run: out must be a folder; got the file {folder}")
+        old = [] if resume else [folder / RESULT, folder / CHECKPOINT]
+        if any(path.exists() for path in old):
+            raise InputError(
+                f"fastfpl.run: out must not hold a run already; got {folder}; "
+                "go on with it by resume (--resume), or name another folder"
+            )
+    except OSError as error:
+        raise InputError(
+            f"fastfpl.run: out must be a folder that can be read; got {cut(str(folder))}: "
+            f"{error.strerror}"
+        ) from None
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"fastfpl.run: out must be a path; got {shown(str(folder))}") from None
 
 
 @contextlib.contextmanager
@@ -163,7 +180,16 @@ def _play(
     forget_peak_memory()
     # a limit around a run is for passes of the caller
     with recorded_faces() as faces, memory_limit(None), uncapped():
-        federation = prepare(chosen, model=model, cache=cache, observer=observer)
+        planned = plan(chosen, loaded=model is not None)
+        if folder is not None and resume:
+            # other settings show before any weights are read
+            head = check_checkpoint(folder, planned.facts)
+            if head is not None and planned.kind.trains and head["rounds_done"] > chosen.rounds:
+                raise InputError(
+                    f"fastfpl.run: rounds must be at least the {head['rounds_done']} that "
+                    f"{folder} has played; got {chosen.rounds}"
+                )
+        federation = prepare(planned, model=model, cache=cache, observer=observer)
         facts = federation.facts()
         if folder is not None:
             federation.clients = StateFiles(folder / CLIENTS, federation.clip.device)
@@ -171,11 +197,6 @@ def _play(
             if found is None:
                 federation.clients.restore({})
             else:
-                if federation.method.trains and len(found.rounds) > chosen.rounds:
-                    raise InputError(
-                        f"fastfpl.run: rounds must be at least the {len(found.rounds)} that "
-                        f"{folder} has played; got {chosen.rounds}"
-                    )
                 federation.server, federation.clients = found.server, found.clients
                 federation.trainer.state = found.trainer
                 federation.rounds = found.rounds

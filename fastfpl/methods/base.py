@@ -164,6 +164,8 @@ class Method(ABC):
         On the command line.
     summary : str
         One line for people.
+    sends, receives : str
+        What a client that trains uploads and downloads in a round; "nothing" if so.
     trains : bool
         False if there is nothing to train (zero-shot).
     personal : bool
@@ -186,6 +188,8 @@ class Method(ABC):
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    sends: ClassVar[str] = "the context"
+    receives: ClassVar[str] = "the context"
     trains: ClassVar[bool] = True
     personal: ClassVar[bool] = False
     evaluates_download: ClassVar[str] = "merged"
