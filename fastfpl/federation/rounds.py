@@ -24,7 +24,9 @@ from fastfpl.federation.graphs import StepGraphs
 from fastfpl.federation.states import StateFiles, StoredState
 from fastfpl.federation.steps import PHASE
 from fastfpl.federation.turns import InTurn, Together
+from fastfpl.errors import NotConverged
 from fastfpl.methods import Method, State
+from fastfpl.methods.contract import asked, check_merged, furthest
 from fastfpl.ops.memory import current_limit, memory_limit
 from fastfpl.seeds import generator
 
@@ -210,12 +212,29 @@ class Federation:
                 if method.evaluates_download == "trained":
                     trained_with.put(client, down)
         counts = {c: len(self.shards[c].train) for c in uploads}
-        self.server = method.merge(self.server, uploads, counts, round_)
+        self.server = self._merged(uploads, counts, round_)
         row["selected"] = selected
         row["lost"] = sorted(lost)
         row["loss"] = sum(losses[c] for c in selected) / len(losses)
         row["images_per_second"] = seen / (time.perf_counter() - begin)
         return trained_with
+
+    def _merged(
+        self, uploads: StateFiles, counts: Mapping[int, int], round_: int
+    ) -> dict[str, Tensor]:
+        """Merge, and refuse a server that no client could go on from."""
+        method, sent = self.method, dict.fromkeys(n for state in uploads.values() for n in state)
+        with asked(method, "merge", upload=sent, server=self.server):
+            merged = method.merge(self.server, uploads, counts, round_)
+        merged = check_merged(method, self.server, merged)
+        wrong = furthest({"merged": {name: t[None] for name, t in merged.items()}}, 1)
+        if wrong is not None:
+            _, name, _, value = wrong
+            raise NotConverged(
+                f"fastfpl.run: what is merged must stay finite, its squares too; got {value:g} in "
+                f"{name!r} of the server in round {round_}; lower lr={self.settings.lr}"
+            )
+        return merged
 
     def alike(self, clients: Sequence[int]) -> dict[int, int] | None:
         """Say how many training images each client has, if that must be equal in a cohort."""
