@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import fastfpl
 from fastfpl.config import load_preset
 from fastfpl.methods import METHODS
 from fastfpl.testing import check_method
-from tests.worlds import figures
+from tests.worlds import figures, small_clip
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -32,7 +33,7 @@ def test_the_example_method_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [(r["bytes_up"], r["bytes_down"]) for r in result.rounds] == [(half, half)] * 2
     own = fastfpl.run("prompt-fedper", **same, out=tmp_path / "own", cache=tmp_path / "cache")
     assert figures(own) == figures(result)
-    check_method(names["FedPer"])
+    check_method(names["FedPer"], clip=small_clip().to(dtype=torch.float64))
 
 
 def test_every_command_of_the_readme_is_known() -> None:

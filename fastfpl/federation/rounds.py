@@ -17,6 +17,7 @@ from torch.profiler import record_function
 from fastfpl.clip import FrozenCLIP
 from fastfpl.config import Settings
 from fastfpl.data import Dataset, Shard
+from fastfpl.errors import NotConverged
 from fastfpl.federation.budget import Budget
 from fastfpl.federation.cohort import Scores, Share, gather, score, stack, train
 from fastfpl.federation.feeds import Feed, Observer, silent
@@ -24,7 +25,6 @@ from fastfpl.federation.graphs import StepGraphs
 from fastfpl.federation.states import StateFiles, StoredState
 from fastfpl.federation.steps import PHASE
 from fastfpl.federation.turns import InTurn, Together
-from fastfpl.errors import NotConverged
 from fastfpl.methods import Method, State
 from fastfpl.methods.contract import asked, check_merged, furthest
 from fastfpl.ops.memory import current_limit, memory_limit
