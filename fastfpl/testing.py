@@ -414,7 +414,7 @@ class _Proof:
         sent = next(iter(uploads.values()))
         order = sorted(uploads)
         before, found = _copied(server), []
-        orders = ([*order], order[::-1], [*order[1:], order[0]], [])
+        orders: tuple[list[int], ...] = ([*order], order[::-1], [*order[1:], order[0]], [])
         for some in orders:
             mine = {c: uploads[c] for c in some if sent}
             with asked(method, "merge", upload=sent, server=server):
@@ -501,7 +501,8 @@ def _batch_changed(batch: Batch, u: int) -> Batch:
 
 
 def _unit(image: Tensor) -> Tensor:
-    return image / image.norm(dim=-1, keepdim=True)
+    unit: Tensor = image / image.norm(dim=-1, keepdim=True)
+    return unit
 
 
 def _near(one: Tensor, other: Tensor, *, exact: bool = False) -> bool:

@@ -25,10 +25,11 @@ from fastfpl.federation.feeds import (
     training_feed,
 )
 from fastfpl.federation.graphs import step_graphs
+from fastfpl.federation.models import make_task
 from fastfpl.federation.rounds import Exam, Federation
-from fastfpl.federation.scenarios import Scenario, arrange, personal
+from fastfpl.federation.scenarios import arrange, personal
 from fastfpl.federation.turns import InTurn, Together
-from fastfpl.methods import Task, check_options, find_method
+from fastfpl.methods import check_options, find_method
 from fastfpl.ops.memory import memory_limit
 from fastfpl.prompts import ClassPrompts
 from fastfpl.released import as_released, changes_data, choose_quirks, disturbed, visits_of
@@ -75,6 +76,11 @@ def prepare(
         device=_device(settings.device),
         dtype=getattr(torch, settings.dtype),
     )
+    if model is not None:  # what is said of a run is what it really used
+        used = {"clip": clip.name, "pretrained": clip.pretrained or None}
+        settings = settings.model_copy(
+            update={**used, "dtype": str(clip.dtype).removeprefix("torch.")}
+        )
     budget = None if settings.max_memory is None else Budget(settings.max_memory, clip.device)
     root = None if settings.root is None else Path(settings.root)
     dataset = load_dataset(settings.dataset, root, on_corrupt=settings.on_corrupt)
@@ -94,7 +100,16 @@ def prepare(
             f"'domain' with partition={settings.partition!r}; use partition=domain or "
             "domain-dirichlet"
         )
-    method = as_released(kind, quirks)(_task(settings, clip, scenario, budget), options)
+    task = make_task(
+        settings,
+        clip,
+        scenario.dataset.classnames,
+        scenario.dataset.domains,
+        scenario.client_domains,
+        len(scenario.shards),
+        TextFeatures() if budget is None else budget.text_features(),
+    )
+    method = as_released(kind, quirks)(task, options)
     exams = [
         (
             question,
@@ -206,25 +221,6 @@ def _eye(
         Workers(choose_workers(clip.device.type, settings.workers)),
         resident,
         None if wanted == "auto" else getattr(torch, wanted),
-    )
-
-
-def _task(settings: Settings, clip: FrozenCLIP, scenario: Scenario, budget: Budget | None) -> Task:
-    classes = ClassPrompts(clip, scenario.dataset.classnames, settings.position)
-    n_ctx = settings.n_ctx or 16
-    if settings.ctx_init is not None:
-        n_ctx = len(classes.words(settings.ctx_init))
-    return Task(
-        classes=classes,
-        logit_scale=clip.logit_scale,
-        clients=len(scenario.shards),
-        domains=scenario.dataset.domains,
-        client_domains=scenario.client_domains,
-        n_ctx=n_ctx,
-        ctx_init=settings.ctx_init,
-        lr=settings.lr,
-        seed=settings.seed,
-        text_features=TextFeatures() if budget is None else budget.text_features(),
     )
 
 

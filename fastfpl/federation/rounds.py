@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,9 @@ from fastfpl.federation.budget import Budget
 from fastfpl.federation.cohort import Scores, Share, gather, score, stack, train
 from fastfpl.federation.feeds import Feed, Observer, silent
 from fastfpl.federation.graphs import StepGraphs
-from fastfpl.federation.states import StateFiles, StoredState
+from fastfpl.federation.models import answers_with
+from fastfpl.federation.shared import SharedStates
+from fastfpl.federation.states import StateFiles
 from fastfpl.federation.steps import PHASE
 from fastfpl.federation.turns import InTurn, Together
 from fastfpl.methods import Method, State
@@ -80,6 +83,13 @@ class Federation:
     server : State
     clients : StateFiles
         What clients keep, on disk.
+    downloads : SharedStates
+        What clients had downloaded when they last trained, if they are evaluated with it; on disk.
+    tuned : SharedStates
+        What clients kept of the fine-tuning before the last round's evaluation, on disk; only of a
+        run with a folder.
+    folder : Path or None
+        Of the run.
     rounds : list of dict
         Rows of ``result.json``.
     trainer : Together or InTurn
@@ -101,6 +111,9 @@ class Federation:
     observer: Observer
     server: State
     clients: StateFiles = field(default_factory=StateFiles)
+    downloads: SharedStates = field(default_factory=SharedStates)
+    tuned: SharedStates = field(default_factory=SharedStates)
+    folder: Path | None = None
     rounds: list[dict[str, Any]] = field(default_factory=list)
     trainer: Together | InTurn = field(default_factory=Together)
     graphs: StepGraphs | None = None
@@ -172,14 +185,14 @@ class Federation:
             "bytes_up": 0,
             "bytes_down": 0,
         }
-        trained_with: Mapping[int, StoredState] = {}
         if self.train_feed is not None:
             with record_function(PHASE + "training"):
-                trained_with = self._train(round_, self.train_feed, row)
+                self._train(round_, self.train_feed, row)
+        self.tuned.clear()
         last = round_ == settings.rounds - 1 or not method.trains
         if last or (round_ + 1) % settings.evaluate_every == 0:
             with record_function(PHASE + "evaluation"):
-                asked = self._ask(round_, trained_with)
+                asked = self.ask(round_)
             for exam, scores in zip(self.exams, asked, strict=True):
                 row["exams"][exam.name] = _marks(scores, exam.domains)
             headline = row["exams"][self.exams[0].name]
@@ -188,13 +201,13 @@ class Federation:
         self.rounds.append(row)
         return row
 
-    def _train(self, round_: int, feed: Feed, row: dict[str, Any]) -> Mapping[int, StoredState]:
+    def _train(self, round_: int, feed: Feed, row: dict[str, Any]) -> None:
         begin = time.perf_counter()
         method, selected = self.method, self.sample(round_)
         device = method.task.classes.tower.device
         lost = self.lost(round_, selected)
-        # a thousand clients' worth of either does not fit into memory
-        uploads, trained_with = StateFiles(device=device), StateFiles(device=device)
+        # a thousand clients' worth does not fit into memory
+        uploads = StateFiles(device=device, beside=self.folder)
         losses: dict[int, float] = {}
         seen = 0
         for turn in self.trainer.turns(self, feed, round_, selected, lost):
@@ -210,14 +223,13 @@ class Federation:
                     row["bytes_up"] += _size(upload)
                     uploads.put(client, upload)
                 if method.evaluates_download == "trained":
-                    trained_with.put(client, down)
+                    self.downloads.put(client, down)
         counts = {c: len(self.shards[c].train) for c in uploads}
         self.server = self._merged(uploads, counts, round_)
         row["selected"] = selected
         row["lost"] = sorted(lost)
         row["loss"] = sum(losses[c] for c in selected) / len(losses)
         row["images_per_second"] = seen / (time.perf_counter() - begin)
-        return trained_with
 
     def _merged(
         self, uploads: StateFiles, counts: Mapping[int, int], round_: int
@@ -305,24 +317,20 @@ class Federation:
         for method in (self.method, *(exam.method for exam in self.exams)):
             method.task.text_features.clear()
 
-    def _ask(self, round_: int, trained_with: Mapping[int, StoredState]) -> list[list[Scores]]:
-        """Put every exam to every client's model; one list of scores an exam."""
+    def ask(self, round_: int) -> list[list[Scores]]:
+        """Put every exam to every client's model after a round; one list of scores an exam."""
         method = self.method
         everyone = list(range(len(self.shards)))
         if not method.personal:
             # one global model serves every client
-            one = method.download(self.server, 0, round_ + 1)
+            one, _ = self._answers_with(0, round_)
             share = self._exam_share(0, one, {})
             with memory_limit(share.text):
                 down = stack([one])
                 return [self._answers(exam, everyone, down, {}) for exam in self.exams]
 
         def states(client: int) -> tuple[State, State]:
-            if client in trained_with:
-                down = dict(trained_with[client])
-            else:
-                down = method.download(self.server, client, round_ + 1)
-            return down, dict(self.clients.get(client, {}))
+            return self._answers_with(client, round_)
 
         def share_of(client: int, down: State, own: State) -> Share:
             share = self._exam_share(client, down, own)
@@ -339,6 +347,8 @@ class Federation:
             with memory_limit(part.share.text):
                 if method.tune_epochs:
                     own = self._tuned(round_, members, part.down, own)
+                    for u, client in enumerate(members if self.folder is not None else ()):
+                        self.tuned.put(client, _row(own, u))
                 for scores, exam in zip(found, self.exams, strict=True):
                     answers = self._answers(exam, members, part.down, own)
                     scores |= dict(zip(members, answers, strict=True))
@@ -348,6 +358,11 @@ class Federation:
                 len(everyone),
             )
         return [[scores[c] for c in everyone] for scores in found]
+
+    def _answers_with(self, client: int, round_: int) -> tuple[State, State]:
+        return answers_with(
+            self.method, self.server, self.clients, self.downloads, client, round_ + 1
+        )
 
     def _exam_share(self, client: int, down: State, own: State) -> Share:
         """Say what the evaluation of clients with states like these may take."""
