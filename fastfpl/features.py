@@ -7,10 +7,11 @@ import json
 import logging
 import math
 import os
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from fastfpl import __version__
 from fastfpl.errors import Damaged, InputError, KindError, Missing, cut, near
-from fastfpl.files import Growing, sweep_parts
+from fastfpl.files import Growing, on_disk, sweep_parts
 
 __all__ = ["FeatureKey", "FeatureStore", "Features", "TextFeatures", "default_directory"]
 
@@ -37,6 +38,8 @@ _DTYPES: dict[str, tuple[torch.dtype, str, type[np.generic]]] = {
     "float32": (torch.float32, "F32", np.float32),
     "float64": (torch.float64, "F64", np.float64),
 }
+# stems of the files of keys
+_MINE = re.compile(f"(?:{'|'.join(_KINDS)})-[0-9a-f]{{32}}")
 _MOST_HEADER = 1 << 20
 _PIECE = 1 << 26
 # seconds after which half a file goes that nobody can go on with, or that nobody went on with
@@ -256,7 +259,7 @@ class FeatureStore:
     def _write(self, path: Path, key: FeatureKey, n: int, job: _Job) -> None:
         with _disk(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
-            sweep_parts(self.directory, private=_PRIVATE_FOR, resumable=_RESUMABLE_FOR)
+            sweep_parts(self.directory, _MINE, private=_PRIVATE_FOR, resumable=_RESUMABLE_FOR)
             growing = Growing(path, {**_facts(key, (n,)), "chunk": self.chunk})
         with growing:
             # another process may have ended since this one looked
@@ -372,15 +375,9 @@ def _leave(rows: Tensor, key: FeatureKey) -> _Leaving:
     return _Leaving(hosts[0], hosts[1], event)
 
 
-@contextmanager
-def _disk(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            "fastfpl.features.FeatureStore: directory must be writable and have room; got "
-            f"{type(error).__name__}: {error} at {directory}"
-        ) from error
+def _disk(directory: Path) -> AbstractContextManager[None]:
+    op = "fastfpl.features.FeatureStore"
+    return on_disk(op, "directory", directory, "or name another folder (--cache)")
 
 
 def _raw(leaving: _Leaving, shape: tuple[int, ...], key: FeatureKey) -> memoryview:

@@ -20,7 +20,7 @@ FLOORS = (
     {"methods"},
     {"released"},
     {"federation", "config", "presets"},
-    {"report", "flower", "dropin"},
+    {"report", "flower", "dropin", "testing"},
     {"cli"},
 )
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}

@@ -217,7 +217,7 @@ def _check(jobs: Sequence[_Job], resume: bool, model: FrozenCLIP | None) -> None
     for job in jobs:
         if job.folder is not None:
             refuse_held(job.folder, resume)
-        planned = plan(job.settings, loaded=model is not None, datasets=datasets)
+        planned = plan(job.settings, model=model, datasets=datasets)
         # one of each: over seeds only lists of images differ
         plans[job.settings.model_dump_json(exclude={"seed"})] = planned
     if len(plans) < 2:

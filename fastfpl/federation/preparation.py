@@ -27,6 +27,7 @@ from fastfpl.federation.feeds import (
     training_feed,
 )
 from fastfpl.federation.graphs import step_graphs
+from fastfpl.federation.models import make_task
 from fastfpl.federation.rounds import Exam, Federation, settings_facts
 from fastfpl.federation.scenarios import Scenario, arrange, personal
 from fastfpl.federation.turns import InTurn, Together
@@ -72,7 +73,7 @@ class Plan:
 def plan(
     settings: Settings,
     *,
-    loaded: bool = False,
+    model: FrozenCLIP | None = None,
     datasets: dict[tuple[str | None, ...], Dataset] | None = None,
 ) -> Plan:
     """Refuse what can be refused without weights, and deal the data to clients.
@@ -80,8 +81,8 @@ def plan(
     Parameters
     ----------
     settings : Settings
-    loaded : bool
-        Whether there is a CLIP already, in place of ``settings.clip``.
+    model : FrozenCLIP, optional
+        A CLIP that is already loaded, in place of ``settings.clip``.
     datasets : dict, optional
         What was loaded for other plans; gets what is loaded for this one.
     """
@@ -99,13 +100,18 @@ def plan(
             "fastfpl.run: transductive must be left out but for methods that look at no label; "
             f"got True for {settings.method}"
         )
-    if loaded and settings.quick_gelu != "auto":
+    if model is not None and settings.quick_gelu != "auto":
         raise InputError(
             "fastfpl.run: quick_gelu must be left out with a model that is loaded; got "
             f"{settings.quick_gelu!r}"
         )
+    if model is not None:  # what is said of a run is what it really used
+        used = {"clip": model.name, "pretrained": model.pretrained or None}
+        settings = settings.model_copy(
+            update={**used, "dtype": str(model.dtype).removeprefix("torch.")}
+        )
     device = _device(settings.device)
-    if not loaded and settings.clip != "tiny":
+    if model is None and settings.clip != "tiny":
         known(settings.clip)
     datasets = {} if datasets is None else datasets
     place = settings.dataset, settings.root, settings.on_corrupt
@@ -183,7 +189,7 @@ def prepare(
     observer : callable
         Told of long steps.
     """
-    planned = settings if isinstance(settings, Plan) else plan(settings, loaded=model is not None)
+    planned = settings if isinstance(settings, Plan) else plan(settings, model=model)
     settings, kind, options = planned.settings, planned.kind, planned.options
     dataset, scenario = planned.dataset, planned.scenario
     store = FeatureStore(cache)
@@ -315,21 +321,14 @@ def _eye(
 
 
 def _task(settings: Settings, clip: FrozenCLIP, scenario: Scenario, budget: Budget | None) -> Task:
-    classes = ClassPrompts(clip, scenario.dataset.classnames, settings.position)
-    n_ctx = settings.n_ctx or 16
-    if settings.ctx_init is not None:
-        n_ctx = len(classes.words(settings.ctx_init))
-    return Task(
-        classes=classes,
-        logit_scale=clip.logit_scale,
-        clients=len(scenario.shards),
-        domains=scenario.dataset.domains,
-        client_domains=scenario.client_domains,
-        n_ctx=n_ctx,
-        ctx_init=settings.ctx_init,
-        lr=settings.lr,
-        seed=settings.seed,
-        text_features=TextFeatures() if budget is None else budget.text_features(),
+    return make_task(
+        settings,
+        clip,
+        scenario.dataset.classnames,
+        scenario.dataset.domains,
+        scenario.client_domains,
+        len(scenario.shards),
+        TextFeatures() if budget is None else budget.text_features(),
     )
 
 

@@ -171,8 +171,9 @@ class Method(ABC):
     personal : bool
         True if clients are evaluated with different parameters.
     evaluates_download : "merged" or "trained"
-        Whether a client that trained in this round is evaluated with what it would download after
-        the merge, or with what it had downloaded for training.
+        Whether a client is evaluated with what it would download after the merge, or with what it
+        had downloaded when it last trained; the latter is kept with the run. Who never trained is
+        evaluated with what it would download.
     image_kind : "pooled", "raw" or "patches"
         What `logits` and `loss` see of an image, as `Batch.image` says.
     paired : bool
