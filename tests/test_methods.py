@@ -564,12 +564,31 @@ def test_a_round_does_not_see_its_own_uploads():
             assert owners == known
             latest = [max(r for r in range(t) if c in SELECTED[r]) for c in known]
             assert versions == latest
-        # clients that sat out are evaluated with the new pool
-        for r, client, owners, _ in seen:
-            if r == t + 1:
-                assert client not in SELECTED[t]
-                after = before | set(SELECTED[t])
-                assert owners == (sorted(after - {client}) if client in after else [])
+        # clients that sat out receive nothing: they answer with the experts that they trained with
+        never = set(range(5)) - before - set(SELECTED[t])
+        assert {client for r, client, *_ in seen if r == t + 1} == never
+
+
+def test_idle_clients_answer_with_the_experts_that_they_trained_with():
+    """Client 0 sits out while its neighbours move: its answers stay, to the last bit."""
+    federation = World("pfedmoap", options=MOAP, settings={"lr": 0.5}).federation()
+    federation.sample = lambda round_: [[0, 1, 2], [0, 1, 2], [1, 2], [1, 2, 3]][round_]
+    held, answers = [], []
+    for t in range(4):
+        federation.round()
+        held.append({name: t.clone() for name, t in federation.downloads[0].items()})
+        answers.append([scores.answers.tolist() for scores in federation.ask(t)[0]])
+    assert held[1]["expert_round"].tolist() == [0, 0]
+    for later in (2, 3):
+        assert all(torch.equal(held[later][name], held[1][name]) for name in held[1])
+        assert answers[later][0] == answers[1][0]
+        assert answers[later][1] != answers[1][1]
+    # with new neighbours it would answer otherwise
+    fresh = federation.method.download(federation.server, 0, 4)
+    assert fresh["expert_round"].tolist() == [3, 3]
+    federation.downloads.put(0, fresh)
+    assert federation.ask(3)[0][0].answers.tolist() != answers[3][0]
+    assert set(federation.downloads) == {0, 1, 2, 3}
 
 
 def test_the_gate_waits_for_the_second_participation():

@@ -461,7 +461,7 @@ def test_a_sweep_plays_every_value(store, clip, tmp_path):
     accuracy = swept.comparisons[2].results["promptfl"][0].final["accuracy"]
     assert "| method | shots=1 | shots=2 |" in text
     assert f"{100 * accuracy:.1f} |" in text
-    assert sweep_table(swept).row_count == 2
+    assert len(sweep_table(swept).lines) == 2
 
 
 @pytest.mark.parametrize(

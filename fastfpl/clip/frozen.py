@@ -328,4 +328,4 @@ def _three(values: Sequence[float]) -> tuple[float, float, float]:
 
 def _place(device: torch.device | str) -> torch.device:
     """Name a device as tensors do: ``cuda`` is ``cuda:0``."""
-    return torch.empty(0, device=device).device
+    return torch.empty(0, device=device, dtype=torch.float32).device

@@ -175,7 +175,7 @@ def _freeze(
                 f"{OP}: tokenizer must end a text with the model's token {pooling.eos}; "
                 f"got {tokens.eot}"
             )
-        place = torch.empty(0, device=device).device
+        place = torch.empty(0, device=device, dtype=torch.float32).device
         text, image = text_of(model, family, tokens), image_of(model, place, dtype)
         scale = float(model.logit_scale.detach().float().exp().item())
         if live:

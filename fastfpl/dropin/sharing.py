@@ -198,7 +198,7 @@ def _probe(
         refuse("a module inside the prompt learner has a hook, which a trial would fire")
     generator = torch.Generator().manual_seed(0)
     draws = {
-        name: torch.randn(p.shape, generator=generator).to(p).requires_grad_()
+        name: torch.randn(p.shape, generator=generator, dtype=torch.float32).to(p).requires_grad_()
         for name, p in learned.items()
     }
     # a shallow copy without hooks, so that the trial leaves no trace on the module

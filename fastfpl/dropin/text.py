@@ -184,7 +184,7 @@ class Prompts(Text):
         dtype = getattr(module, "dtype", None)
         dtype = dtype if isinstance(dtype, torch.dtype) else positional.dtype
         generator = torch.Generator().manual_seed(0)
-        prompts = torch.randn(3, length, width, generator=generator)
+        prompts = torch.randn(3, length, width, generator=generator, dtype=torch.float32)
         prompts = prompts.to(device=weight.device, dtype=dtype)
         tokens, other = _example_tokens(length, 3), prompts.clone()
         for row, end in zip(other, tokens.argmax(-1).tolist(), strict=True):

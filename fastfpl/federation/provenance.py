@@ -34,6 +34,8 @@ def provenance(preset: Preset, result: Result, model_given: bool) -> dict[str, A
         if value != result.settings[key]
     }
     if model_given:
+        changed.pop("clip", None)
+        changed.pop("pretrained", None)
         changed["model"] = [expected["clip"], "one that was handed over"]
     options = check_options(
         result.method, preset.settings.get("options", {}).get(result.method, {})
