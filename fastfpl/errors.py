@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 __all__ = [
     "Damaged",
+    "Differs",
     "FastfplError",
     "InputError",
     "KindError",
@@ -43,6 +44,10 @@ class Missing(FastfplError, FileNotFoundError):
 
 class Damaged(FastfplError, RuntimeError):
     """A file that is truncated, changed or not ours."""
+
+
+class Differs(FastfplError, ArithmeticError):
+    """A fast pass and the original gave different numbers; the message names the module."""
 
 
 class NotBuilt(FastfplError, ImportError):
