@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -130,22 +131,24 @@ def _outside_graphs() -> Callable[..., Any]:
     return hidden
 
 
-_call: Callable[..., Any] | None = None
-
-
 @functools.cache
 def _subclass(base: type, kind_name: str) -> type:
-    global _call
-    # looked up as a global, so that torch.compile sees the disabled function itself
-    _call = _outside_graphs()
+    call = _outside_graphs()
+    exporting, compiling = torch.compiler.is_exporting, torch.compiler.is_dynamo_compiling
 
     def exchanged(method: str) -> Any:
-        @functools.wraps(getattr(base, method))
-        def fast(self: Any, *args: Any, **kwargs: Any) -> Any:
-            assert _call is not None
-            return _call(kind_name, base, method, self, args, kwargs)
+        original = getattr(base, method)
 
-        return fast
+        def fast(self: Any, *args: Any, **kwargs: Any) -> Any:
+            # dynamo, when it exports, goes through the original: it would stop at ours
+            if exporting() and compiling():
+                return original(self, *args, **kwargs)
+            return call(kind_name, base, method, self, args, kwargs)
+
+        # torch.jit.script reads the original's source, and its names in our globals
+        space = getattr(original, "__globals__", globals())
+        own = types.FunctionType(fast.__code__, space, method, None, fast.__closure__)
+        return functools.wraps(original)(own)
 
     def reduced(self: Any, protocol: Any) -> Any:
         # the class has no name to be found by: it is made again from its base

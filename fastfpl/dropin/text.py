@@ -87,6 +87,7 @@ class Text(Kind):
         kwargs: dict[str, Any],
     ) -> Any:
         """Answer a call with the packed pass, where its proof holds."""
+        _no_transform()
         check_proof(self, module, state, args, kwargs)
         result, how = self.fast(module, state, args, kwargs)
         state.calls[how] += 1
@@ -180,6 +181,8 @@ def prove(kind: Text, module: Any, form: Any, count: int, other_mode: bool) -> N
     gradients are wanted, their gradients must agree; the original may read nothing but a text
     tower's parts. Up to three texts go through all blocks, more through the first.
     """
+    with torch.no_grad():  # hooks and the like, which a copy has not
+        towers.read(kind.family, kind.holder(module), {}, ())
     twin = copy_of(module, moved=True)
     if other_mode:
         twin.train(not module.training)
@@ -269,14 +272,18 @@ def compare(kind: Text, module: Any, state: State, args: Any, kwargs: Any, resul
         ) from None
 
 
-def _plain(tensor: Tensor, weight: Tensor) -> None:
-    """Refuse what only the original code can take."""
-    if type(tensor) not in (Tensor, nn.Parameter):
-        refuse(f"the input is a {type(tensor).__name__}")
+def _no_transform() -> None:
+    """Refuse what can neither look at values nor prove anything."""
     if torch._C._functorch.maybe_current_level() is not None:
         refuse("a transform of torch.func is active, which cannot look at values")
     if forward_ad._current_level >= 0:
         refuse("derivatives are taken in forward mode, which the pass has not")
+
+
+def _plain(tensor: Tensor, weight: Tensor) -> None:
+    """Refuse what only the original code can take."""
+    if type(tensor) not in (Tensor, nn.Parameter):
+        refuse(f"the input is a {type(tensor).__name__}")
     if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
         refuse("a CUDA graph is being captured, which cannot look at values")
     if current_limit() is not None:
@@ -624,8 +631,13 @@ class Transformers(Text):
             count,
         )
 
-    def fast(self, module: Any, state: State, args: Any, kwargs: Any) -> tuple[Any, str]:
-        """Encode token ids; the states of all tokens are computed when somebody looks at them."""
+    def form(self, module: Any, args: Any, kwargs: Any) -> Any:
+        """Refuse calls for more than pooled states; the rest is of one form."""
+        self._given(module, args, kwargs)
+        return ()
+
+    def _given(self, module: Any, args: Any, kwargs: Any) -> tuple[Tensor, Any]:
+        """Return a call's ids and its mask."""
         names = ("input_ids", "attention_mask", "position_ids")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         if len(args) > len(names):
@@ -642,6 +654,11 @@ class Transformers(Text):
             refuse(f"the call has the argument {next(iter(given))}")
         if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
             refuse("the text is not token ids (texts, tokens)")
+        return ids, mask
+
+    def fast(self, module: Any, state: State, args: Any, kwargs: Any) -> tuple[Any, str]:
+        """Encode token ids; the states of all tokens are computed when somebody looks at them."""
+        ids, mask = self._given(module, args, kwargs)
         embedding = module.embeddings.token_embedding
         live = towers.read(towers.Layers, module, self.memory(module, state), [embedding])
         weight = live.blocks[0].qkv_w

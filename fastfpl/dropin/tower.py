@@ -190,7 +190,10 @@ def read(family: Family, holder: Any, memory: dict[Any, Any], around: Iterable[A
     blocks = family.blocks(holder)
     norm = family.norm(holder)
     mask = getattr(holder, "attn_mask", None)
-    parts = (*(p for b in blocks for p in family.parts(b)), norm, mask)
+    try:
+        parts = (*(p for b in blocks for p in family.parts(b)), norm, mask)
+    except AttributeError as error:
+        refuse(f"its text blocks are not CLIP's: {error}")
     masks = tuple(p._version for p in parts if isinstance(p, Tensor) and not p.is_inference())
     seen = memory.get("tower")
     if seen is None or seen[1] != masks or not _same(seen[0], parts):
