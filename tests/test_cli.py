@@ -344,6 +344,21 @@ def test_doctor_says_what_the_machine_can_do(
     assert "torch sees no CUDA device; TRITON_INTERPRET=1 runs the kernels on the CPU" in out
 
 
+def test_doctor_says_that_a_folder_hides_the_library(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Above a clone named fastfpl, Python finds the clone's own folder: a namespace, and empty."""
+    monkeypatch.chdir(tmp_path)
+    assert "in place of the library" not in doctor_says(capsys, monkeypatch)
+    (tmp_path / "fastfpl" / "fastfpl").mkdir(parents=True)
+    (tmp_path / "fastfpl" / "fastfpl" / "__init__.py").touch()
+    out = doctor_says(capsys, monkeypatch)
+    assert f"Python that is started in {tmp_path} imports the folder fastfpl, which is no" in out
+    assert "rename that folder, as by git clone ADDRESS fastfpl-source" in out
+    monkeypatch.chdir(tmp_path / "fastfpl")  # the clone's own root is right
+    assert "in place of the library" not in doctor_says(capsys, monkeypatch)
+
+
 def test_doctor_says_which_cards_are_too_old(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

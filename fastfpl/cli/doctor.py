@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -52,6 +53,9 @@ def doctor(clip: str | None) -> None:
     shown.print(faces)
     if clip is not None:
         shown.print(_takers(clip, device))
+    shadow = _shadow()
+    if shadow is not None:
+        say(shadow)
     blind = list(unchecked())
     click.echo("cannot be checked here:" if blind else "everything can be checked here")
     for what in blind:
@@ -70,6 +74,18 @@ def _takers(clip: str, device: torch.device) -> RichTable:
     for name, reasons in reasons_against(on(found.text, device)).items():
         faces.add_row(name, "; ".join(reasons) or "yes")
     return faces
+
+
+def _shadow() -> str | None:
+    """Say whether Python started here would import another folder as ``fastfpl``."""
+    here = Path("fastfpl").absolute()
+    if not here.is_dir() or (here / "__init__.py").exists():
+        return None
+    return (
+        f"Python that is started in {here.parent} imports the folder {here.name}, which is no "
+        "package, in place of the library (AttributeError: module 'fastfpl' has no attribute ...): "
+        "rename that folder, as by git clone ADDRESS fastfpl-source, or start Python elsewhere"
+    )
 
 
 def _store() -> str:
