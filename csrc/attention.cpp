@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "number.h"
@@ -135,6 +136,12 @@ struct Shared {
   int64_t count, columns, depth;
   std::vector<R> k, v, k_t, v_t;  // (columns, depth) and transposed (depth, columns)
 
+  void reserve(int64_t rows, int64_t size, bool all) {
+    const int64_t numbers = up(rows, kLine) * up(size, kBlock);
+    for (auto* x : {&k, &v, &k_t}) x->reserve(numbers);
+    if (all) v_t.reserve(numbers);
+  }
+
   // `all`: also the two that only gradients need.
   template <class T>
   FASTFPL_INLINE void load(const Qkv<T>& x, int64_t rows, bool all) {
@@ -162,6 +169,18 @@ struct Work {
   std::vector<R> score, own;         // of the shared keys (queries, columns); of one query's own
   std::vector<R> d_out, d_k, d_v, d_score, d_own, sos_k, sos_v;
   std::vector<int64_t> row, begin;   // of every query: its row in the chunk, its segment's first
+
+  // For so many rows, queries and scores of shared keys at most.
+  void reserve(int64_t rows, int64_t asked, int64_t scores, int64_t size, bool all) {
+    const int64_t n = up(asked, 4), d = up(size, kBlock);
+    row.reserve(asked), begin.reserve(asked);
+    q.reserve(n * d), out.reserve(std::max(n, all ? rows : int64_t(0)) * d);
+    k.reserve(rows * d), v.reserve(rows * d);
+    score.reserve(scores), own.reserve(rows + 1), d_own.reserve(rows + 1);
+    sos_k.reserve(d), sos_v.reserve(d);
+    if (!all) return;
+    d_out.reserve(n * d), d_k.reserve(rows * d), d_v.reserve(rows * d), d_score.reserve(scores);
+  }
 
   FASTFPL_INLINE void queries(const PrefixAttention& a, const Chunk& chunk) {
     row.clear(), begin.clear();
@@ -293,18 +312,47 @@ PrefixAttention prefix_alone(const PrefixAttention& a, const int64_t* whole) {
   return one;
 }
 
+// What a thread works in.
+template <class R>
+struct Scratch {
+  Shared<R> shared;
+  Work<R> work;
+};
+
+// Of every thread, as large as any item needs it: an allocation that fails among threads could not
+// be reported, and would end the process.
+template <class R>
+std::vector<Scratch<R>> scratch_of(const PrefixAttention& a, const std::vector<Chunk>& chunks,
+                                   int64_t threads, bool gradients) {
+  int64_t rows = a.shared, asked = 0;
+  for (const Chunk& chunk : chunks) {
+    const int64_t length = a.starts[chunk.last] - a.starts[chunk.first];
+    rows = std::max(rows, length);
+    asked = std::max(asked, a.last_only ? chunk.last - chunk.first : length);
+  }
+  const int64_t scores = up(asked, 4) * up(a.shared, kLine);  // the prefix itself shares no key
+  if (!a.last_only) asked = std::max(asked, a.shared);
+  std::vector<Scratch<R>> scratch(threads);
+  for (auto& one : scratch) {
+    one.shared.reserve(a.shared, a.size, gradients);
+    one.work.reserve(rows, asked, scores, a.size, gradients);
+  }
+  return scratch;
+}
+
 template <class T>
 FASTFPL_INLINE void forward_range(const T* qkv, const T* bias, const T* sos, T* mixed,
                                   const PrefixAttention& a, const Chunk* chunks, int64_t count,
-                                  int64_t begin, int64_t end) {
+                                  int64_t begin, int64_t end, Scratch<wide<T>>& scratch) {
   using R = wide<T>;
   const int64_t width = a.heads * a.size, rows = a.shared + a.starts[a.segments];
   const int64_t outputs = a.last_only ? a.segments : rows, whole[2] = {0, a.shared};
   const bool prefix = a.shared && !a.last_only;
   const PrefixAttention alone = prefix_alone(a, whole);
-  Shared<R> shared, nothing;
+  // in locals, whose members the compiler keeps in registers
+  Shared<R> shared = std::move(scratch.shared), nothing;
   nothing.count = nothing.columns = 0;
-  Work<R> w;
+  Work<R> w = std::move(scratch.work);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t g = item / a.heads / (count + 1), at = item % (a.heads * (count + 1));
     const int64_t h = at / (count + 1), i = at % (count + 1);
@@ -329,6 +377,7 @@ FASTFPL_INLINE void forward_range(const T* qkv, const T* bias, const T* sos, T* 
     for (size_t r = 0; r < w.row.size(); ++r)
       write(&w.out[r * w.depth], R(1), out + (first + r) * width, a.size);
   }
+  scratch = {std::move(shared), std::move(w)};
 }
 
 // Phase 0: the chunks, each leaving its part of the prefix' gradient in `parts`
@@ -336,16 +385,18 @@ FASTFPL_INLINE void forward_range(const T* qkv, const T* bias, const T* sos, T* 
 template <class T>
 FASTFPL_INLINE void backward_range(int phase, const T* d_mixed, const T* qkv, const T* bias,
                                    const T* sos, T* d_qkv, wide<T>* parts, const PrefixAttention& a,
-                                   const Chunk* chunks, int64_t count, int64_t begin, int64_t end) {
+                                   const Chunk* chunks, int64_t count, int64_t begin, int64_t end,
+                                   Scratch<wide<T>>& scratch) {
   using R = wide<T>;
   const int64_t width = a.heads * a.size, rows = a.shared + a.starts[a.segments];
   const int64_t outputs = a.last_only ? a.segments : rows, whole[2] = {0, a.shared};
   const int64_t depth = up(a.size, kBlock), part = 2 * a.shared * depth;
   const R scale = R(1 / std::sqrt(double(a.size)));
   const PrefixAttention alone = prefix_alone(a, whole);
-  Shared<R> shared, nothing;
+  // in locals, whose members the compiler keeps in registers
+  Shared<R> shared = std::move(scratch.shared), nothing;
   nothing.count = nothing.columns = 0;
-  Work<R> w;
+  Work<R> w = std::move(scratch.work);
   auto read_gradient = [&](const T* from, size_t queries) {
     w.d_out.assign(up(queries, 4) * depth, 0);
     const Head<T> head{from, nullptr, width, a.size};
@@ -398,20 +449,22 @@ FASTFPL_INLINE void backward_range(int phase, const T* d_mixed, const T* qkv, co
     for (size_t r = 0; r < w.row.size(); ++r)
       write(&w.out[r * depth], scale, to + w.row[r] * 3 * width, a.size);
   }
+  scratch = {std::move(shared), std::move(w)};
 }
 
 // The attribute belongs on plain functions, one a type.
 #define FASTFPL_RANGES(T)                                                                         \
   FASTFPL_CLONES void forward_some(const T* qkv, const T* bias, const T* sos, T* mixed,           \
                                    const PrefixAttention& a, const Chunk* chunks, int64_t count,  \
-                                   int64_t begin, int64_t end) {                                  \
-    forward_range(qkv, bias, sos, mixed, a, chunks, count, begin, end);                           \
+                                   int64_t begin, int64_t end, Scratch<wide<T>>& scratch) {       \
+    forward_range(qkv, bias, sos, mixed, a, chunks, count, begin, end, scratch);                  \
   }                                                                                               \
   FASTFPL_CLONES void backward_some(int phase, const T* d_mixed, const T* qkv, const T* bias,     \
                                     const T* sos, T* d_qkv, wide<T>* parts,                       \
                                     const PrefixAttention& a, const Chunk* chunks, int64_t count, \
-                                    int64_t begin, int64_t end) {                                 \
-    backward_range(phase, d_mixed, qkv, bias, sos, d_qkv, parts, a, chunks, count, begin, end);   \
+                                    int64_t begin, int64_t end, Scratch<wide<T>>& scratch) {      \
+    backward_range(phase, d_mixed, qkv, bias, sos, d_qkv, parts, a, chunks, count, begin, end,    \
+                   scratch);                                                                      \
   }
 FASTFPL_RANGES(float)
 FASTFPL_RANGES(double)
@@ -424,11 +477,12 @@ template <class T>
 void prefix_attention_fwd(const T* qkv, const T* bias, const T* sos, T* mixed,
                           const PrefixAttention& a) {
   const std::vector<Chunk> chunks = chunks_of(a);
-  const int64_t count = chunks.size();
-  parallel(a.threads, a.groups * a.heads * (count + 1),
-           [&](int64_t, int64_t begin, int64_t end) {
-             forward_some(qkv, bias, sos, mixed, a, chunks.data(), count, begin, end);
-           });
+  const int64_t count = chunks.size(), items = a.groups * a.heads * (count + 1);
+  const int64_t threads = std::max<int64_t>(1, std::min(a.threads, items));
+  auto scratch = scratch_of<wide<T>>(a, chunks, threads, false);
+  parallel(threads, items, [&](int64_t i, int64_t begin, int64_t end) {
+    forward_some(qkv, bias, sos, mixed, a, chunks.data(), count, begin, end, scratch[i]);
+  });
 }
 
 template <class T>
@@ -436,11 +490,13 @@ void prefix_attention_bwd(const T* d_mixed, const T* qkv, const T* bias, const T
                           const PrefixAttention& a) {
   const std::vector<Chunk> chunks = chunks_of(a);
   const int64_t count = chunks.size(), heads = a.groups * a.heads;
+  const int64_t threads = std::max<int64_t>(1, std::min(a.threads, heads * count));
   std::vector<wide<T>> parts(heads * count * 2 * a.shared * up(a.size, kBlock));
+  auto scratch = scratch_of<wide<T>>(a, chunks, threads, true);
   for (int phase = 0; phase < (a.shared ? 2 : 1); ++phase)
-    parallel(a.threads, phase ? heads : heads * count, [&](int64_t, int64_t begin, int64_t end) {
+    parallel(threads, phase ? heads : heads * count, [&](int64_t i, int64_t begin, int64_t end) {
       backward_some(phase, d_mixed, qkv, bias, sos, d_qkv, parts.data(), a, chunks.data(), count,
-                    begin, end);
+                    begin, end, scratch[i]);
     });
 }
 

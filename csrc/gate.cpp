@@ -86,18 +86,19 @@ FASTFPL_INLINE void mix(const Gate& g, const Real* q, const Real* z, const Real*
   const Real scale = Real(g.scale);
   Real high[J], sum[J], mean[J];
 #pragma omp simd
-  for (int64_t j = 0; j < J; ++j) high[j] = score[j] * scale, sum[j] = 0, mean[j] = 0;
-  for (int64_t e = 0; e < g.experts; ++e) {
+  for (int64_t j = 0; j < J; ++j) high[j] = score[j], sum[j] = 0, mean[j] = 0;
+  for (int64_t e = 1; e < g.experts; ++e) {
 #pragma omp simd
     for (int64_t j = 0; j < J; ++j) {
-      const Real s = score[e * J + j] * scale;
-      high[j] = s > high[j] ? s : high[j];
+      const Real s = score[e * J + j];
+      high[j] = (s - high[j]) * scale > 0 ? s : high[j];
     }
   }
   for (int64_t e = 0; e < g.experts; ++e) {
 #pragma omp simd
     for (int64_t j = 0; j < J; ++j) {
-      const Real w = exp_of_negative(score[e * J + j] * scale - high[j]);
+      // scaled last: fused into one rounding, s scale - high would not be 0 for the highest
+      const Real w = exp_of_negative((score[e * J + j] - high[j]) * scale);
       sum[j] += w;
       mean[j] += w * value[e * J + j];
     }
@@ -152,7 +153,8 @@ FASTFPL_INLINE void unmix(const Gate& g, const Real* q, const Real* z, const Rea
   for (int64_t e = 0; e < g.experts; ++e) {
 #pragma omp simd
     for (int64_t j = 0; j < J; ++j) {
-      const Real w = exp_of_negative(score[e * J + j] * scale - high[j]) * inverse[j] * d_logits[j];
+      const Real w =
+          exp_of_negative((score[e * J + j] - high[j]) * scale) * inverse[j] * d_logits[j];
       score[e * J + j] = scale * w * (value[e * J + j] - mean[j]);
       value[e * J + j] = w;
     }

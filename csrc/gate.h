@@ -22,8 +22,9 @@ constexpr int64_t gate_padded(int64_t count, int64_t bytes) {
 
 // logit_cb = sum_h sum_e softmax_e(scale q_hb . k_ceh) (z_hb . v_ceh).
 // qz (U, 2, H, d, B): queries q, then z; kv (U, C, E, 2, H, d): keys, then values.
-// logits (U, C, B); stats (U, C, H, 3, B), or null where no gradient is wanted: of each softmax its
-// largest score, one over its sum, and the mean of the values.
+// logits (U, C, B); stats (U, C, H, 3, B), or null where no gradient is wanted: of each softmax the
+// q . k of its largest score, one over its sum, and the mean of the values: with all the weight on
+// one expert exactly its value.
 template <class Real>
 void gate_fwd(const Real* qz, const Real* kv, Real* logits, Real* stats, const Gate& g);
 

@@ -19,7 +19,8 @@
 namespace fastfpl {
 
 // Calls work(thread, begin, end) on disjoint ranges that make up [0, count), on at most `threads`
-// threads; which range a thread gets depends on nothing but count and threads. No exceptions.
+// threads; which range a thread gets depends on nothing but count and threads. No exceptions: what
+// work needs is allocated before.
 template <class Work>
 void parallel(int64_t threads, int64_t count, const Work& work) {
   threads = std::max<int64_t>(1, std::min(threads, count));

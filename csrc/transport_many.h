@@ -267,7 +267,7 @@ struct Many {
     double from[kMostPrompts], d[kMostPrompts], best_g[kMostPrompts];
     double best = std::numeric_limits<double>::infinity();
     int64_t n = 0, since = 0;
-    bool polishing = false;
+    bool polishing = false, settled = false;  // settled: the level is as near as tol asks
     evaluate(0, std::max(tol / 8, 1e-2));
     ++n;
     while (true) {
@@ -291,7 +291,10 @@ struct Many {
       level = all_free > 0 ? level / all_free : 0;
       // a wrong level may fall on one column alone
       double near = std::max(tol / 8, std::min(1e-2, .02 * now)) / double(K);
-      if (most <= 1e-16 * largest) polishing = true, near = tol / 8 / double(K);
+      // nothing is left but the level, which moves free rows alone and so the shares; or rounding
+      const double finest = tol / 8 / double(K);
+      if (most <= 1e-16 * largest) polishing = polishing || settled, near = finest;
+      settled = near <= finest;
       double t = 1, low = 0, high = 1, slope_low = slope;
       for (int64_t i = 0;; ++i) {
         for (int64_t j = 0; j < K; ++j) g[j] = from[j] + t * d[j];

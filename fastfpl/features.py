@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fastfpl import __version__
-from fastfpl.errors import Damaged, InputError, KindError, near
+from fastfpl.errors import Damaged, InputError, KindError, Missing, cut, near
 from fastfpl.files import Growing, on_disk, sweep_parts
 
 __all__ = ["FeatureKey", "FeatureStore", "Features", "TextFeatures", "default_directory"]
@@ -51,9 +51,21 @@ _verified_lock = threading.Lock()
 
 
 def default_directory() -> Path:
-    """Return ``$XDG_CACHE_HOME/fastfpl/features``, by default below ``~/.cache``."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return base / "fastfpl" / "features"
+    """Return ``$XDG_CACHE_HOME/fastfpl/features``, by default below ``~/.cache``.
+
+    Raises
+    ------
+    Missing
+        If nobody knows the user's home: HOME is not set and the user has no entry of its own.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    try:
+        return Path(base).expanduser() / "fastfpl" / "features"
+    except RuntimeError:
+        raise Missing(
+            f"fastfpl.features: the folder of image features must have a place; got {base} without "
+            "a home: name it by cache (--cache), or set HOME or XDG_CACHE_HOME"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -170,6 +182,24 @@ class FeatureStore:
             raise InputError(f"fastfpl.features.FeatureStore: chunk must be positive; got {chunk}")
         self.directory = default_directory() if directory is None else Path(directory)
         self.chunk = chunk
+
+    def check(self) -> None:
+        """Refuse a directory that is none, or that cannot be made; it is not made yet.
+
+        One that is there may be read only: what it holds serves, and what lacks cannot be kept.
+        """
+        try:
+            there = next(p for p in (self.directory, *self.directory.parents) if p.exists())
+            reason = None if there.is_dir() else f"{there} is a file"
+            if there != self.directory and not os.access(there, os.W_OK | os.X_OK):
+                reason = f"{there} cannot be written to"
+        except (OSError, ValueError) as error:  # too long a name; NUL
+            reason = (isinstance(error, OSError) and error.strerror) or str(error)
+        if reason is not None:
+            raise InputError(
+                "fastfpl.features.FeatureStore: directory (--cache) must be a folder, or one that "
+                f"can be made; got {cut(str(self.directory))!r}: {reason}"
+            )
 
     def get(
         self,

@@ -33,6 +33,7 @@ __all__ = [
     "sweep_parts",
     "temporary_folder",
     "watched",
+    "write_all",
     "write_json",
     "write_new",
     "write_text",
@@ -237,6 +238,34 @@ def _lock(number: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def write_all(contents: Mapping[Path, bytes]) -> None:
+    """Write files that belong together: all lie whole under temporary names before one is renamed.
+
+    Whatever the disk refuses leaves the files that were there as they were.
+    """
+    parts: dict[Path, Path] = {}
+    try:
+        for path, content in contents.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            parts[path] = path.with_name(f".{path.name}.{os.getpid()}.part")
+            parts[path].unlink(missing_ok=True)  # never written through a link
+            with parts[path].open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for path in parts:
+            # a rename onto a folder fails, and would leave the files before it new
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        for path, part in parts.items():
+            os.replace(part, path)
+    finally:
+        for part in parts.values():
+            # a disk that is read-only again says so here too
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn, get_args
 
 import torch
 from torch import Tensor
 
+from fastfpl.data.names import both, flaw, readable, shown
 from fastfpl.errors import InputError, KindError, near
 from fastfpl.ops.memory import current_limit, memory_limit, parse_bytes
 from fastfpl.ops.text import PromptLayout, TextTower, encode_text
@@ -35,7 +37,7 @@ class ClassPrompts:
     ----------
     clip : FrozenCLIP
     names : sequence of str
-        Class names as a person writes them; underscores become spaces.
+        Class names as a person writes them; underscores and runs of white space become a space.
     position : "end", "middle" or "front"
         Where the class name stands: behind the context, after its first half, or before it.
     ending : str
@@ -54,7 +56,8 @@ class ClassPrompts:
     Raises
     ------
     InputError
-        If the list is empty, a name is empty or occurs twice, or a name alone does not fit.
+        If the list is empty, a name is empty or holds a character that cannot be seen, a name
+        alone does not fit, or two names are equal or the same tokens to this CLIP.
 
     Notes
     -----
@@ -81,12 +84,17 @@ class ClassPrompts:
         for name in names:
             if not isinstance(name, str):
                 raise KindError(f"{op}: names must be strings; got {name!r}")
-            clean.append(" ".join(name.replace("_", " ").split()))
+            clean.append(readable(name))
             if not clean[-1]:
                 raise InputError(f"{op}: names must not be empty; got {name!r} at {len(clean) - 1}")
+            if flaw(clean[-1]):
+                raise InputError(
+                    f"{op}: names must be text that can be seen; got {shown(name)} with "
+                    f"{flaw(clean[-1])}, at {len(clean) - 1}: write it without"
+                )
         if not clean:
             raise InputError(f"{op}: names must hold at least one class; got none")
-        twice = sorted({name for name in clean if clean.count(name) > 1})
+        twice = sorted(name for name, times in Counter(clean).items() if times > 1)
         if twice:
             raise InputError(f"{op}: names must be unique; got {twice[0]!r} more than once")
         if position not in get_args(Position):
@@ -100,6 +108,8 @@ class ClassPrompts:
         self.tower: TextTower = clip.text
         self._clip = clip
         self._first, self._behind = self._split(""), self._split(" ")
+        for words in (self._first, self._behind):
+            self._tell_apart(words)
         usual = self._first if position == "front" else self._behind
         self.eot_spare = self._spare(usual)
         if self.eot_spare < 0:
@@ -117,6 +127,23 @@ class ClassPrompts:
     def _spare(self, words: list[_Word]) -> int:
         taken = max(len(word.name) + len(word.ending) for word in words)
         return self.tower.context_length - self.tower.begin - 1 - taken
+
+    def _tell_apart(self, words: list[_Word]) -> None:
+        """Refuse names of no token, and two of the same tokens: one would score nothing."""
+        seen: dict[tuple[int, ...], str] = {}
+        for name, word in zip(self.names, words, strict=True):
+            if not word.name:
+                raise InputError(
+                    f"fastfpl.ClassPrompts: names must hold a token; got {name!r}, of which this "
+                    "CLIP's tokenizer keeps nothing: write it in words"
+                )
+            other = seen.setdefault((*word.name, *word.ending), name)
+            if other != name:
+                raise InputError(
+                    "fastfpl.ClassPrompts: names must be different tokens to this CLIP; got "
+                    f"{both(other, name)}, both tokens {shown([*word.name, *word.ending])}: "
+                    "tell the two apart by a word"
+                )
 
     def __len__(self) -> int:
         return len(self.names)
@@ -211,7 +238,7 @@ def encode_prompts(
     Returns
     -------
     Tensor, shape (..., C, D), dtype of the tower
-        Unit length over D.
+        Unit length over D. Under autocast in its dtype, unless the tower's projection has a bias.
 
     Raises
     ------

@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastfpl.kernels.precision import allows_tf32
+
 __all__ = ["prefix_attention_bwd", "prefix_attention_fwd"]
 
 # the interpreter takes the bits of bfloat16 for an integer in tl.dot: there alone, compute wide
@@ -623,11 +625,9 @@ def _settings(qkv: Tensor, heads: int, last_only: bool, step: int | None) -> dic
     width = qkv.shape[-1] // 3
     head = width // heads
     half = qkv.dtype in (torch.float16, torch.bfloat16)
-    if qkv.dtype != torch.float32:
-        precision = "ieee"  # says nothing but for float32
-    else:
-        plain = torch.backends.cuda.matmul.fp32_precision == "tf32"
-        precision = "tf32" if plain else "tf32x3"
+    precision = "ieee"  # says nothing but for float32
+    if qkv.dtype == torch.float32:
+        precision = "tf32" if allows_tf32() else "tf32x3"
     # so much of a head at a time as leaves no register spilled: half where it is in several pieces
     widest = (64 if half else 32) // (1 if head <= 64 else 2)
     return {

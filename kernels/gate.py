@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastfpl.kernels.precision import allows_tf32
+
 __all__ = ["WIDEST", "gate_bwd", "gate_fwd"]
 
 #: Most numbers d of a head.
@@ -51,11 +53,12 @@ def _gate_fwd_kernel(
     qz,
     kv,
     out,
-    lse,
+    high,
+    inverse,
     mean,
     B,
     C,
-    scale,
+    SCALE: tl.constexpr,
     E: tl.constexpr,
     H: tl.constexpr,
     D: tl.constexpr,
@@ -76,44 +79,56 @@ def _gate_fwd_kernel(
     b, c = i_b * BLOCK_B + tl.arange(0, BLOCK_B), i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (b < B)[:, None] & (c < C)[None, :]
     total = tl.zeros((BLOCK_B, BLOCK_C), ACC)
+    # further from every product than any other, on the side where the scores are low
+    start: tl.constexpr = float("-inf") if SCALE > 0 else float("inf") if SCALE < 0 else 0.0
     for i in range(HEADS):
         h = part * HEADS + i
         p_q = qz + u * B * (2 * H * D) + h * D
         q = _load(p_q, b, B, 2 * H * D, D, BLOCK_D)
         z = _load(p_q + H * D, b, B, 2 * H * D, D, BLOCK_D)
-        high = tl.full((BLOCK_B, BLOCK_C), float("-inf"), ACC)
+        most = tl.full((BLOCK_B, BLOCK_C), start, ACC)
         weight = tl.zeros((BLOCK_B, BLOCK_C), ACC)
         value = tl.zeros((BLOCK_B, BLOCK_C), ACC)
         for e in range(E):
             p_k = kv + (u * C * E + e) * (2 * H * D) + h * D
             k = _load(p_k, c, C, E * 2 * H * D, D, BLOCK_D)
             v = _load(p_k + H * D, c, C, E * 2 * H * D, D, BLOCK_D)
-            s = _dot(q, tl.trans(k), ACC, PRECISION) * scale
+            s = _dot(q, tl.trans(k), ACC, PRECISION)
             a = _dot(z, tl.trans(v), ACC, PRECISION)
+            # scaled last: fused into one rounding, s * SCALE - most is not 0 for the highest score
+            above = (s - most) * SCALE
             # of the two exponentials of an online softmax one is always exp(0)
-            smaller = tl.exp(-tl.abs(s - high))
-            rises = s > high
+            smaller = tl.exp(-tl.abs(above))
+            rises = above > 0
             keep, add = tl.where(rises, smaller, 1.0), tl.where(rises, 1.0, smaller)
-            high = tl.where(rises, s, high)
+            most = tl.where(rises, s, most)
             weight = weight * keep + add
             value = value * keep + add * a
-        value = value / weight
+        weight = 1 / weight
+        value *= weight
         total += value
-        if lse is not None:
+        if mean is not None:
             at = ((u * H + h) * B + b)[:, None] * C + c[None, :]
-            tl.store(lse + at, high + tl.log(weight), mask=inside)
+            tl.store(high + at, most, mask=inside)
+            tl.store(inverse + at, weight, mask=inside)
             tl.store(mean + at, value, mask=inside)
     at = ((part * clients + u) * B + b)[:, None] * C + c[None, :]
     tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _weights(q, z, k, v, lse, mean, by, scale, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """Compute again, of one expert of each class, d_score and d_value (B, C)."""
-    s = _dot(q, tl.trans(k), ACC, PRECISION) * scale
+def _weights(
+    q, z, k, v, high, mean, by, SCALE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Compute again, of one expert of each class, d_score and d_value (B, C).
+
+    An expert that has all the weight gets d_score = 0 exactly: its products are those of the
+    forward pass bit for bit, so that its exponential is 1 and its value the mean.
+    """
+    s = _dot(q, tl.trans(k), ACC, PRECISION)
     a = _dot(z, tl.trans(v), ACC, PRECISION)
-    d_value = by * tl.exp(s - lse)
-    return scale * d_value * (a - mean), d_value
+    d_value = by * tl.exp((s - high) * SCALE)
+    return SCALE * d_value * (a - mean), d_value
 
 
 @triton.jit
@@ -121,12 +136,13 @@ def _gate_bwd_kv_kernel(
     d_logits,
     qz,
     kv,
-    lse,
+    high,
+    inverse,
     mean,
     d_kv,
     B,
     C,
-    scale,
+    SCALE: tl.constexpr,
     E: tl.constexpr,
     H: tl.constexpr,
     D: tl.constexpr,
@@ -162,10 +178,10 @@ def _gate_bwd_kv_kernel(
             z,
             k,
             v,
-            tl.load(lse + at, mask=inside, other=0.0),
+            tl.load(high + at, mask=inside, other=0.0),
             tl.load(mean + at, mask=inside, other=0.0),
-            by.to(ACC),
-            scale,
+            by.to(ACC) * tl.load(inverse + at, mask=inside, other=0.0),
+            SCALE,
             ACC,
             PRECISION,
         )
@@ -181,13 +197,14 @@ def _gate_bwd_qz_kernel(
     d_logits,
     qz,
     kv,
-    lse,
+    high,
+    inverse,
     mean,
     d_qz,
     B,
     C,
     parts,
-    scale,
+    SCALE: tl.constexpr,
     E: tl.constexpr,
     H: tl.constexpr,
     D: tl.constexpr,
@@ -217,14 +234,14 @@ def _gate_bwd_qz_kernel(
         inside = (b < B)[:, None] & (c < C)[None, :]
         at = ((u * H + h) * B + b)[:, None] * C + c[None, :]
         by = tl.load(d_logits + (u * B + b)[:, None] * C + c[None, :], mask=inside, other=0.0)
-        by = by.to(ACC)
-        b_lse = tl.load(lse + at, mask=inside, other=0.0)
+        by = by.to(ACC) * tl.load(inverse + at, mask=inside, other=0.0)
+        b_high = tl.load(high + at, mask=inside, other=0.0)
         b_mean = tl.load(mean + at, mask=inside, other=0.0)
         for e in range(E):
             p_k = kv + (u * C * E + e) * (2 * H * D) + h * D
             k = _load(p_k, c, C, E * 2 * H * D, D, BLOCK_D)
             v = _load(p_k + H * D, c, C, E * 2 * H * D, D, BLOCK_D)
-            d_score, d_value = _weights(q, z, k, v, b_lse, b_mean, by, scale, ACC, PRECISION)
+            d_score, d_value = _weights(q, z, k, v, b_high, b_mean, by, SCALE, ACC, PRECISION)
             d_q += _dot(d_score.to(k.dtype), k, ACC, PRECISION)
             d_z += _dot(d_value.to(v.dtype), v, ACC, PRECISION)
         i_c += 1
@@ -245,7 +262,7 @@ def _constants(qz: Tensor, kv: Tensor, blocks: tuple[int, int] | None) -> dict[s
     """
     images, heads, width = qz.shape[1], *qz.shape[3:]
     classes, experts = kv.shape[1:3]
-    tf32 = qz.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    tf32 = qz.dtype == torch.float32 and allows_tf32()
     # 16 is the least a product on the matrix units takes
     padded = max(16, triton.next_power_of_2(width))
     units, wide = tf32 or qz.itemsize == 2, padded > 32
@@ -269,6 +286,8 @@ def _constants(qz: Tensor, kv: Tensor, blocks: tuple[int, int] | None) -> dict[s
         # wide heads in exact float32, and narrow ones in TF32, spill with 4
         "num_warps": 8 if qz.itemsize > 2 and wide != tf32 else 4,
         "num_stages": 1 if qz.dtype == torch.float64 else 2,
+        # of itself the assembler keeps exact float32 to fewer on some cards, and spills
+        "maxnreg": 255 if qz.dtype == torch.float32 and not tf32 else None,
     }
 
 
@@ -290,8 +309,8 @@ def gate_fwd(
     Returns
     -------
     logits : Tensor, shape (U, B, C), float32 or wider
-    stats : (Tensor, Tensor), shape (U, H, B, C), or ()
-        Logarithm of the sum of a softmax, and its mean of the values.
+    stats : (Tensor, Tensor, Tensor), shape (U, H, B, C), or ()
+        Of a softmax the q . k of its largest score, one over its sum, and its mean of the values.
     """
     (clients, images), heads, classes = qz.shape[:2], qz.shape[3], kv.shape[1]
     constants = _constants(qz, kv, blocks)
@@ -304,16 +323,16 @@ def gate_fwd(
     out = qz.new_empty((parts, clients, images, classes), dtype=wide)
     stats = ()
     if wanted:
-        stats = tuple(qz.new_empty((clients, heads, images, classes), dtype=wide) for _ in range(2))
+        stats = tuple(qz.new_empty((clients, heads, images, classes), dtype=wide) for _ in range(3))
     if out.numel():
         _gate_fwd_kernel[(clients * tiles * parts,)](
             qz,
             kv,
             out,
-            *(stats or (None, None)),
+            *(stats or (None, None, None)),
             images,
             classes,
-            scale,
+            SCALE=scale,
             HEADS=heads // parts,
             **constants,
         )
@@ -338,8 +357,8 @@ def gate_bwd(
     constants = _constants(qz, kv, blocks)
     tiles_b = triton.cdiv(images, constants["BLOCK_B"])
     tiles_c = triton.cdiv(classes, constants["BLOCK_C"])
-    lse, mean = stats
-    given = (d_logits.contiguous(), qz, kv, lse, mean)
+    constants["SCALE"] = scale
+    given = (d_logits.contiguous(), qz, kv, *stats)
     d_qz = d_kv = None
     if of_images:
         programs = clients * heads * tiles_b
@@ -349,12 +368,12 @@ def gate_bwd(
         by_part = qz.new_empty((parts, *qz.shape), dtype=wide)
         if programs:
             _gate_bwd_qz_kernel[(programs * parts,)](
-                *given, by_part, images, classes, parts, scale, **constants
+                *given, by_part, images, classes, parts, **constants
             )
         d_qz = by_part[0] if parts == 1 else by_part.sum(dim=0).to(qz.dtype)
     if of_experts:
         d_kv = torch.empty_like(kv)
         programs = clients * heads * experts * tiles_c
         if programs:
-            _gate_bwd_kv_kernel[(programs,)](*given, d_kv, images, classes, scale, **constants)
+            _gate_bwd_kv_kernel[(programs,)](*given, d_kv, images, classes, **constants)
     return d_qz, d_kv

@@ -24,6 +24,7 @@ from fastfpl.kernels.transport_pair import plan_of_pair, solve_pair
 
 __all__ = [
     "MOST_PATCHES",
+    "MOST_PATCHES_DOUBLE",
     "MOST_PROMPTS",
     "transport_logits_bwd",
     "transport_logits_fwd",
@@ -32,6 +33,8 @@ __all__ = [
 
 #: Most patches of an image and prompts of a class: what one program holds in registers.
 MOST_PATCHES, MOST_PROMPTS = 1024, 16
+#: Of float64 in `transport_logits_fwd`: of more, one step of the product needs 128 KiB.
+MOST_PATCHES_DOUBLE = 512
 
 # The interpreter takes the bits of bfloat16 operands of a product for integers, and cuts a number
 # off when it stores one (Triton 3.9).
@@ -398,6 +401,20 @@ def _weights(
 
 
 @triton.jit
+def _weighted_sum(weight, features, total, PRECISION: tl.constexpr, ACC: tl.constexpr):
+    """Total + weight @ features. The matrix units cut float32 off at 10 bits: biased by 3.5e-4.
+
+    "halves" is for features that have no more: the weights' first bits, and then what they leave.
+    """
+    if PRECISION == "halves":
+        first = (weight.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        total = tl.dot(weight - first, features, acc=total, input_precision="tf32", out_dtype=ACC)
+        return tl.dot(first, features, acc=total, input_precision="tf32", out_dtype=ACC)
+    else:
+        return tl.dot(weight, features, acc=total, input_precision=PRECISION, out_dtype=ACC)
+
+
+@triton.jit
 def _transport_logits_bwd_patches_kernel(
     d_logits_ptr,
     x_ptr,
@@ -460,7 +477,7 @@ def _transport_logits_bwd_patches_kernel(
             mask=t_there[:, None] & (d < D)[None, :],
             other=0.0,
         ).to(ACC)
-        d_x = tl.dot(weight, t, acc=d_x, input_precision=PRECISION_OUT, out_dtype=ACC)
+        d_x = _weighted_sum(weight, t, d_x, PRECISION_OUT, ACC)
         first += BLOCK_C
     out = d_x_ptr + (image * P + p[:, None]) * D + d[None, :]
     tl.store(out, d_x.to(d_x_ptr.dtype.element_ty), mask=(p < P)[:, None] & (d < D)[None, :])
@@ -547,7 +564,7 @@ def _transport_logits_bwd_prompts_kernel(
                 other=0.0,
             ).to(ACC)
             # rows of padding have a weight, and patches of zeros
-            d_t = tl.dot(tl.trans(weight), x, acc=d_t, input_precision=PRECISION_OUT, out_dtype=ACC)
+            d_t = _weighted_sum(tl.trans(weight), x, d_t, PRECISION_OUT, ACC)
         b += 1
     out = (((part * clients + u) * classes + of_c) * N + of_n)[:, None] * D + d[None, :]
     mask = t_there[:, None] & (d < D)[None, :]
@@ -715,6 +732,8 @@ def transport_logits_fwd(
         "BLOCK_D": _depth(patches, prompts, block_p, width),
     } | (tile or {})
     size = blocks["BLOCK_P"] * blocks["BLOCK_C"] * blocks["BLOCK_N"]
+    # 64 KiB of patches fit every card, with what is fetched ahead or without
+    step = blocks["BLOCK_P"] * blocks["BLOCK_D"] * max(patches.itemsize, prompts.itemsize)
     with torch.cuda.device_of(patches):
         _transport_logits_fwd_kernel[(clients * images * triton.cdiv(classes, blocks["BLOCK_C"]),)](
             patches,
@@ -741,7 +760,7 @@ def transport_logits_fwd(
             **_kinds(patches, prompts),
             **blocks,
             **_warps(4 if size <= 4096 else 8 if size <= 8192 else 16),
-            num_stages=2,
+            num_stages=2 if 2 * step <= 1 << 16 else 1,
         )
     return logits, iterations, residual, entropy, state
 
@@ -769,9 +788,10 @@ def transport_logits_bwd(
     d_patches = d_prompts = None
     on_cpu = patches.device.type == "cpu"
     kinds = _kinds(patches, prompts)
-    # 16-bit features are exact in tf32, weights as exact as in float16 without its narrow range
+    # 16-bit features are exact in tf32 and weights in two parts nearly: two products, not three;
+    # one of rounded weights has no bias, but where terms cancel errs more than twice as eager does
     sixteen = max(patches.element_size(), prompts.element_size()) == 2
-    kinds["PRECISION_OUT"] = "tf32" if sixteen else kinds["PRECISION"]
+    kinds["PRECISION_OUT"] = "halves" if sixteen else kinds["PRECISION"]
     # Similarities are formed again for each block of the output's D, which costs little beside
     # reading the features; 128 numbers of D, 64 patches or 32 columns fit in 8 warps of any card.
     block_p, block_n = max(16, _power(n_patches)), _power(n_prompts)
@@ -779,11 +799,14 @@ def transport_logits_bwd(
     if not on_cpu:
         block_p, block_out = min(block_p, 64), min(block_out, 128)
     block_c = max(1, (256 if on_cpu else 32) // block_n)
+    depth = _depth(patches, prompts, block_p, width)
+    if not on_cpu and block_n == 1 and not sixteen:
+        depth = 16  # classes by themselves leave no registers for a whole line
     blocks = {
         "BLOCK_P": block_p,
         "BLOCK_C": min(block_c, max(_power(classes), -(-16 // block_n))),
         "BLOCK_N": block_n,
-        "BLOCK_D": _depth(patches, prompts, block_p, width),
+        "BLOCK_D": depth,
         "BLOCK_OUT": block_out,
     } | (tile or {})
     outs = triton.cdiv(width, blocks["BLOCK_OUT"])

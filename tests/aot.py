@@ -1,4 +1,4 @@
-"""Kernels compiled ahead of time for every card, without one: do they fit, and does nothing spill.
+"""Kernels compiled ahead of time for every card, without one: can they launch, what do they spill.
 
 Three parts. `record` runs launchers without running their kernels, so the papers' full sizes cost
 nothing (give tensors on the device ``meta``), and keeps what was launched. A second process, where
@@ -11,8 +11,17 @@ Triton does not interpret, compiles exactly that. `assert_fits` does both and ju
     def test_the_kernels_fit_every_card():
         assert_fits(launches)
 
-``python -m tests.aot tests.test_prefix_attention`` prints the table of what the function
-``launches`` of a test file launches; several files may be named.
+What cannot launch fails with every Triton. Spilled registers are the compiler's choice, so they are
+figures: ``compiled.json`` holds, for every version of Triton that was tried, the registers, shared
+memory and spills of every kernel on every card, the largest of its launches. A version that has a
+row may not spill more than its row, nor any row more than `MOST_SPILLED`; a version that has none
+has its figures printed at the end of the test run, and so has a figure that left its row.
+
+``python -m tests.aot tests.test_gate`` prints the table of what the functions named ``launches`` or
+``..._launches`` of a test file launch; several files may be named, all of `SOURCES` if none is.
+``--write`` puts the figures of this Triton into ``compiled.json``; ``--triton FOLDER``, where
+``pip install --no-deps --target FOLDER triton==X`` has put another version, compiles with that one
+(``nox -s compiled`` does it for all).
 
 A kernel that upcasts for the interpreter alone does so under a constant of its module,
 ``INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)``; it is False where kernels are
@@ -21,28 +30,60 @@ compiled. A constexpr argument of that name is recorded as False.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib
+import importlib.metadata
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-__all__ = ["CARDS", "Launch", "Report", "assert_fits", "compiled", "faults", "record", "table"]
+__all__ = [
+    "CARDS",
+    "MOST_SPILLED",
+    "SAYS",
+    "TRIED",
+    "Launch",
+    "Report",
+    "assert_fits",
+    "compiled",
+    "faults",
+    "figures",
+    "record",
+    "said",
+    "table",
+]
 
 ROOT = Path(__file__).resolve().parent.parent
+#: Triton's version -> kernel -> card -> registers, shared memory and spills.
+FIGURES = ROOT / "tests" / "compiled.json"
+#: Test files whose launches are in the figures.
+SOURCES = tuple(f"tests.test_{x}" for x in ("attention_kernels", "gate", "text_kernels"))
+SOURCES += ("tests.test_transport_kernels",)
+#: Bytes a thread that no kernel may spill with any version that has a row: two cache sectors, which
+#: stay in L1 beside the hundreds that a thread reads.
+MOST_SPILLED = 64
+#: How a line of standard output begins that the test run repeats at its end (see conftest.py).
+SAYS = "compiled kernels: "
+
+#: Of every kernel of a version: card -> registers, shared memory, spills.
+Rows = Mapping[str, Mapping[str, Mapping[str, int]]]
 
 #: Compute capability -> bytes of shared memory one program may have (NVIDIA's documentation).
 CARDS = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}
-#: Registers one thread may have.
-REGISTERS = 255
+#: What a test compiles for. sm_86 and sm_89 take the code of sm_80, up to ptxas' allotment, and so
+#: what is compiled for sm_80 is held to their shared memory too; `--write` compiles for all.
+TRIED = (80, 90, 120)
+#: Registers one thread may have, and the threads of one program together (every card here).
+REGISTERS, ALL_REGISTERS = 255, 65_536
 #: Programs that CUDA takes along each axis of a grid.
 GRID = (2**31 - 1, 65_535, 65_535)
 
@@ -170,12 +211,17 @@ class _Dtype(dict[str, str]):
         return hash(self["dtype"])
 
 
-def compiled(launches: Iterable[Launch], cards: Iterable[int] = tuple(CARDS)) -> list[Report]:
-    """Compile every launch for every card in a process of its own, and report."""
+def compiled(
+    launches: Iterable[Launch], cards: Iterable[int] = tuple(CARDS), triton: Path | None = None
+) -> list[Report]:
+    """Compile every launch for every card in a process of its own, and report.
+
+    ``triton`` is the folder of another version than the one that is installed.
+    """
     wanted = list(launches)
     targets = list(cards)
     environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
-    paths = [str(ROOT), environment.get("PYTHONPATH", "")]
+    paths = [str(triton or ""), str(ROOT), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     with tempfile.TemporaryDirectory() as folder:
         order, answer = Path(folder, "order.json"), Path(folder, "answer.json")
@@ -194,31 +240,81 @@ def compiled(launches: Iterable[Launch], cards: Iterable[int] = tuple(CARDS)) ->
     return [Report(launch, card, **f) for (launch, card), f in zip(pairs, figures, strict=True)]
 
 
-def faults(reports: Iterable[Report]) -> list[str]:
-    """Return a sentence for everything that does not fit its card."""
+def figures() -> dict[str, Rows]:
+    """Return what was committed: the rows of every version of Triton that was tried."""
+    return json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.exists() else {}
+
+
+def summary(reports: Iterable[Report]) -> dict[str, dict[str, dict[str, int]]]:
+    """Return the largest figures of each kernel on each card, as a version's rows hold them."""
+    rows: dict[str, dict[str, dict[str, int]]] = {}
+    for report in reports:
+        row = rows.setdefault(report.launch.kernel, {}).setdefault(f"sm_{report.card}", {})
+        for name in ("registers", "shared", "spilled"):
+            row[name] = max(row.get(name, 0), getattr(report, name))
+    return rows
+
+
+def faults(reports: Iterable[Report], rows: Rows | None = None) -> list[str]:
+    """Return a sentence for everything that a card cannot launch or that breaks its bound.
+
+    ``rows`` are the figures committed for the Triton that compiled, whose spills are the bounds (0
+    for a kernel that has none); None if that version has no figures, and nothing to be judged by.
+    """
     found = []
     for report in reports:
         where = f"{report.launch} on sm_{report.card}"
         if report.failure:
             found.append(f"{where}: does not compile: {report.failure}")
             continue
-        if report.spilled:
-            found.append(f"{where}: spills {report.spilled} bytes of registers to memory")
-        if report.registers > REGISTERS:
-            found.append(f"{where}: needs {report.registers} registers, a thread has {REGISTERS}")
-        if report.shared > CARDS[report.card]:
+        row = (rows or {}).get(report.launch.kernel, {}).get(f"sm_{report.card}", {})
+        bound = row.get("spilled", 0)
+        if rows is not None and report.spilled > bound:
+            found.append(
+                f"{where}: spills {report.spilled} bytes of registers to memory, "
+                f"its row in {FIGURES.name} has {bound}"
+            )
+        # ptxas allots registers by eights, and a warp has 32 threads
+        threads = 32 * dict(report.launch.options).get("num_warps", 4)
+        if report.registers > REGISTERS or -(-report.registers // 8) * 8 * threads > ALL_REGISTERS:
+            found.append(
+                f"{where}: needs {report.registers} registers for each of {threads} threads, a "
+                f"thread has {REGISTERS}, a program {ALL_REGISTERS}"
+            )
+        kin = (80, 86, 89) if report.card == 80 else (report.card,)
+        card = min(kin, key=lambda card: CARDS[card])
+        if report.shared > CARDS[card]:
             found.append(
                 f"{where}: needs {report.shared} bytes of shared memory, "
-                f"the card has {CARDS[report.card]}"
+                f"sm_{card} has {CARDS[card]}"
             )
     return found
 
 
-def assert_fits(run: Callable[[], object], cards: Iterable[int] = tuple(CARDS)) -> list[Report]:
-    """Record what ``run`` launches, compile it for every card, and refuse what does not fit."""
+def said(reports: Iterable[Report], version: str, rows: Rows | None) -> list[str]:
+    """Return a line for every figure that no row holds: all of a new version, else what moved."""
+    lines = []
+    for kernel, cards in summary(reports).items():
+        for card, found in cards.items():
+            was = (rows or {}).get(kernel, {}).get(card, {})
+            names = ("registers", "shared", "spilled")
+            # fewer launches than the table's may be smaller, which says nothing
+            if rows is None or any(found[x] > was.get(x, 0) for x in names):
+                now, then = (", ".join(f"{x} {r.get(x, '-')}" for x in names) for r in (found, was))
+                row = f"; its row: {then}" if was else "; it has no row"
+                lines.append(f"{SAYS}Triton {version}, {kernel} on {card}: {now}{row}")
+    return lines
+
+
+def assert_fits(run: Callable[[], object], cards: Iterable[int] = TRIED) -> list[Report]:
+    """Record what ``run`` launches, compile it for `TRIED`, and refuse what does not fit a card."""
+    import triton
+
     reports = compiled(record(run), cards)
-    found = faults(reports)
+    rows = figures().get(triton.__version__)
+    found = faults(reports, rows)
     assert not found, "\n".join(found)
+    sys.stdout.writelines(line + "\n" for line in said(reports, triton.__version__, rows))
     return reports
 
 
@@ -301,13 +397,61 @@ def _serve(order: Path, answer: Path) -> None:
     answer.write_text(json.dumps(figures))
 
 
+def _write(reports: Iterable[Report], version: str) -> None:
+    """Put the figures of one version into the committed table, beside those of others."""
+    merged = {**figures(), version: summary(reports)}
+    key = lambda name: [int(x) for x in re.findall(r"\d+", name)]  # noqa: E731
+    lines = []
+    for name in sorted(merged, key=key):
+        kernels = ",\n".join(
+            f"    {json.dumps(kernel)}: {{\n"
+            + ",\n".join(
+                f"      {json.dumps(card)}: {json.dumps(row)}"
+                for card, row in sorted(cards.items(), key=lambda x: key(x[0]))
+            )
+            + "\n    }"
+            for kernel, cards in sorted(merged[name].items())
+        )
+        lines.append(f"  {json.dumps(name)}: {{\n{kernels}\n  }}")
+    FIGURES.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def _launched(name: str) -> list[Launch]:
+    """Return what all functions of a test file launch that say so by their name."""
+    module = importlib.import_module(name)
+    runs = [run for made, run in vars(module).items() if made.split("_")[-1] == "launches"]
+    return [launch for run in runs for launch in record(run)]
+
+
+def _version(triton: Path | None) -> str:
+    path = [str(triton)] if triton else None
+    distributions = [
+        x
+        for x in importlib.metadata.distributions(**({"path": path} if path else {}))
+        if x.name == "triton"
+    ]
+    assert distributions, f"no Triton in {triton}"
+    return distributions[0].version
+
+
 def _main(arguments: list[str]) -> None:
     if arguments[:1] == ["--compile"]:
         _serve(Path(arguments[1]), Path(arguments[2]))
         return
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported
-    for name in arguments:
-        sys.stdout.write(table(compiled(record(importlib.import_module(name).launches))) + "\n")
+    parser = argparse.ArgumentParser(prog="python -m tests.aot")
+    parser.add_argument("--write", action="store_true", help=f"put the figures into {FIGURES.name}")
+    parser.add_argument("--triton", type=Path, help="folder of another version of Triton")
+    parser.add_argument("files", nargs="*", default=SOURCES, help="test files, as modules")
+    asked = parser.parse_args(arguments)
+    launches = dict.fromkeys(launch for name in asked.files for launch in _launched(name))
+    reports = compiled(launches, triton=asked.triton)
+    sys.stdout.write(table(reports) + "\n")
+    found = faults(reports)
+    if found:
+        sys.exit("\n".join(found))
+    if asked.write:
+        _write(reports, _version(asked.triton))
 
 
 if __name__ == "__main__":

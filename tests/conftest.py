@@ -41,3 +41,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     torch.manual_seed(0)  # torch itself begins with another seed in every process
     if item.get_closest_marker("gpu") and not GPU:
         pytest.skip("needs a CUDA device, and torch sees none")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Repeat what tests of compiled kernels said: with xdist their output stays in the workers."""
+    from tests.aot import SAYS
+
+    lines = [
+        line.removeprefix(SAYS)
+        for report in terminalreporter.stats.get("passed", [])
+        for line in report.capstdout.splitlines()
+        if line.startswith(SAYS)
+    ]
+    if lines:
+        terminalreporter.section("compiled kernels without a row in tests/compiled.json")
+        for line in sorted(set(lines)):
+            terminalreporter.write_line(line)

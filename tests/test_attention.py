@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 
 import fastfpl
 from fastfpl.errors import InputError, KindError, NotSupported
-from fastfpl.ops import prefix_attention
+from fastfpl.ops import native, prefix_attention
 from fastfpl.ops.attention import FACES
 from tests.truth import assert_as_good_as_eager, assert_fences_hold, fenced
 
@@ -241,3 +243,36 @@ def test_wide_heads_are_for_another_face(dtype):
         pytest.raises(NotSupported, match=f"128 numbers a head in {dtype}"),
     ):
         prefix_attention(**given_)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space")
+@pytest.mark.parametrize("entry", ["prefix_attention_fwd", "prefix_attention_bwd"])
+def test_too_little_memory_is_an_error_and_not_the_end(entry):
+    if native.missing(entry):
+        pytest.skip("fastfpl._C is not compiled")
+    # what threads work in is allocated before they begin: 64 MB and more here, 8 are left
+    script = f"""
+import re, resource, torch
+from fastfpl.ops import native
+run = native.load({entry!r})
+def call(rows):  # of the second thread's segment
+    qkv, out = torch.zeros(1, rows + 2, 24), torch.zeros(1, 2, 8)
+    starts = torch.tensor([0, 2, rows + 2])
+    into = (out,) if {entry!r}.endswith("fwd") else (torch.zeros_like(qkv),)
+    given = (qkv,) if {entry!r}.endswith("fwd") else (out, qkv)
+    return lambda: getattr(run, {entry!r})(*given, None, None, *into, starts, 0, 1, True, 2)
+small, large = call(1 << 13), call(1 << 18)
+small()  # threads and their stacks are there
+taken = int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
+resource.setrlimit(resource.RLIMIT_AS, (taken + (8 << 20), resource.RLIM_INFINITY))
+try:
+    large()
+except MemoryError:
+    pass
+else:
+    raise AssertionError("it found the memory")
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+small(), large()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
 import fastfpl
-from fastfpl.cli import _cli
+from fastfpl.cli.entry import group
 from fastfpl.clip import FrozenCLIP, load_clip
 from fastfpl.clip.survey import survey, table
 from fastfpl.clip.tokenizer import adapt_tokenizer
@@ -108,6 +109,8 @@ def test_what_surrounds_a_text_is_read_from_the_tokenizer(
         row = [i for i in (found.sos,) if i is not None] + found.encode(text) + [found.eot]
         assert tokenizer([text])[0].tolist() == row + [pad] * (20 - len(row))
         assert bare.encode(text) == found.encode(text)
+    sent = pickle.loads(pickle.dumps(found))
+    assert sent.encode("Sea-horse 42.") == found.encode("Sea-horse 42.")
     plain = adapt_tokenizer(hub_tokenizer(kind), 1000)
     assert plain.sos == sos
     assert plain.eot == (3 if kind == "bert" else eot)  # open_clip replaces BERT's [SEP] by 0
@@ -627,7 +630,7 @@ def test_the_page_is_the_survey() -> None:
 
 
 def test_doctor_says_which_face_takes_a_model() -> None:
-    done = CliRunner().invoke(_cli, ["doctor", "--clip", "ViT-B-16-SigLIP"], terminal_width=500)
+    done = CliRunner().invoke(group, ["doctor", "--clip", "ViT-B-16-SigLIP"], terminal_width=500)
     assert done.exit_code == 0, done.output
     flat = " ".join(done.output.split())
     assert "text pass of ViT-B-16-SigLIP" in flat

@@ -1,24 +1,32 @@
 """The loaded CLIP is the family's own: text, pooled image and token features, frozen for good."""
 
 import copy
+import functools
 import gzip
 import json
+import multiprocessing
+import os
 import pickle
 import subprocess
 import sys
+import zipfile
 from collections import OrderedDict
 
 import open_clip
 import pytest
 import torch
 from open_clip.model import CLIP, CustomTextCLIP
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
+import fastfpl
+import fastfpl.clip.loading
 import fastfpl.clip.tiny
 from fastfpl.clip import FrozenCLIP, load_clip
 from fastfpl.clip.tokenizer import Tokenizer
 from fastfpl.errors import Damaged, InputError, KindError, Missing, NotSupported
+from fastfpl.prompts import ClassPrompts, encode_prompts
 from fastfpl.reference.text import PromptLayout, encode_text
 
 TEXTS = ["a photo of a cat.", "sea horse", "X X X X centered satellite photo of annual crop land."]
@@ -320,6 +328,7 @@ def test_owner_is_left_alone(name):
     flags = [p.requires_grad for p in model.parameters()]
     before = {k: v.clone() for k, v in model.state_dict().items()}
     clip = load_clip(model)
+    calls.clear()  # of the trial, where a hook might have done something
     a = clip.encode_image(pixels_of())
     encode(clip)
     assert [part.training for part in model.modules()] == modes
@@ -422,7 +431,9 @@ def test_activation_is_recognised():
 
 
 @pytest.mark.parametrize("name", ["open_clip-resnet", "transformers-gelu-eos2"])
-def test_digest_knows_every_weight(name):
+def test_digest_knows_every_weight(name, monkeypatch):
+    # a load a weight, and no trial of each
+    monkeypatch.setattr(fastfpl.clip.loading, "prove", lambda *given: None)
     model = copy.deepcopy(family(name))
     few = nn.Embedding(600, 32)  # a small vocabulary: the embedding is hashed once a weight
     if name == "open_clip-resnet":
@@ -466,6 +477,308 @@ def test_logit_scale_is_the_multiplier():
     assert load_clip(model).logit_scale == pytest.approx(torch.tensor(2.0).exp().item())
 
 
+# --- a live model proves itself, or is refused ----------------------------------------------------
+
+
+class Scaled(nn.Linear):
+    """A linear layer that does more than its weights say."""
+
+    def forward(self, x):
+        return 1.5 * super().forward(x)
+
+
+class Warped(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x) + 0.1 * x
+
+
+class Prompted(nn.Module):
+    """A block that puts deep prompts over its first tokens."""
+
+    def __init__(self, block, width):
+        super().__init__()
+        for name in ("ln_1", "attn", "ln_2", "mlp"):
+            setattr(self, name, getattr(block, name))
+        self.inner = [block]
+        self.prompt = nn.Parameter(torch.randn(2, width))
+
+    def forward(self, x, **more):
+        x = torch.cat([x[:, :1], x[:, 1:3] + self.prompt, x[:, 3:]], dim=1)
+        return self.inner[0](x, **more)
+
+
+class LowRank(nn.Module):
+    """An attention with adapters of rank 2 that passes for its base by attribute, as peft's does.
+
+    ``started`` is False for adapters as they are made: the second factor is zero.
+    """
+
+    def __init__(self, base, started):
+        super().__init__()
+        self.base_layer = base
+        width = base.embed_dim
+        self.lora_a = nn.Parameter(torch.randn(2, width))
+        self.lora_b = nn.Parameter(torch.randn(width, 2) if started else torch.zeros(width, 2))
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.base_layer, name)
+
+    def forward(self, query, *args, **kwargs):
+        out, weights = self.base_layer(query, *args, **kwargs)
+        return out + query @ self.lora_a.T @ self.lora_b.T, weights
+
+
+class Merging(nn.Linear):
+    """Merges in eval mode and takes it out again in train mode, as loralib does."""
+
+    def __init__(self, base, started):
+        super().__init__(base.in_features, base.out_features)
+        self.weight, self.bias = base.weight, base.bias
+        self.lora_a = nn.Parameter(torch.randn(2, base.in_features))
+        rank = torch.randn if started else torch.zeros
+        self.lora_b = nn.Parameter(rank(base.out_features, 2))
+        self.is_merged = False
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.is_merged == mode:
+            self.weight.data += (-1 if mode else 1) * (self.lora_b @ self.lora_a)
+            self.is_merged = not mode
+        return self
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y if self.is_merged else y + x @ self.lora_a.T @ self.lora_b.T
+
+
+def swap(root, path, make):
+    """Put ``make(part)`` into the place of a part."""
+    where, _, name = path.rpartition(".")
+    setattr(root.get_submodule(where), name, make(root.get_submodule(path)))
+
+
+def with_weights(kind, part):
+    new = kind(*(part.weight.shape[::-1] if isinstance(part, nn.Linear) else part.weight.shape))
+    new.load_state_dict(part.state_dict())
+    if isinstance(part, nn.LayerNorm):
+        new.eps = part.eps
+    return new
+
+
+def double(part):
+    """Replace the forward of an instance."""
+    plain = part.forward
+    part.forward = lambda *args, **kwargs: 2 * plain(*args, **kwargs)
+    return part
+
+
+def hook(part):
+    part.register_forward_hook(lambda module, args, output: output + 0.1)
+    return part
+
+
+def prehook(part):
+    part.register_forward_pre_hook(lambda module, args: (args[0] + 0.1, *args[1:]))
+    return part
+
+
+ADAPTERS = {
+    "low rank": ("attn", lambda part: LowRank(part, True)),
+    "low rank, zero at first": ("attn", lambda part: LowRank(part, False)),
+    "merging": ("mlp.c_fc", lambda part: Merging(part, True)),
+    "merging, zero at first": ("mlp.c_fc", lambda part: Merging(part, False)),
+    "scaled linear": ("mlp.c_proj", functools.partial(with_weights, Scaled)),
+    "own layer norm": ("ln_1", functools.partial(with_weights, Warped)),
+    "deep prompts": ("", lambda part: Prompted(part, part.ln_1.weight.numel())),
+    "forward hook": ("ln_2", hook),
+    "forward pre-hook": ("mlp", prehook),
+    "replaced forward": ("mlp.c_fc", double),
+}
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapters_of_the_text_tower_are_refused_by_path(kind, training):
+    name, make = ADAPTERS[kind]
+    path = "transformer.resblocks.1" + ("." + name if name else "")
+    model = scramble(make_open_clip())
+    swap(model, path, make)
+    model.train(training)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    if "merging" in kind and not training:  # the weights have it already
+        got = encode(load_clip(model))
+        tokens = layout_of(load_clip(model), TEXTS).tokens
+        with torch.no_grad():
+            want = F.normalize(model.encode_text(tokens), dim=-1)
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+    else:
+        with pytest.raises(
+            KindError, match=rf"encode texts.* because of {path}[. ]|got one at {path}"
+        ):
+            load_clip(model)
+    after = model.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before), "the owner's weights have moved"
+    assert all(part.training == training for part in model.modules())
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapters_of_the_image_tower_are_taken_along_or_refused(kind, training):
+    name, make = ADAPTERS[kind]
+    path = "visual.transformer.resblocks.1" + ("." + name if name else "")
+    model = scramble(make_open_clip())
+    swap(model, path, make)
+    model.train(training)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    if kind in ("own layer norm", "forward hook", "forward pre-hook"):
+        with pytest.raises(KindError, match=rf"encode images.* because of {path}[. ]"):
+            load_clip(model)
+    else:
+        clip = load_clip(model)
+        got = clip.encode_image(pixels_of(), normalize=False)
+        after = model.state_dict()
+        assert all(torch.equal(before[k], after[k]) for k in before)
+        with torch.no_grad():
+            want = copy.deepcopy(model).eval().encode_image(pixels_of())
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(clip._image.tokens(pixels_of())[:, 0], got, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["text", "vision"])
+def test_adapters_of_transformers_are_refused_by_path(side):
+    for kind, part in ((Scaled, "mlp.fc1"), (Warped, "layer_norm1")):
+        model = scramble(make_transformers())
+        path = f"{side}_model.encoder.layers.1.{part}"
+        swap(model, path, functools.partial(with_weights, kind))
+        if (side, kind) == ("vision", Scaled):  # its own modules are taken along
+            load_clip(model)
+            continue
+        with pytest.raises(KindError, match=rf"because of {path} \({kind.__name__}\)"):
+            load_clip(model)
+
+
+def test_hooks_that_may_do_something_later_are_refused():
+    model = make_open_clip()
+    gate = nn.Parameter(torch.zeros(()))
+    model.ln_final.register_forward_hook(lambda module, args, output: output + gate * args[0])
+    with pytest.raises(
+        KindError, match=r"no hook that replaces what passes it.* got one at ln_final"
+    ):
+        load_clip(model)
+    model = make_open_clip()
+    model.visual.ln_post.register_forward_hook(lambda module, args, output: output + gate)
+    with pytest.raises(KindError, match=r"got one at visual\.ln_post"):
+        load_clip(model)
+
+
+def test_a_method_of_its_own_is_refused():
+    model = make_open_clip()
+    plain = model.encode_text
+    model.encode_text = lambda tokens: plain(tokens.flip(0))
+    with pytest.raises(KindError, match=r"encode texts.*because of the model's own method"):
+        load_clip(model)
+    model = make_openai()
+    model.encode_image = lambda pixels: model.visual(2 * pixels)
+    with pytest.raises(KindError, match="encode images"):
+        load_clip(model)
+    model.encode_image = lambda pixels: [1]
+    with pytest.raises(KindError, match=r"features of shape \(B, D\) from its own encode_image"):
+        load_clip(model)
+    del model.encode_image
+    model.encode_text = None
+    with pytest.raises(KindError, match="must have a method encode_text of its own"):
+        load_clip(model)
+
+    def fail(tokens):
+        raise RuntimeError("no kernel\nand a long story")
+
+    model.encode_text = fail
+    with pytest.raises(
+        KindError, match=r"must run its own encode_text; got RuntimeError: no kernel$"
+    ):
+        load_clip(model)
+
+
+def test_a_tower_of_another_pass_gives_no_patches():
+    model = scramble(make_open_clip())
+
+    class Cut(type(model.visual)):
+        def forward(self, x):
+            return super().forward(x.flip(-1))
+
+    model.visual.__class__ = Cut
+    clip = load_clip(model)
+    with torch.no_grad():
+        want = model.encode_image(pixels_of())
+    torch.testing.assert_close(clip.encode_image(pixels_of(), normalize=False), want)
+    for same in (clip, clip.to(dtype=torch.float64)):
+        with pytest.raises(NotSupported, match="which does more in its own pass than CLIP's image"):
+            same.encode_image_tokens(pixels_of())
+
+
+def test_a_trial_draws_nothing_and_leaves_autocast_alone():
+    model = family("open_clip")
+    torch.manual_seed(5)
+    want = torch.rand(3)
+    torch.manual_seed(5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        load_clip(model)
+        assert torch.is_autocast_enabled("cpu")
+    assert torch.equal(torch.rand(3), want)
+
+
+class Packed(torch.Tensor):
+    """A weight that only its own library can multiply with, as torchao's are."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func in (F.linear, torch.matmul):
+            raise NotImplementedError("no kernel of int8")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_quantised_and_absent_weights_are_refused_by_path():
+    model = make_open_clip()
+    linear = model.transformer.resblocks[1].mlp.c_fc
+    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Packed))
+    said = r"plain floating point tensors in memory; got {} at transformer\.resblocks\.1\.mlp\.c_fc"
+    with pytest.raises(KindError, match=said.format(r"Packed of torch\.float32 on cpu")):
+        load_clip(model)
+    whole = torch.zeros(linear.weight.shape, dtype=torch.int8)
+    linear.weight = nn.Parameter(whole, requires_grad=False)
+    with pytest.raises(KindError, match=said.format(r"Tensor of torch\.int8 on cpu")):
+        load_clip(model)
+    whole = linear.weight.detach()
+    del linear.weight
+    linear.register_buffer("weight", whole)
+    said = r"floating point weights; got torch\.int8 at transformer\.resblocks\.1\.mlp\.c_fc$"
+    with pytest.raises(KindError, match=said):
+        load_clip(model)
+    with pytest.raises(
+        KindError, match=r"got Parameter of .* on meta at |got Tensor of .* on meta at"
+    ):
+        load_clip(make_open_clip().to("meta"))
+
+
+def test_other_models_of_transformers_are_refused():
+    import transformers
+
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    small |= {"num_hidden_layers": 1, "vocab_size": 99, "image_size": 32, "patch_size": 16}
+    for name in ("OwlViTModel", "Owlv2Model", "SiglipModel", "AltCLIPModel", "ChineseCLIPModel"):
+        kind = getattr(transformers, name)
+        config = kind.config_class()
+        for part in (config.text_config, config.vision_config):
+            for key, value in small.items():
+                if hasattr(part, key):
+                    setattr(part, key, value)
+        with pytest.raises(KindError, match=r"^fastfpl\.load_clip: model must have .*; got "):
+            load_clip(kind(config))
+
+
 # names, files, tags
 
 
@@ -502,22 +815,213 @@ def test_random_weights_are_seeded_and_leave_the_generator(nano):
     assert (a.name, a.pretrained) == ("nano", "random")
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "pt", "wrapped"])
-def test_checkpoints_load(nano, tmp_path, kind):
-    from safetensors.torch import save_file
+WRAPPERS = {
+    "safetensors": lambda state: state,
+    "pt": lambda state: state,
+    "misnamed": lambda state: state,
+    "ddp": lambda state: {"state_dict": under("module.", state), "epoch": 3, "name": "x"},
+    "compiled": lambda state: {"model": under("_orig_mod.", state), "step": 3},
+    "compiled in ddp": lambda state: {"model": under("module._orig_mod.", state)},
+    "compiled tower": lambda state: {
+        k.replace("visual.", "visual._orig_mod."): v for k, v in state.items()
+    },
+    "lightning": lambda state: {"state_dict": under("model.", state), "global_step": 3},
+    "in a class of its own": lambda state: {"model_state_dict": under("backbone.clip.", state)},
+    "twice": lambda state: {"model": {"state_dict": state}},
+}
 
+
+def under(prefix, state):
+    return {prefix + key: value for key, value in state.items()}
+
+
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_checkpoints_load(nano, tmp_path, kind):
     model = scramble(make_open_clip())
+    state = WRAPPERS[kind](model.state_dict())
     path = tmp_path / ("w.safetensors" if kind == "safetensors" else "w.pt")
-    if kind == "safetensors":
-        save_file(model.state_dict(), path)
-    elif kind == "pt":
-        torch.save(model.state_dict(), path)
-    else:
-        torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, path)
-    clip = load_clip("nano", path)
+    (save_file if kind in ("safetensors", "misnamed") else torch.save)(state, path)
+    with pytest.warns(
+        UserWarning, match=r"weights .* do not say their activation .* of openai need"
+    ):
+        clip = load_clip("nano", path)
     assert same_weights(clip, load_clip(model))
     assert clip.text.activation == "gelu"
-    assert load_clip("nano", str(path), quick_gelu=True).text.activation == "quick_gelu"
+    assert load_clip("nano", str(path), quick_gelu=False).weights_digest == clip.weights_digest
+    quick = load_clip("nano", str(path), quick_gelu=True)
+    assert quick.text.activation == "quick_gelu"
+    assert quick.weights_digest != clip.weights_digest
+
+
+def test_a_run_says_which_activation_it_took(nano, tmp_path):
+    torch.save(scramble(make_open_clip()).state_dict(), tmp_path / "w.pt")
+    more = {"dataset": "digits", "clients": 2, "clip": "nano", "pretrained": tmp_path / "w.pt"}
+    seen = {}
+    for answer in ("yes", "no", False):
+        result = fastfpl.run("zeroshot", quick_gelu=answer, cache=tmp_path / "cache", **more)
+        seen[answer] = (result.settings["quick_gelu"], result.data["activation"])
+        seen[result.data["weights"]] = None
+    assert seen["yes"] == ("yes", "quick_gelu")
+    assert seen["no"] == seen[False] == ("no", "gelu")
+    assert len(seen) == 3 + 2, "another activation is another digest"
+    with pytest.raises(InputError, match="quick_gelu must be left out with a model that is loaded"):
+        fastfpl.run("zeroshot", quick_gelu="yes", dataset="digits", model=load_clip("tiny"))
+
+
+def test_prefixes_that_are_not_taken_off_are_named(nano, tmp_path):
+    path = tmp_path / "w.pt"
+    state = under("net.", make_open_clip().state_dict())
+    torch.save({**state, "loss.weight": torch.zeros(1)}, path)
+    with pytest.raises(
+        InputError,
+        match=r"names lie under the prefix 'net\.', beside 'loss\.weight': save those alone$",
+    ):
+        load_clip("nano", path)
+    torch.save({"model": state, "state_dict": state}, path)
+    with pytest.raises(
+        InputError, match=r"must hold one state dict; got .*'state_dict' and 'model'"
+    ):
+        load_clip("nano", path)
+    state["net.ln_final.bias"] = torch.zeros(3)
+    torch.save(state, path)
+    with pytest.raises(
+        InputError, match=r"shape of ln_final\.bias \(3,\), under the prefix 'net\.'$"
+    ):
+        load_clip("nano", path)
+
+
+def transformers_folder(folder, act="quick_gelu"):
+    model = scramble(make_transformers(act))
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["vocab_size"] = 49408
+    (folder / "config.json").write_text(json.dumps(config))
+    statistics = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.5, 0.5]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(statistics))
+    return model
+
+
+@pytest.mark.parametrize("act", ["gelu", "quick_gelu"])
+def test_folders_of_transformers_load(nano, tmp_path, act):
+    model = transformers_folder(tmp_path, act)
+    want = load_clip(model)
+    clip = load_clip(f"local-dir:{tmp_path}")
+    torch.testing.assert_close(encode(clip), encode(want), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        clip.encode_image_tokens(pixels_of()), want.encode_image_tokens(pixels_of())
+    )
+    assert (clip.text.activation, clip.mean, clip.std) == (act, (0.1, 0.2, 0.3), (0.5,) * 3)
+    # under a name of open_clip, the folder or the file in it still tells the activation
+    config = open_clip.factory._MODEL_CONFIGS["nano"]
+    config["text_cfg"] = {**TEXT, "mlp_ratio": 72 / 32, "norm_kwargs": {"eps": 1e-4}}
+    config["vision_cfg"] = {**VISION, "mlp_ratio": 2.0}
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        named = load_clip("nano", path)
+        assert (named.text.activation, named.mean) == (act, (0.1, 0.2, 0.3))
+        assert same_weights(named, clip)
+    # elsewhere it does not
+    moved = (tmp_path / "model.safetensors").rename(tmp_path / "moved.safetensors")
+    with pytest.warns(UserWarning, match="do not say their activation"):
+        load_clip("nano", moved)
+    assert load_clip(f"local-dir:{tmp_path}", "random").text.activation == act
+
+
+def test_folders_of_open_clip_load(nano, tmp_path):
+    model = scramble(make_open_clip(quick_gelu=True))
+    save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
+    config = {"model_cfg": {**nano, "quick_gelu": True}, "preprocess_cfg": {"mean": [0.1] * 3}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    clip = load_clip(f"local-dir:{tmp_path}")
+    assert same_weights(clip, load_clip(model))
+    assert (clip.text.activation, clip.mean) == ("quick_gelu", (0.1,) * 3)
+    assert clip.name == f"local-dir:{tmp_path}"
+    assert load_clip("nano", tmp_path).text.activation == "quick_gelu"
+    with pytest.raises(InputError, match=r"pretrained must be None or 'random' for 'local-dir:"):
+        load_clip(f"local-dir:{tmp_path}", "openai")
+    with pytest.raises(InputError, match=r"; a folder is 'local-dir:"):
+        load_clip(str(tmp_path))
+    nano["quick_gelu"] = True
+    config["model_cfg"]["quick_gelu"] = False
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="quick_gelu must be given where name and origin disagree"):
+        load_clip("nano", tmp_path)
+
+
+def test_folders_and_configs_that_are_refused(tmp_path):
+    name = f"local-dir:{tmp_path}"
+    config = tmp_path / "config.json"
+    with pytest.raises(
+        Missing, match=r"must be 'local-dir:' and a folder; got no folder .*nowhere"
+    ):
+        load_clip(f"{name}/nowhere")
+    with pytest.raises(
+        Missing, match=r"must hold open_clip_config\.json, or config\.json of trans"
+    ):
+        load_clip(name)
+    for text, said in (
+        ("{", "must be JSON; got JSONDecodeError"),
+        ("[" * 100_000, "must be JSON; got RecursionError"),
+        ("[]", "must be a JSON object; got list"),
+        ('{"model_type": "owlvit"}', "of transformers' CLIPModel; got model_type 'owlvit'"),
+        ('{"model_type": "clip", "text_config": 3}', "config .* must be one of open_clip or of"),
+        ('{"model_type": "clip", "text_config": {"hidden_act": "silu"}}', "quick_gelu and silu"),
+        ('{"model_type": "clip", "vision_config": {"num_attention_heads": 0}}', "must be one of"),
+        ('{"model_cfg": {}}', "must be one of open_clip or of transformers' CLIPModel"),
+        (
+            '{"model_cfg": {"text_cfg": {}, "vision_cfg": {}}}',
+            "must be one that open_clip can build",
+        ),
+    ):
+        config.write_text(text)
+        (tmp_path / "model.safetensors").touch()
+        with pytest.raises((Damaged, InputError, KindError), match=said):
+            load_clip(name)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(
+        Missing, match=r"must hold its weights as open_clip_model\.safetensors, .*none"
+    ):
+        load_clip("ViT-B-32", tmp_path)
+
+
+def test_the_hub_is_asked_by_name(nano, tmp_path, monkeypatch):
+    model = transformers_folder(tmp_path)
+
+    def download(repo, filename=None):
+        assert repo == "somebody/clip"
+        path = tmp_path / (filename or "open_clip_model.safetensors")
+        if not path.is_file():
+            raise FileNotFoundError(f"no {path.name}\nand a long story")
+        return str(path)
+
+    monkeypatch.setattr(open_clip.pretrained, "download_pretrained_from_hf", download)
+    clip = load_clip("hf-hub:somebody/clip")
+    torch.testing.assert_close(encode(clip), encode(load_clip(model)), rtol=0, atol=1e-6)
+    assert (clip.name, clip.pretrained, clip.mean) == ("hf-hub:somebody/clip", "", (0.1, 0.2, 0.3))
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(
+        Missing,
+        match=r"model 'hf-hub:somebody/clip' must be at hand or in reach; got FileNotFoundError: "
+        r'no config\.json; .* load_clip\("local-dir:/path/to/folder"\)$',
+    ):
+        load_clip("hf-hub:somebody/clip")
+
+
+def test_the_place_of_a_file_tells_its_tag(tmp_path):
+    from fastfpl.clip.origins import origin_of
+
+    def quick(model, *parts):
+        return origin_of(tmp_path.joinpath(*parts), model).quick_gelu
+
+    hub = "models--timm--vit_base_patch16_clip_224.openai"
+    assert quick("ViT-B-16", hub, "snapshots", "0a1b", "open_clip_model.safetensors") is True
+    assert quick("ViT-B-16", "vit_base_patch16_clip_224.metaclip_400m", "w.safetensors") is True
+    hub = "models--laion--CLIP-ViT-B-16-laion2B-s34B-b88K"
+    assert quick("ViT-B-16", hub, "snapshots", "0a1b", "open_clip_model.safetensors") is False
+    assert quick("ViT-B-32", "vit_b_32-quickgelu-laion400m_e31-d867053b.pt") is True
+    assert quick("ViT-B-16", "vit_b_16-laion400m_e31-00efa78f.pt") is False
+    # may be anybody's
+    assert quick("ViT-B-16", "ViT-B-16.pt") is None
+    assert quick("ViT-B-16", "mine.pt") is None
 
 
 def test_openai_archives_know_their_activation(nano, tmp_path):
@@ -554,9 +1058,67 @@ def test_weights_out_of_reach_name_the_cure(nano, monkeypatch):
         Missing,
         match=r"^fastfpl\.load_clip: weights 'openai' of 'nano' must be .*; got OSError: no route "
         r"to host; .*load_clip\('nano', pretrained=\"/path/to/weights.safetensors\", "
-        r"quick_gelu=True\)$",
+        r"quick_gelu=True\) or --quick-gelu yes$",
     ):
         load_clip("nano")
+
+
+def other_files(folder):
+    """Yield files that are no weights, and what is said of them."""
+    path = folder / "text.bin"
+    for data, said in (
+        (b"", "got an empty file"),
+        (b"just a text about weights\n", "a file that begins with b'just a text"),
+        (b"\x00" * 4096, r"a file that begins with b'\\x00"),
+        (b"\x80\x02", "must be readable; got"),
+        (b"\x80\x02Kzq\x00h\x05.", "must be readable; got|must hold tensors only"),
+        (b"PK\x03\x04" + b"\x00" * 99, "must be readable; got BadZipFile"),
+        (b"\xff\xff\xff\xff\xff\xff\xff\x7f{}", "must be a safetensors file; got"),
+    ):
+        path.write_bytes(data)
+        yield path, said
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "no weights")
+    yield path, "got a zip archive of readme.txt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data.pkl", "no pickle")
+    yield path, "must be readable; got|must hold tensors only"
+    text = folder / "text.safetensors"
+    text.write_text("no weights either")
+    yield text, "must be a safetensors file; got"
+    whole = folder / "whole.safetensors"
+    save_file({"a": torch.zeros(99)}, whole)
+    data = whole.read_bytes()
+    for size in (3, 20, len(data) - 5):
+        text.write_bytes(data[:size])
+        yield text, "must be a safetensors file; got"
+
+
+def test_files_that_are_no_weights_are_told(nano, tmp_path):
+    for path, said in other_files(tmp_path):
+        for name in ("nano", "ViT-B-32"):
+            with pytest.raises((Damaged, InputError), match=rf"^fastfpl\.load_clip: .*({said})"):
+                load_clip(name, path)
+    os.mkfifo(tmp_path / "fifo.pt")
+    with pytest.raises(Missing, match=r"is there, but is no file '.*fifo\.pt'"):
+        load_clip("nano", tmp_path / "fifo.pt")
+    for name in ("nul\0.pt", "x" * 300 + ".pt"):
+        with pytest.raises(Missing, match="no file"):
+            load_clip("nano", name)
+    torch.save({}, tmp_path / "w.pt")
+    with pytest.raises(InputError, match=r"must hold tensors by name, .* with no tensor"):
+        load_clip("nano", tmp_path / "w.pt")
+    torch.save({"model": {"a": torch.zeros(1), "b": 3}}, tmp_path / "w.pt")
+    with pytest.raises(InputError, match=r"must hold tensors by name, .* with 'b' of int"):
+        load_clip("nano", tmp_path / "w.pt")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_files_of_others_are_told(nano, tmp_path):
+    path = tmp_path / "w.pt"
+    path.touch(mode=0)
+    with pytest.raises(Damaged, match="must be readable; got PermissionError"):
+        load_clip("nano", path)
 
 
 def test_files_that_are_refused(nano, tmp_path):
@@ -607,6 +1169,8 @@ def test_names_are_suggested():
         r"did you mean 'ViT-B-16'",
     ):
         load_clip("ViT-B16")
+    with pytest.raises(InputError, match=r"hub is 'hf-hub:openai/clip-vit-base-patch16'$"):
+        load_clip("openai/clip-vit-base-patch16")
     with pytest.raises(
         InputError, match=r"tag of 'ViT-B-16'.*; got 'opnai'; did you mean 'openai'"
     ):
@@ -681,6 +1245,10 @@ def test_arguments_are_checked():
         load_clip(model, dtype=torch.int8)
     with pytest.raises(InputError, match="pretrained must be None for a live model; got 'openai'"):
         load_clip(model, "openai")
+    with pytest.raises(InputError, match="quick_gelu must be None for a live model; got True"):
+        load_clip(model, quick_gelu=True)
+    with pytest.raises(InputError, match="quick_gelu must be None or True for 'tiny'; got False"):
+        load_clip("tiny", quick_gelu=False)
     clip = load_clip(model)
     with pytest.raises(
         InputError, match=r"pixels must have shape \(B, 3, 64, 64\); got \(1, 3, 8, 8\)"
@@ -733,8 +1301,6 @@ def test_tokenizers_agree():
 
 
 def test_tiny_names_its_script_and_loads_its_files(tmp_path, monkeypatch):
-    from safetensors.torch import save_file
-
     monkeypatch.setattr(fastfpl.clip.tiny, "TINY", tmp_path)
     with pytest.raises(Missing, match=r"python -m fastfpl\.clip\.train_tiny makes it"):
         load_clip("tiny")
@@ -755,6 +1321,29 @@ def test_tiny_names_its_script_and_loads_its_files(tmp_path, monkeypatch):
     torch.testing.assert_close(encode(clip, ["cat", "hot"]), want, rtol=0, atol=1e-5)
     with pytest.raises(InputError, match="pretrained must be None or 'random' for 'tiny'"):
         load_clip("tiny", "openai")
+
+
+def test_clip_and_prompts_go_to_a_spawned_process():
+    clip = load_clip("tiny")
+    rows = load_clip(family("open_clip"), tokenizer=open_clip.tokenize)  # a function
+    classes = ClassPrompts(clip, ["cat", "sea horse"])
+    ctx = classes.words("a photo of a")
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        theirs = pool.apply(encode_prompts, (classes, ctx))
+        digest = pool.apply(getattr, (clip, "weights_digest"))
+        ids = [pool.apply(one.tokenize, (TEXTS,)) for one in (clip, rows)]
+    torch.testing.assert_close(theirs, encode_prompts(classes, ctx))
+    assert digest == clip.weights_digest
+    assert ids == [clip.tokenize(TEXTS), rows.tokenize(TEXTS)]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_clips_of_every_family_pickle(name):
+    clip = load_clip(family(name))
+    again = pickle.loads(pickle.dumps(clip))
+    assert again.weights_digest == clip.weights_digest
+    assert same_weights(again, clip)
+    assert again.tokenize(TEXTS) == clip.tokenize(TEXTS)
 
 
 def test_import_is_light():

@@ -10,6 +10,7 @@ import pickle
 import shutil
 import struct
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -398,7 +399,9 @@ def test_a_folder_that_is_not_there_says_where_to_get_it(name: str, tmp_path: Pa
     with pytest.raises(Missing) as caught:
         load_dataset(name, tmp_path)
     assert f"root must hold {FACTS[name].folders[0]}" in str(caught.value)
-    assert FACTS[name].needs[0].source in str(caught.value)
+    for need in FACTS[name].needs:
+        assert need.source.split()[0].rstrip(",") in str(caught.value)
+    assert f"fastfpl data check {name} lists its files" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", sorted(set(FACTS) - set(SPLIT) - {"office_caltech10"}))
@@ -448,7 +451,10 @@ def test_missing_images_are_counted(kind: str, tmp_path: Path) -> None:
     text = str(caught.value)
     assert f"got {n - 1} of {n} train and {m - 1} of {m} test images" in text
     assert tree.train[1].path in text
-    assert FACTS[tree.name].needs[0].source in text
+    (place,) = {
+        n.source for n in FACTS[kind].needs if f"/{n.path}/" in f"/{tree.train[1].path}"
+    } or {FACTS[kind].needs[0].source}
+    assert text.endswith(f"get {place}")
 
 
 def test_an_image_that_goes_away_later_is_named(tmp_path: Path) -> None:
@@ -682,6 +688,273 @@ def test_capitals_may_differ_between_domains(tmp_path: Path) -> None:
     assert load_dataset("domainnet345", tmp_path).classnames[1] == "The Eiffel Tower"
 
 
+# -- files and trees that are not as they should be ------------------------------------------
+
+
+def rows_of(tree: Tree) -> dict[str, list[list[object]]]:
+    assert tree.split is not None
+    rows: dict[str, list[list[object]]] = json.loads(tree.split.read_text())
+    return rows
+
+
+def refused(name: str, root: Path) -> str:
+    """Load a set that is refused, and return the sentence, which can be shown as it is."""
+    with pytest.raises(FastfplError) as caught:
+        load_dataset(name, root)
+    text = str(caught.value)
+    assert text.startswith(f"fastfpl.data.{name}: ")
+    assert text.isprintable()
+    assert len(text) < 2000
+    return text
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b'{"train": [], "train": [], "val": [], "test": []}', "got the key 'train' twice"),
+        (b'{"train": [["a.jpg", ' + b"9" * 5000 + b', "a"]], "val": [], "test": []}', ""),
+        (b'{"train": [["a.jpg", ' + b"9" * 4000 + b', "a"]], "val": [], "test": []}', "label 999"),
+        (b'{"a": ' * 20_000, "must be JSON; got"),
+        (b'{"train": [' + b"[" * 600 + b"]" * 600 + b'], "val": [], "test": []}', "[path, label, "),
+        (b'{"train": ["' + b"x" * 100_000 + b'"], "val": [], "test": []}', "[path, label, "),
+        (b'{"train": [], "val": "\xff", "test": []}', "must be text in UTF-8; got 'utf-8' codec"),
+        (b'{"train": [["a.jpg", false, "a"]], "val": [], "test": []}', "got ['a.jpg', False, 'a']"),
+        (b'{"train": [["a.jpg", 0.0, "a"]], "val": [], "test": []}', "got ['a.jpg', 0.0, 'a']"),
+        (b'{"train": [["a.jpg", NaN, "a"]], "val": [], "test": []}', "[path, label, "),
+    ],
+)  # fmt: skip
+def test_hostile_splits_end_in_a_sentence(content: bytes, sentence: str, tmp_path: Path) -> None:
+    tree = trees.dtd(tmp_path)
+    assert tree.split is not None
+    tree.split.write_bytes(content)
+    assert sentence in refused("dtd", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("a\0.jpg", "a control character, U+0000"),
+        ("a\x1b[31m.jpg", "a control character, U+001B"),
+        ("a\n.jpg", "a control character, U+000A"),
+        ("a\ud800.jpg", "half of a character, U+D800"),
+        ("a\u202e.jpg", "an invisible character, U+202E"),
+        ("a\u2028.jpg", "a line separator, U+2028"),
+    ],
+)
+def test_paths_that_cannot_be_shown_are_refused(path: str, why: str, tmp_path: Path) -> None:
+    tree = trees.dtd(tmp_path)
+    rows = rows_of(tree)
+    rows["train"][3][0] = path
+    assert tree.split is not None
+    tree.split.write_text(json.dumps(rows))
+    assert f"got {path!a} with {why}, entry 3" in refused("dtd", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a\x1b[31m.jpg", "a\u202e.jpg", "a\\b.jpg", "a\udcff.jpg"])
+def test_files_whose_names_cannot_be_shown_are_refused(name: str, tmp_path: Path) -> None:
+    tree = trees.dtd(tmp_path)
+    assert tree.split is not None
+    tree.split.unlink()
+    (tree.folder / "images" / "banded" / "banded_0001.jpg").rename(
+        tree.folder / "images" / "banded" / name
+    )
+    assert "give the file another name" in refused("dtd", tmp_path)
+    with pytest.raises(Damaged, match="give the file another name"):
+        write_split("dtd", tmp_path)
+    assert not tree.split.exists()
+
+
+@pytest.mark.parametrize("about", [3, ["x"], "a\x1b]0;b\x07", "a\nb"])
+def test_what_a_split_says_of_itself_is_a_line(about: object, tmp_path: Path) -> None:
+    tree = trees.dtd(tmp_path)
+    assert tree.split is not None
+    tree.split.write_text(json.dumps({**rows_of(tree), "about": about}))
+    assert "'about' of" in refused("dtd", tmp_path)
+    tree.split.write_text(json.dumps({**rows_of(tree), "about": "mine " * 1000}))
+    (note,) = (n for n in load_dataset("dtd", tmp_path).notes if n.startswith("mine"))
+    assert len(note) < 500
+
+
+@pytest.mark.parametrize("how", ["folder", "pipe", "link to nothing", "loop"])
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("dtd", "split_zhou_DescribableTextures.json"),
+        ("domainnet345", "splits/real_test.txt"),
+        ("domainnet10", "real_test.pkl"),
+        ("cifar10", "cifar-10-batches-py/data_batch_2"),
+        ("fgvc_aircraft", "variants.txt"),
+        ("imagenet", "classnames.txt"),
+    ],
+)
+def test_what_is_no_file_is_not_read(name: str, file: str, how: str, tmp_path: Path) -> None:
+    if name == "cifar10":
+        trees.cifar(tmp_path, name, name)
+    else:
+        TREES[name](tmp_path)
+    (path,) = tmp_path.glob(f"*/{file}")
+    path.unlink()
+    if how == "folder":
+        path.mkdir()
+    elif how == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("nothing" if how.endswith("nothing") else path.name)
+    text = refused(name, tmp_path)
+    assert path.name in text
+    kinds = {"folder": "a folder", "pipe": "a named pipe", "loop": "levels of symbolic links"}
+    assert kinds.get(how, how) in text
+
+
+@pytest.mark.parametrize("how", ["folder", "pipe", "link to nothing"])
+def test_what_is_no_image_file_is_counted_as_missing(how: str, tmp_path: Path) -> None:
+    tree = trees.dtd(tmp_path)
+    path = tmp_path / tree.train[1].path
+    path.unlink()
+    if how == "folder":
+        path.mkdir()
+    elif how == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("nothing")
+    text = refused("dtd", tmp_path)
+    assert (
+        f"got 5 of 6 train and 3 of 3 test images, the first that is missing is {path} (a " in text
+    )
+
+
+@pytest.mark.parametrize("name", ["eurosat", "caltech101", "dtd", "food101", "imagenet"])
+def test_what_systems_leave_behind_is_no_class(name: str, tmp_path: Path) -> None:
+    tree = TREES[name](tmp_path)
+    places = [tree.folder / FACTS[name].images]
+    if tree.split is not None:
+        tree.split.unlink()
+    else:
+        places = [places[0] / part for part in ("train", "val")]
+    before = load_dataset(name, tmp_path)
+    for place in places:
+        a_class = next(path for path in sorted(place.iterdir()) if path.is_dir())
+        for left in ("__MACOSX", ".DS_Store", ".ipynb_checkpoints", "@eaDir", "Thumbs.db"):
+            trees.paint(place / left / "image_0009.jpg")
+            trees.paint(a_class / left / "image_0009.jpg")
+        for left in ("._image_0001.jpg", ".DS_Store", ".hidden.png"):
+            (a_class / left).unlink() if (a_class / left).is_file() else None
+            if not (a_class / left).exists():
+                (a_class / left).write_bytes(b"\0\5\x16\7")
+        (place / "desktop.ini").write_text("[x]")
+        (a_class / "folder.jpg").mkdir()
+    after = load_dataset(name, tmp_path)
+    assert after.classnames == before.classnames
+    assert after.train.fingerprint == before.train.fingerprint
+    assert after.test.fingerprint == before.test.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("target", "sentence"),
+    [
+        ("nowhere", "got clouds (a link to nothing): mend or remove it"),
+        ("clouds", "got clouds (Too many levels of symbolic links)"),
+        (".", "got clouds (a link to a folder around it)"),
+        ("../..", "got clouds (a link to a folder around it)"),
+    ],
+)
+def test_links_of_a_tree_lead_to_classes(target: str, sentence: str, tmp_path: Path) -> None:
+    tree = trees.eurosat(tmp_path)
+    assert tree.split is not None
+    tree.split.unlink()
+    images = tree.folder / "2750"
+    (images / "clouds").symlink_to(target)
+    assert sentence in refused("eurosat", tmp_path)
+    (images / "clouds").unlink()
+    (images / "Forest").rename(tmp_path / "elsewhere")
+    (images / "Forest").symlink_to(tmp_path / "elsewhere")
+    assert load_dataset("eurosat", tmp_path).classnames == tree.classnames
+
+
+def test_a_folder_that_is_a_file_ends_in_a_sentence(tmp_path: Path) -> None:
+    tree = trees.eurosat(tmp_path)
+    assert tree.split is not None
+    tree.split.unlink()
+    shutil.rmtree(tree.folder / "2750")
+    (tree.folder / "2750").write_text("x")
+    assert "must be a folder that can be listed; got Not a directory" in refused(
+        "eurosat", tmp_path
+    )
+
+
+@pytest.mark.parametrize("kind", ["dtd", "sun397", "ucf101", "domainnet345", "domainnet10"])
+def test_lists_that_windows_wrote_are_read(kind: str, tmp_path: Path) -> None:
+    tree = TREES[kind](tmp_path)
+    before = load_dataset(tree.name, tmp_path)
+    if tree.split is not None and kind == "dtd":
+        rows = rows_of(tree)
+        for row in (row for part in rows.values() for row in part):
+            row[0] = str(row[0]).replace("/", "\\")
+        tree.split.write_bytes(b"\xef\xbb\xbf" + json.dumps(rows).encode())
+    elif kind == "domainnet10":
+        for path in tree.folder.glob("*.pkl"):
+            images, names = pickle.loads(path.read_bytes())
+            images = np.array([image.replace("/", "\\") for image in images])
+            path.write_bytes(pickle.dumps((images, names)))
+    else:
+        if tree.split is not None:
+            tree.split.unlink()
+            before = load_dataset(tree.name, tmp_path)
+        for path in tree.folder.rglob("*.txt"):
+            text = path.read_text().replace("/", "\\").replace("\n", "\r\n")
+            path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    after = load_dataset(tree.name, tmp_path)
+    assert listed(after.train, tmp_path) == listed(before.train, tmp_path)
+    assert after.test.fingerprint == before.test.fingerprint
+
+
+@pytest.mark.parametrize("path", ["C:\\data\\a.jpg", "a\\..\\..\\a.jpg", "\\\\host\\a.jpg"])
+def test_windows_paths_that_leave_the_folder_are_refused(path: str, tmp_path: Path) -> None:
+    tree = trees.dtd(tmp_path)
+    rows = rows_of(tree)
+    rows["test"][0][0] = path
+    assert tree.split is not None
+    tree.split.write_text(json.dumps(rows))
+    assert "must lead to files below the images' folder" in refused("dtd", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "old", "new"),
+    [
+        ("oxford_pets", "annotations/test.txt", "4 1 1 4", f"4 {'9' * 5000} 1 4"),
+        ("flowers102", "cat_to_name.json", '"1"', f'"{"9" * 5000}"'),
+        ("flowers102", "cat_to_name.json", '"2"', '"1"'),
+        ("flowers102", "cat_to_name.json", '"2"', '"01"'),
+        ("flowers102", "cat_to_name.json", '"pink primrose"', "7"),
+        ("flowers102", "cat_to_name.json", "{", "[" * 20_000),
+        ("ucf101", "ucfTrainTestlist/classInd.txt", "3 YoYo", f"{'9' * 5000} YoYo"),
+        ("ucf101", "ucfTrainTestlist/classInd.txt", "3 YoYo", "3 BabyCrawling"),
+        ("domainnet345", "splits/real_test.txt", " 2\n", f" {'9' * 5000}\n"),
+        ("domainnet345", "splits/real_test.txt", " 2\n", " -2\n"),
+        ("domainnet345", "splits/real_test.txt", "real/", "real/\x1b[2J"),
+        ("fgvc_aircraft", "images_variant_test.txt", "10", "\x1b10"),
+        ("imagenet", "classnames.txt", "n04356056 ", "n04355933 "),
+    ],
+)
+def test_hostile_lists_end_in_a_sentence(
+    name: str, file: str, old: str, new: str, tmp_path: Path
+) -> None:
+    tree = TREES[name](tmp_path)
+    if tree.split is not None:
+        tree.split.unlink()
+    text = (tree.folder / file).read_text()
+    assert old in text
+    (tree.folder / file).write_text(text.replace(old, new, 1))
+    refused(name, tmp_path)
+
+
+def test_an_empty_path_in_a_pickle_is_refused(tmp_path: Path) -> None:
+    tree = trees.domainnet10(tmp_path)
+    pair = (np.array(["", "DomainNet/real/a.jpg"]), np.array(["bird", "bird"]))
+    (tree.folder / "real_test.pkl").write_bytes(pickle.dumps(pair))
+    assert "must lead to files below the images' folder; got ''" in refused("domainnet10", tmp_path)
+
+
 # -- images ----------------------------------------------------------------------------------
 
 
@@ -705,6 +978,49 @@ def test_a_corrupt_image_is_refused_with_its_path_and_a_cure(how: str, tmp_path:
     assert text.startswith(f"fastfpl.data.food101: {bad} must be an image; got ")
     assert 'on_corrupt="skip"' in text
     assert "food-101" in text
+
+
+@pytest.mark.parametrize("name", ["domainnet345", "domainnet10", "office_caltech10", "imagenet"])
+def test_the_cure_of_a_broken_image_names_its_own_archive(name: str, tmp_path: Path) -> None:
+    tree = TREES[name](tmp_path)
+    train = load_dataset(name, tmp_path).train
+    for number, item in enumerate(tree.train):
+        spoil(tmp_path / item.path, "empty")
+        with pytest.raises(Damaged) as caught:
+            train.images([number])
+        (source,) = {n.source for n in FACTS[name].needs if f"/{n.path}/" in f"/{item.path}"}
+        assert f"put it back from {source}, or load" in str(caught.value)
+    gone = tree.test[-1].path
+    (tmp_path / gone).unlink()
+    if name != "imagenet":  # lists its folders
+        (source,) = {n.source for n in FACTS[name].needs if f"/{n.path}/" in f"/{gone}"}
+        assert refused(name, tmp_path).endswith(f"{tmp_path / gone}: get {source}")
+
+
+def test_a_domain_of_office_without_a_class_names_its_archive(tmp_path: Path) -> None:
+    tree = trees.office_caltech10(tmp_path)
+    for path in tree.folder.glob("*.pkl"):
+        path.unlink()
+    shutil.rmtree(tree.folder / "dslr" / "mug")
+    text = refused("office_caltech10", tmp_path)
+    assert "dslr/mug must be there; got nothing: get it from https://github.com/med-air" in text
+
+
+def test_an_image_of_too_many_pixels_is_not_called_damaged(tmp_path: Path) -> None:
+    tree = trees.food101(tmp_path)
+    path = tmp_path / tree.train[2].path
+    Image.new("1", (20_000, 10_000)).save(path, "PNG")
+    dataset = load_dataset("food101", tmp_path)
+    with pytest.raises(InputError) as caught:
+        dataset.train.images([2])
+    assert str(caught.value) == (
+        f"fastfpl.data.food101: {path} must be an image of few enough pixels; got an image that is "
+        "whole but too large, 200000000 pixels where at most 178956970 are decoded: make it "
+        "smaller, or load with on_corrupt='skip'"
+    )
+    assert load_dataset("food101", tmp_path, on_corrupt="skip").skipped == 1
+    (problem,) = (p for p in check_files("food101", tmp_path, decode=True).problems if "jpg" in p)
+    assert "whole but too large" in problem
 
 
 def test_corrupt_images_are_left_out_only_when_asked(
@@ -899,6 +1215,59 @@ def test_other_tricks_of_pickles_are_refused(content: bytes, sentence: str, tmp_
     with pytest.raises(Damaged, match=r"fastfpl\.test: .*do not trust the file") as caught:
         load_plain(tmp_path / "x.pkl", "fastfpl.test")
     assert sentence in str(caught.value)
+
+
+def test_lists_that_name_each_other_are_not_walked(tmp_path: Path) -> None:
+    def lists(width: int, depth: int) -> bytes:
+        content = b"\x80\x04(NNNl\x94"
+        for level in range(depth):
+            content += b"(" + (b"h" + bytes([level])) * width + b"l\x94"
+        return content + b"."
+
+    def tuples(width: int, depth: int, end: bytes) -> bytes:
+        content = b"\x80\x04(NNNt\x94"
+        for level in range(depth):
+            content += b"(" + (b"h" + bytes([level])) * width + b"t\x94"
+        return content + end
+
+    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85C\x01btR"
+    kind = b"cnumpy\ndtype\n(VO\ntR"
+    cases = {
+        "lists": lists(60, 3),
+        "many lists": lists(250, 3),
+        "tuples": tuples(60, 3, b"."),
+        # their hash walks them
+        "keys": b"\x80\x04}" + tuples(60, 8, b"Ns.")[2:],
+        "items": b"\x80\x04}(" + tuples(60, 8, b"Nu.")[2:],
+        "sets": b"\x80\x04\x8f(" + tuples(60, 8, b"\x90.")[2:],
+        # so does their text
+        "dtype": b"cnumpy\ndtype\n" + tuples(60, 8, b"\x85R.")[2:],
+        "encoding": b"c_codecs\nencode\nVx\n" + tuples(60, 8, b"\x86R.")[2:],
+        # each array copies what they share
+        "objects": b"(" + b"Vabc\n" * 10_000 + b"l\x94("
+        + (array + b"(K\x01M\x10'\x85" + kind + b"I00\nh\x00tb") * 3_000 + b"l.",
+        "text": b"V" + b"x" * 100_000 + b"\n\x940("
+        + b"c_codecs\nencode\n(h\x00Vlatin1\ntR" * 20_000 + b"l.",
+        # arguments that are copied for each call
+        "arguments": b"(" + b"N" * 100_000 + b"t\x940("
+        + b"cnumpy.core.multiarray\n_reconstruct\nh\x00R" * 20_000 + b"l.",
+    }  # fmt: skip
+    for name, content in cases.items():
+        path = tmp_path / name
+        path.write_bytes(content)
+        start = time.process_time()
+        with pytest.raises(Damaged, match="do not trust the file") as caught:
+            load_plain(path, "fastfpl.test")
+        assert time.process_time() - start < 2, name
+        assert len(str(caught.value)) < 1000
+        if "lists" in name or name in ("tuples", "text", "objects"):
+            assert "name each other to more than its own size" in str(caught.value), name
+    # some of it is what an honest file may do
+    path.write_bytes(lists(60, 2))
+    assert len(load_plain(path, "fastfpl.test")) == 60
+    same = [f"{n}.jpg" for n in range(9000)]
+    path.write_bytes(pickle.dumps([same, same, {"a": same}]))
+    assert load_plain(path, "fastfpl.test") == [same, same, {"a": same}]
 
 
 ARRAYS = st.one_of(
@@ -1117,12 +1486,37 @@ def test_check_counts_the_images_that_are_there(
         ("data split cifar10 --root .", "name must be one of caltech101"),
         ("data download food101 --root .", "got 'food101': get it from https://data.vision"),
         ("data download glyphs --root .", "name must be one of cifar10, cifar100"),
+        (
+            "data check dtd --root ~nobody-here/x",
+            "got '~nobody-here/x', of a home that is not known",
+        ),
+        (
+            "data split dtd --root conftest.py/x",
+            "root must be a folder; got conftest.py/x (Not a d",
+        ),
+        ("data split dtd --root nowhere", "root must be a folder; got nowhere (nothing)"),
+        (
+            "data download cifar10 --root /dev/null/x",
+            "must be a folder that can be made; got Not a",
+        ),
     ],
 )
 def test_mistakes_end_with_a_sentence(arguments: str, sentence: str, capsys) -> None:
     code, out, err = cli(capsys, *arguments.split())
     assert (code, out) == (2, "")
     assert sentence in err
+
+
+@pytest.mark.parametrize(
+    ("root", "got"),
+    [("nowhere", "(nothing)"), ("/dev/null", "(a device)"), ("x" * 300, "(File name too long)")],
+)
+def test_check_of_no_folder_says_what_is_there(root: str, got: str, capsys) -> None:
+    for name in ("eurosat", "cifar10", "domainnet345"):
+        code, out, err = cli(capsys, "data", "check", name, "--root", root, "--decode")
+        assert (code, err) == (2, "")
+        assert f"  fastfpl.data.{name}: root must be a folder; got {root} {got}\n" in out
+        assert out.endswith(f"{name} is not complete\n")
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])

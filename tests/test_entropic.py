@@ -15,6 +15,7 @@ from fastfpl.errors import InputError, KindError, NotConverged, NotSupported
 from fastfpl.ops import native, sinkhorn, transport_plan
 from fastfpl.ops.faces import recorded_faces
 from fastfpl.reference import entropic as reference
+from tests.test_transport_gradient import FORWARD
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -222,6 +223,126 @@ def test_sixteen_bits(dtype):
     assert plan.dtype == dtype
     exact = sinkhorn(None, None, M.double(), 0.1)
     assert (plan.double() - exact).abs().max() < 0.01 * exact.max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_of_sixteen_bits_have_one_total(dtype):
+    draw = torch.Generator().manual_seed(0)
+    for P in range(1, 257):
+        M = torch.rand(P, 3, generator=draw).to(dtype)
+        plan = sinkhorn(None, None, M, 1.0)
+        assert plan.dtype == dtype
+        # what a caller would make: shares of a total, each rounded as the total was
+        a, b = (0.1 + torch.rand(n, generator=draw).to(dtype) for n in (P, 3))
+        a, b = a / a.sum(), b / b.sum()
+        given = sinkhorn(a, b, M, 1.0).double()
+        near = 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(given.sum(-2), b.double(), rtol=near, atol=near / 256)
+        torch.testing.assert_close(given.sum(-1), a.double(), rtol=near, atol=near / 256)
+    wide = b.float() / b.float().sum()
+    plan = sinkhorn(None, wide, M, 1.0)
+    assert plan.dtype == dtype
+    torch.testing.assert_close(plan.double().sum(-2), wide.double(), rtol=near, atol=near / 256)
+    # and no more than rounding is forgiven
+    with pytest.raises(InputError, match="a and b must have the same total"):
+        sinkhorn(a, b * (1 + 4 * torch.finfo(dtype).eps), M, 1.0)
+    with pytest.raises(InputError, match="a and b must have the same total"):
+        sinkhorn(a.float() * 1.01, b.float(), M, 1.0)
+    with pytest.raises(
+        KindError, match=rf"a must be {dtype} on cpu as M is, or torch.float32; got"
+    ):
+        sinkhorn(a.double(), b, M, 1.0)
+
+
+@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize(("shape", "seed", "share"), [((12, 3), 7, 0.9), ((100, 5), 3, 0.9)])
+def test_a_tolerance_near_rounding_is_met(face, shape, seed, share):
+    # the shares are right before the level is, which only free rows follow
+    a, b, M = problem(*shape, seed=seed)
+    b = share * b
+    plan, log = solved(face, a, b, M, 1.0, partial=True, stopThr=1e-13, numItermax=10**5, log=True)
+    assert log["err"] <= 1e-13
+    exact = ot.partial.entropic_partial_wasserstein(
+        *(x.numpy() for x in (a, b, M)),
+        1.0,
+        method="sinkhorn_log",
+        numItermax=30_000,
+        stopThr=1e-16,
+    )
+    torch.testing.assert_close(plan, torch.from_numpy(exact), rtol=1e-11, atol=1e-15)
+
+
+@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("partial", [False, True])
+def test_arguments_of_any_view(face, partial):
+    a, b, M = problem(2, 9, 4, seed=5)
+    b = 0.8 * b if partial else b
+    plan = solved(face, a, b, M, 0.1, partial=partial)
+    views = [
+        [torch._neg_view(-x) for x in (a, b, M)],
+        [torch.complex(x, -x).conj().imag for x in (a, b, M)],  # negative, two numbers apart
+        [torch.stack((x, x), -1)[..., 0] for x in (a, b, M)],
+    ]
+    for view in views:
+        torch.testing.assert_close(solved(face, *view, 0.1, partial=partial), plan)
+        gradients = []
+        for leaves in (view, (a, b, M)):
+            leaves = [x.detach().requires_grad_() for x in leaves]
+            weight = torch._neg_view(torch.linspace(-1, 2, M.numel()).double().view_as(M))
+            found = solved(face, *leaves, 0.1, partial=partial)
+            gradients.append(torch.autograd.grad(found, leaves, weight))
+        for mine, packed in zip(*gradients, strict=True):
+            torch.testing.assert_close(mine, packed)
+
+
+@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_autocast_changes_no_number(face, kind, dtype):
+    a, b, M = problem(2, 9, 4, seed=5, dtype=dtype)
+    found = []
+    for enabled in (False, True):
+        leaves = [x.clone().requires_grad_() for x in (a, b, M)]
+        with torch.autocast("cpu", dtype=kind, enabled=enabled):
+            plan = solved(face, *leaves, 0.1)
+            found.append([plan, *torch.autograd.grad(plan.square().sum(), leaves)])
+    for plain, cast in zip(*found, strict=True):
+        assert cast.dtype == plain.dtype == dtype
+        assert torch.equal(cast, plain)
+
+
+@FORWARD
+@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("partial", [False, True])
+def test_every_kind_of_derivative(face, partial):
+    a, b, M = problem(5, 3, seed=4)
+    b = 0.7 * b if partial else b
+
+    def run(a, b, M):
+        return solved(face, a, b, M, 0.2, partial=partial, stopThr=1e-13, numItermax=10**5)
+
+    leaves = [x.clone().requires_grad_() for x in (a, b, M)]
+    assert torch.autograd.gradcheck(
+        run, leaves, atol=1e-6, check_forward_ad=True, check_batched_grad=False
+    )
+    assert torch.autograd.gradgradcheck(run, leaves, atol=1e-5)
+    for backward, forward in zip(
+        torch.func.jacrev(run, argnums=(0, 1, 2))(a, b, M),
+        torch.func.jacfwd(run, argnums=(0, 1, 2))(a, b, M),
+        strict=True,
+    ):
+        torch.testing.assert_close(forward, backward, rtol=1e-9, atol=1e-12)
+
+    def value(M):
+        return (run(a, b, M) * M).sum()
+
+    exact = torch.autograd.functional.hessian(value, M)
+    for hessian in (torch.func.hessian, lambda f: torch.func.jacrev(torch.func.jacrev(f))):
+        torch.testing.assert_close(hessian(value)(M), exact, rtol=1e-8, atol=1e-10)
+    with pytest.raises(NotSupported, match="forward mode must not lie within forward mode; got 2"):
+        torch.func.jacfwd(torch.func.jacfwd(value))(M)
+    with pytest.raises(NotSupported, match=r"got a slice that torch\.func\.vmap makes; give all"):
+        torch.vmap(value)(torch.stack([M, M]))
 
 
 @pytest.mark.parametrize("face", FACES)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -363,6 +365,47 @@ def test_scores_far_apart_give_numbers(name: str) -> None:
         torch.testing.assert_close(found[what], true[what], rtol=1e-10, atol=1e-11, msg=what)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", ["one expert", "one-hot", "twins", "one-hot, negative scale"])
+@pytest.mark.parametrize(("name", "device"), [*PLACES, pytest.param("reference", "cpu")])
+def test_no_gradient_where_no_score_can_move_a_weight(
+    name: str, device: str, kind: str, dtype: torch.dtype
+) -> None:
+    # queries and keys then have none by mathematics; large scores multiply what rounding leaves
+    image, experts, gate = problem((2,), 17, 3, 1 if kind == "one expert" else 3, 64, 8)
+    if kind == "twins":
+        experts = experts[..., :1, :].expand(-1, -1, 2, -1)
+    steep = 1e5 if "one-hot" in kind else 100.0
+    gate = replace(gate, scale=-steep if "negative" in kind else steep)
+    draw = torch.linspace(0.5, 1.5, image.numel(), dtype=torch.float64).reshape(image.shape)
+    leaves = [x.to(dtype) for x in leaves_of(100 * image * draw, 100 * experts, gate)]
+    found = step(name, [x.to(device) for x in leaves], gate)
+    eager = step("reference", leaves, gate)
+    exact = step("reference", [x.double() for x in leaves], gate)
+    for what, true in exact.items():
+        if what in ("w_q", "b_q", "w_k", "b_k"):
+            assert not true.any(), what
+            assert not found[what].any(), what
+        elif dtype == torch.float64:
+            close = {"rtol": 1e-11, "atol": 1e-11 * float(true.abs().max())}
+            torch.testing.assert_close(found[what].cpu(), true, **close, msg=what)
+        elif name in COMPILED:
+            assert_as_good_as_eager(found[what].cpu(), eager[what], true, name=what)
+
+
+@pytest.mark.parametrize("name", [*FAST, "reference"])
+def test_a_scale_of_zero_takes_the_mean(name: str) -> None:
+    image, experts, gate = problem(*SIZES["odd"])
+    flat = replace(gate, scale=0.0)
+    found = step(name, leaves_of(image, experts, flat), flat)
+    same = replace(flat, w_k=torch.zeros_like(gate.w_k), scale=1.0)
+    true = step("reference", leaves_of(image, experts, same), same)
+    torch.testing.assert_close(found["logits"], true["logits"], rtol=0, atol=1e-12)
+    torch.testing.assert_close(found["w_v"], true["w_v"], rtol=1e-10, atol=1e-11)
+    assert not found["w_q"].any()
+    assert not found["w_k"].any()
+
+
 @pytest.mark.parametrize("name", COMPILED)
 def test_one_nan_reaches_its_logits_and_no_others(name: str) -> None:
     image, experts, gate = problem((), 4, 5, 3, 8, 2)
@@ -487,6 +530,43 @@ def test_bad_input_gets_a_sentence() -> None:
     ):
         with pytest.raises(kind, match=text):
             gate_experts(*arguments)
+
+
+TF32 = {
+    "allow_tf32": "torch.backends.cuda.matmul.allow_tf32 = True",
+    "high": "torch.set_float32_matmul_precision('high')",
+    "medium": "torch.set_float32_matmul_precision('medium')",
+    "fp32_precision": "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "fp32_precision of all": "torch.backends.fp32_precision = 'tf32'",
+}
+
+
+def test_every_way_of_allowing_tf32_is_seen() -> None:
+    pytest.importorskip("triton", reason="Triton comes with torch for CUDA only")
+    # in processes of their own: torch cannot take back that one of its switches was used
+    look = """
+import torch
+from fastfpl.kernels.precision import allows_tf32
+from fastfpl.kernels import attention, gate
+def seen():
+    qkv, qz = torch.empty(1, 4, 96, device="meta"), torch.empty(1, 4, 2, 2, 16, device="meta")
+    kv = torch.empty(1, 3, 2, 2, 2, 16, device="meta")
+    of_gate = gate._constants(qz, kv, None)["PRECISION"]
+    of_attention = attention._settings(qkv, 2, False, None)["PRECISION"]
+    return allows_tf32(), of_gate, of_attention
+"""
+    script = look + "assert seen() == (False, 'ieee', 'tf32x3'), seen()\n"
+    script += "import os, sys\n"
+    # a fork each, so that torch is imported once
+    for how, line in TF32.items():
+        script += f"""
+if not os.fork():
+    {line}
+    os._exit(0 if seen() == (True, 'tf32', 'tf32') else print({how!r}, seen()) or 1)
+assert os.wait()[1] == 0, {how!r}
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def launches() -> None:

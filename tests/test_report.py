@@ -1,36 +1,47 @@
 from __future__ import annotations
 
 import csv
+import errno
 import html.parser
 import io
 import json
 import math
+import os
+import random
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
+from fastfpl.cli import main
 from fastfpl.config import Settings
-from fastfpl.errors import Damaged, InputError, Missing
-from fastfpl.federation import Comparison, Result
-from fastfpl.federation.result import summarise
+from fastfpl.data import partition
+from fastfpl.errors import Damaged, FastfplError, InputError, Missing
+from fastfpl.federation import Comparison, Result, Sweep
+from fastfpl.federation.result import deal, summarise
 from fastfpl.report import (
     accuracy_plot,
     clients_plot,
     csv_table,
     html_page,
-    load_comparison,
+    load_comparisons,
     markdown_table,
+    sweep_table,
     text_table,
     write_report,
+    write_sweep,
 )
 from fastfpl.report.facts import (
     augmentation,
     duration,
+    group_names,
     percent,
     public,
     rate,
@@ -127,8 +138,6 @@ def pair(seeds: tuple[int, ...] = (0,), **settings: Any) -> Comparison:
 
 
 def terminal(comparison: Comparison, width: int = 80) -> str:
-    from rich.console import Console
-
     out = io.StringIO()
     Console(file=out, width=width).print(text_table(comparison))
     return out.getvalue()
@@ -144,6 +153,7 @@ class Page(html.parser.HTMLParser):
         self.tags: list[str] = []
         self.alts: list[str] = []
         self.headers: list[str | None] = []
+        self.ids: list[str] = []
         self.text = ""
         self._open: list[str] = []
         self.feed(text)
@@ -152,6 +162,7 @@ class Page(html.parser.HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         given = dict(attrs)
+        self.ids += [v for k, v in attrs if k == "id" and v]
         self.tags.append(tag)
         self.loads += [v for k, v in attrs if k in ("src", "srcset", "data", "action") and v]
         if given.get("href"):
@@ -587,7 +598,7 @@ def test_the_page_is_accessible() -> None:
     page = Page(html_page(pair()))
     assert all(len(alt) > 40 for alt in page.alts)
     assert len(page.alts) == 2
-    assert "promptfl from 30.0 % in round 1 to 60.0 % in round 3" in page.alts[0]
+    assert "promptfl from 30.0 % after 1 round to 60.0 % after 3" in page.alts[0]
     assert set(page.headers) == {"row", "col"}
 
 
@@ -614,7 +625,7 @@ def test_a_report_is_written_and_written_again(tmp_path: Path) -> None:
     assert files == [tmp_path / name for name in names]
     first = {path: path.read_bytes() for path in files}
     assert all(first.values())
-    again = load_comparison(tmp_path)
+    (again,) = load_comparisons(tmp_path)
     assert {m: list(r) for m, r in again.results.items()} == dict(c.results)
     write_report(again, tmp_path)
     assert {path: path.read_bytes() for path in files} == first
@@ -639,33 +650,33 @@ def test_methods_and_seeds_load_in_order(tmp_path: Path) -> None:
     save(Comparison(made), tmp_path)
     (tmp_path / "fedotp-seed0").mkdir()  # not finished
     (tmp_path / "notes").mkdir()
-    loaded = load_comparison(tmp_path)
+    (loaded,) = load_comparisons(tmp_path)
     assert list(loaded.results) == ["zeroshot", "a-seed3", "promptfl"]
     assert [r.settings["seed"] for r in loaded.results["promptfl"]] == [9, 10]
 
 
 def test_a_folder_without_results_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(Missing, match=r"fastfpl\.load_comparison: folder must exist"):
-        load_comparison(tmp_path / "none")
+    with pytest.raises(Missing, match=r"fastfpl\.load_comparisons: folder must exist"):
+        load_comparisons(tmp_path / "none")
     (tmp_path / "local-seed0").mkdir()
     with pytest.raises(Missing, match=r"folder must hold finished runs as METHOD-seedN"):
-        load_comparison(tmp_path)
+        load_comparisons(tmp_path)
 
 
 def test_a_result_in_the_wrong_folder_is_damaged(tmp_path: Path) -> None:
     save(Comparison({"local": [result("local", [[0.5]])]}), tmp_path)
     (tmp_path / "local-seed0").rename(tmp_path / "promptfl-seed0")
     with pytest.raises(Damaged, match="must be the result of the run its folder is named after"):
-        load_comparison(tmp_path)
+        load_comparisons(tmp_path)
     file = tmp_path / "promptfl-seed0" / "result.json"
     content = json.loads(file.read_text())
     content["settings"] = []
     file.write_text(json.dumps(content))
-    with pytest.raises(Damaged, match="must name its seed"):
-        load_comparison(tmp_path)
+    with pytest.raises(Damaged, match=r"must be a result; got settings: "):
+        load_comparisons(tmp_path)
     file.write_text("{")
     with pytest.raises(Damaged):
-        load_comparison(tmp_path)
+        load_comparisons(tmp_path)
 
 
 def test_runs_are_loaded_from_their_own_folders(tmp_path: Path) -> None:
@@ -674,12 +685,12 @@ def test_runs_are_loaded_from_their_own_folders(tmp_path: Path) -> None:
         one.save(tmp_path / f"run {number}")
     folders = sorted(tmp_path.iterdir(), reverse=True)
     # the order of the folders does not matter, nor that one is named twice
-    loaded = load_comparison(*folders, str(folders[0]), folders[0] / ".." / folders[1].name)
+    (loaded,) = load_comparisons(*folders, str(folders[0]), folders[0] / ".." / folders[1].name)
     assert {m: list(r) for m, r in loaded.results.items()} == dict(made.results)
     with pytest.raises(InputError, match=r"folders must be one or more; got none"):
-        load_comparison()
+        load_comparisons()
     with pytest.raises(Missing, match=r"folder must hold finished runs .* got none in"):
-        load_comparison(*folders, tmp_path)
+        load_comparisons(*folders, tmp_path)
 
 
 def test_runs_of_one_method_and_seed_are_refused(tmp_path: Path) -> None:
@@ -689,17 +700,17 @@ def test_runs_of_one_method_and_seed_are_refused(tmp_path: Path) -> None:
         InputError,
         match=r"runs must differ in method or seed; got local-seed0 in .*lr 0\.1 and in .*lr 0\.2$",
     ):
-        load_comparison(tmp_path / "lr 0.1", tmp_path / "lr 0.2")
+        load_comparisons(tmp_path / "lr 0.1", tmp_path / "lr 0.2")
 
 
 def test_runs_that_named_their_folder_themselves_are_loaded(tmp_path: Path) -> None:
     for seed in (0, 1):
         one = result("local", [[0.5]], seed=seed, dataset="digits", name="digits")
         one.save(tmp_path / f"local-digits-seed{seed}")
-    assert [r.settings["seed"] for r in load_comparison(tmp_path).results["local"]] == [0, 1]
+    assert [r.settings["seed"] for r in load_comparisons(tmp_path)[0].results["local"]] == [0, 1]
     (tmp_path / "local-digits-seed1").rename(tmp_path / "local-glyphs-seed1")
     with pytest.raises(Damaged, match="must be the result of the run its folder is named after"):
-        load_comparison(tmp_path)
+        load_comparisons(tmp_path)
 
 
 def test_a_report_into_a_file_is_refused(tmp_path: Path) -> None:
@@ -707,3 +718,354 @@ def test_a_report_into_a_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"write_report: folder must be a folder; got the file"):
         write_report(pair(), tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_report_is_new_or_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = write_report(pair(), tmp_path)
+    before = {path: path.read_bytes() for path in files}
+    calls = []
+
+    def full(fd: int) -> None:
+        calls.append(fd)
+        if len(calls) == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(
+            InputError,
+            match=r"fastfpl\.write_report: folder must take .*; got No space left .* is as before",
+        ):
+            write_report(pair((0, 1)), tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    # the last name cannot be had: none is taken
+    files[-1].unlink()
+    files[-1].mkdir()
+    with pytest.raises(InputError, match="Is a directory"):
+        write_report(pair((0, 1)), tmp_path)
+    assert {p: p.read_bytes() for p in files[:-1]} == {p: before[p] for p in files[:-1]}
+    assert sorted(tmp_path.iterdir()) == sorted(files)
+    (tmp_path / "a").write_text("")
+    with pytest.raises(InputError, match=r"write_report: folder must take"):
+        write_report(pair(), tmp_path / "a" / "b")
+
+
+def test_a_report_is_not_written_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "o").mkdir()
+    for name in ("table.md", f".table.md.{os.getpid()}.part"):
+        (tmp_path / "o" / name).symlink_to(tmp_path / "mine")
+    write_report(pair(), tmp_path / "o")
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert not (tmp_path / "o" / "table.md").is_symlink()
+
+
+# -- what is there and what is not ----------------------------------------------------------
+
+
+def test_what_is_not_finished_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(pair(), tmp_path)
+    plan = {"methods": ["zeroshot", "promptfl", "fedotp"], "seeds": [0, 1], "rounds": 3}
+    (tmp_path / "comparison.json").write_text(json.dumps(plan))
+    for name, content in (
+        ("promptfl-seed1", '{"rounds_done": 2}'),
+        ("fedpgp-seed7", '{"rounds_done": 1}'),
+        ("local-seed0", "{"),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "checkpoint.json").write_text(content)
+    (one,) = load_comparisons(tmp_path)
+    assert one.missing == (
+        "zeroshot seed 1: not begun",
+        "promptfl seed 1: not finished, 2 of 3 rounds",
+        "fedotp seed 0: not begun",
+        "fedotp seed 1: not begun",
+        "fedpgp seed 7: not finished, 1 round",
+        "local seed 0: not finished, and checkpoint.json does not say how far it came",
+    )
+    assert not any(row.top for row in rows(one))
+    main(["report", str(tmp_path)])
+    shown = capsys.readouterr()
+    assert shown.err.splitlines() == [f"missing: {text}" for text in one.missing]
+    page = Page((tmp_path / "index.html").read_text(encoding="utf-8")).text
+    table = (tmp_path / "table.md").read_text(encoding="utf-8")
+    for text in (shown.out, page, table):
+        words = " ".join(text.split())
+        assert "this comparison is not finished; nothing is ranked" in words
+        assert all(part in words for part in one.missing)
+    assert "Highest accuracy" not in page
+    (tmp_path / "comparison.json").write_text('{"methods": 3}')
+    with pytest.raises(Damaged, match=r"methods of .* must be what fastfpl compare wrote"):
+        load_comparisons(tmp_path)
+
+
+def test_runs_of_different_tasks_are_never_ranked_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    accuracies: list[list[float] | None] = [[0.2, 0.4], [0.4, 0.6]]
+    better: list[list[float] | None] = [[0.9, 0.9], [0.9, 0.9]]
+    made = {
+        "a": result("local", accuracies),
+        "b": result("promptfl", better),
+        "c": result("local", better, dataset="digits", name="digits"),
+        "d": result("promptfl", accuracies, dataset="digits", name="digits"),
+        "e": result("local", accuracies, shots=4),
+    }
+    for name, one in made.items():
+        one.save(tmp_path / name)
+    groups = load_comparisons(*(tmp_path / name for name in made))
+    assert [list(one.results) for one in groups] == [
+        ["local", "promptfl"],
+        ["local", "promptfl"],
+        ["local"],
+    ]
+    names = ["dataset=glyphs, shots=16", "dataset=digits, shots=16", "dataset=glyphs, shots=4"]
+    assert group_names(groups) == names
+    assert all(warnings(one) == [] for one in groups)
+    main(["report", *(str(tmp_path / name) for name in made), "--out", str(tmp_path / "o")])
+    out = capsys.readouterr().out
+    assert [line[3:] for line in out.splitlines() if line.startswith("== ")] == names
+    page = Page((tmp_path / "o" / "index.html").read_text(encoding="utf-8"))
+    assert page.text.count("Highest accuracy in the last round") == 2
+    assert "promptfl, 90.0 %" in page.text
+    assert "local, 90.0 %" in page.text
+    assert len(page.ids) == len(set(page.ids))
+    assert len(page.alts) == 6
+    table = (tmp_path / "o" / "table.md").read_text(encoding="utf-8")
+    assert re.findall("^## (.*)$", table, re.MULTILINE) == names
+    lines = list(csv.DictReader(io.StringIO((tmp_path / "o" / "table.csv").read_text())))
+    assert [line["task"] for line in lines] == [names[i] for i in (0, 0, 1, 1, 2)]
+    with Image.open(tmp_path / "o" / "accuracy.png") as image:
+        assert image.size[0] == 1280
+        assert image.size[1] == 3 * 736
+    # other classes under the same settings, and a CLIP of other weights
+    other = result("fedotp", accuracies, classes=("x", "y"))
+    other.save(tmp_path / "f")
+    assert group_names(load_comparisons(tmp_path / "a", tmp_path / "f")) == ["task 1", "task 2"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "sentence"),
+    [
+        ("pathological", {}, "every seed deals the same images to the same clients: a spread"),
+        ("pathological", {"deal_seed": None}, "every seed deals the images anew: client 0 of one"),
+        ("domain", {"shots": 2}, "every seed gives a client the same test images and deals"),
+        ("domain", {}, "every seed deals the same images to the same clients: a spread"),
+        ("iid", {}, "every seed deals the images anew: client 0 of one"),
+    ],
+)
+def test_the_page_says_what_seeds_deal(kind: str, options: dict[str, Any], sentence: str) -> None:
+    labels, domains = [i % 4 for i in range(96)], [i // 48 for i in range(96)]
+    made = pair((0, 1), partition=kind)
+    for one in (r for results in made.results.values() for r in results):
+        seed = one.settings["seed"]
+        sides = (labels, labels, domains, domains)
+        one.data["deal"] = deal(partition(kind, *sides, classes=4, clients=2, seed=seed, **options))
+    for text in (terminal(made, 400), Page(html_page(made)).text, markdown_table(made)):
+        assert sentence in " ".join(text.split())
+    # one seed has no spread; what did not record its deal claims nothing
+    assert "every seed" not in terminal(Comparison({"a": [made.results["promptfl"][0]]}), 400)
+    assert "Every seed" not in html_page(pair((0, 1)))
+
+
+def test_clients_and_rounds_are_counted_as_in_the_files() -> None:
+    page = html_page(pair())
+    assert re.findall(r'<tr><th scope="row">(\d+)</th><td>48</td>', page) == ["0", "1"]
+    assert "Clients and rounds are numbered from 0" in Page(page).text
+
+
+# -- names of others -------------------------------------------------------------------------
+
+ODD = "=a|b\x1b[2J$x^{$<i>\u202e[b]\udcff\n`~"
+
+
+def test_no_name_acts_anywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # settings refuse half a letter; a result that was made elsewhere may name one
+    made = result("local", [[0.5, 0.6]] * 2, classes=(ODD, "b"), name=ODD, environment={ODD: ODD})
+    made = replace(made, method=ODD, settings={**made.settings, "method": ODD, "clip": ODD})
+    made.data["notes"] = [ODD]
+    for row in made.rounds:
+        row["exams"] = {ODD: {**row["exams"]["own"], "domains": {ODD: 0.5, ODD + "2": 0.5}}}
+    made.data["exams"] = {ODD: ODD}
+    made = replace(made, final=summarise(made.rounds), faces={ODD: [ODD]})
+    comparison = Comparison({ODD: [made]}, (ODD,))
+    plan = {"name": ODD, "about": ODD, "changed": {ODD: [ODD, ODD]}}
+    published = {"source": ODD, "cautions": [ODD], "where": [], "figures": {ODD: ODD}}
+    plan["published"] = [published]
+    both = [comparison, Comparison({ODD: [replace(made, preset=plan)]})]
+    files = write_report(both, tmp_path)
+    text = {p.name: p.read_text(encoding="utf-8") for p in files if p.suffix != ".png"}
+    for content in (*text.values(), terminal(comparison)):
+        assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", content)
+    assert "\\x1b[2J$x" in Page(text["index.html"]).text
+    assert "<i>" not in text["index.html"] + text["table.md"]
+    cells = list(csv.reader(io.StringIO(text["table.csv"])))[1]
+    assert cells[1].startswith("'=a|b")
+    # no cell of a Markdown table ends early, and no line
+    for line in text["table.md"].splitlines():
+        if line.startswith("| "):
+            assert len(re.findall(r"(?<!\\)\|", line)) in (3 + 7, 3 + 3, 3 + 2, 3 + 8)
+    assert not re.search(r"(?<!\\)[$`~]", text["table.md"].replace("`", "", 0))
+    out = tmp_path / "[/b]x"
+    pair().results["promptfl"][0].save(out)
+    main(["report", str(out)])
+    assert str(out / "index.html") in capsys.readouterr().out
+
+
+def test_long_names_leave_room_for_the_plot() -> None:
+    name = "m" * 200
+    comparison = Comparison({name: [result(name, [[0.5, 0.6]] * 2, name="d" * 200)]})
+    assert accuracy_plot(comparison)
+    assert clients_plot(comparison)
+
+
+def test_values_of_a_sweep_are_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastfpl.report.page.accuracy_plot", lambda *_, **__: b"")
+    monkeypatch.setattr("fastfpl.report.page.clients_plot", lambda *_, **__: b"")
+    values = ["$x^{$", "a|b", "<i>", "../../up", "a/b", "%2F"]
+    swept = Sweep("ctx_init", {value: pair(ctx_init=value) for value in values})
+    files = write_sweep(swept, tmp_path / "o")
+    assert list(tmp_path.iterdir()) == [tmp_path / "o"]
+    assert len({path.parent for path in files}) == 1 + len(values)
+    assert (tmp_path / "o" / "ctx_init=..%2F..%2Fup" / "index.html") in files
+    table = (tmp_path / "o" / "sweep.md").read_text(encoding="utf-8")
+    assert "ctx\\_init=\\$x^{\\$ | ctx\\_init=a\\|b | ctx\\_init=&lt;i&gt;" in table
+    shown = io.StringIO()
+    Console(file=shown, width=200).print(sweep_table(swept))
+    assert "a|b" in shown.getvalue()
+
+
+# -- damaged results -------------------------------------------------------------------------
+
+JUNK: tuple[Any, ...] = (
+    *(None, True, -1, 0, 3, 2**70, 1e300, -0.5, 1.5, "", "x", "\x1b[31m", [], {}, [None], {"": 1}),
+    *([0.5], ["a"], {"a": 0.5}, [[]], "9" * 300, [1e308] * 2),
+)
+
+
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every container and key in it."""
+    for key in list(value) if isinstance(value, dict) else range(len(value)):
+        yield value, key
+        if isinstance(value[key], dict | list):
+            yield from places(value[key])
+
+
+def damaged(text: str, draw: random.Random) -> str:
+    """Change a result in one or two places, as JSON or as text."""
+    if draw.random() < 0.2:
+        at, end = sorted(draw.randrange(len(text)) for _ in range(2))
+        return draw.choice(
+            (
+                text[:at],
+                text[:at] + text[end:],
+                text[:at] + draw.choice('{}[]",:9e\\\x00') + text[at + 1 :],
+                text.replace("0.5", draw.choice(("NaN", "1e999", "-Infinity", "9" * 5000, "05"))),
+            )
+        )
+    content = json.loads(text)
+    for _ in range(draw.choice((1, 1, 2))):
+        container, key = draw.choice(list(places(content)))
+        kind = draw.random()
+        if kind < 0.25:
+            del container[key]
+        elif kind < 0.9 or isinstance(container, list):
+            container[key] = draw.choice(JUNK)
+        else:
+            container[key + "2"] = container.pop(key)
+    return json.dumps(content)
+
+
+def test_a_damaged_result_is_a_report_or_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for one in pair().results.values():
+        one[0].save(tmp_path / one[0].method)
+    path = tmp_path / "promptfl" / "result.json"
+    text = path.read_text()
+    draw = random.Random(0)
+    # plots take their time, and see no text but names
+    monkeypatch.setattr("fastfpl.report.page.accuracy_plot", lambda *_, **__: b"")
+    monkeypatch.setattr("fastfpl.report.page.clients_plot", lambda *_, **__: b"")
+    taken = refused = longest = 0
+    for _ in range(300):
+        path.write_text(damaged(text, draw))
+        try:
+            groups = load_comparisons(tmp_path / "promptfl", tmp_path / "zeroshot")
+        except FastfplError as error:
+            refused += 1
+            longest = max(longest, len(str(error)))
+            continue
+        taken += 1
+        html_page(groups)
+        csv_table(groups)
+        markdown_table(groups)
+        for group in groups:
+            terminal(group)
+        if taken % 20 == 0:
+            write_report(groups, tmp_path / "o")
+    assert taken > 40
+    assert refused > 150
+    assert longest < 700
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ('"seed": 0', '"seed": "0"', "settings.seed: input should be a valid integer; got '0'"),
+        ('"seed": 0', '"seed": ' + "9" * 5000, "what is not JSON: Exceeds the limit"),
+        ('"seed": 0', '"seed": ' + "9" * 40, "a whole number of more than 64 bits"),
+        ('"loss": 1.5', '"loss": 1e999', "the number inf"),
+        ('"loss": 1.5', '"loss": NaN', "the number nan"),
+        ('"options": {}', '"options": {"a": ' + "[" * 60 + "]" * 60 + "}", "more than 32 levels"),
+        ('"options": {}', '"options": ' + "[" * 200_000, "nested too deeply"),
+        ('"round": 1', '"round": 2', "rounds must be numbered from 0"),
+        ('"rounds": 3', '"rounds": 4', "rounds must be 4 where a run is finished; not 3"),
+        ('"own": "its', '"mine": "its', "round 0 must answer the exams of data"),
+        ('"method": "promptfl"', '"method": "local"', "settings must name the method"),
+        ('"accuracy": 0.6', '"accuracy": 60.0', "accuracy: input should be less than or equal to"),
+        ('"weights"', '"weight"', "data.weights: field required"),
+        ('"data": {', '"more": 1, "data": {', "more: extra inputs are not permitted; got 1"),
+    ],
+)
+def test_what_is_wrong_with_a_result_is_said(
+    old: str, new: str, sentence: str, tmp_path: Path
+) -> None:
+    pair().results["promptfl"][0].save(tmp_path)
+    path = tmp_path / "result.json"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(Damaged, match=r"fastfpl\.Result: .*result\.json must be a result") as told:
+        load_comparisons(tmp_path)
+    assert sentence in str(told.value)
+
+
+@pytest.mark.parametrize("backend", ["module://not_there.backend_inline", "nonsense"])
+def test_plots_are_drawn_in_any_environment(backend: str, tmp_path: Path) -> None:
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfigure.dpi: 20\n")
+    (tmp_path / "file").write_text("")
+    code = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+before = dict(os.environ)
+from test_report import pair
+from fastfpl.report import accuracy_plot, clients_plot
+sys.stdout.buffer.write(accuracy_plot(pair()))
+assert clients_plot(pair(), "svg")
+assert "matplotlib.pyplot" not in sys.modules
+before.pop("MPLCONFIGDIR", None)  # matplotlib itself names another one
+assert {k: os.environ.get(k) for k in before} == before
+"""
+    here = Path(__file__).resolve().parent
+    mine = {"MPLBACKEND": backend, "MATPLOTLIBRC": str(tmp_path / "matplotlibrc")}
+    if backend == "nonsense":
+        mine["MPLCONFIGDIR"] = str(tmp_path / "file" / "x")
+    drawn = subprocess.run(
+        [sys.executable, "-c", code, str(here)],
+        check=True,
+        cwd=here.parent,
+        timeout=120,
+        capture_output=True,
+        env={**os.environ, **mine, "OMP_NUM_THREADS": "1"},
+    )
+    assert drawn.stdout == accuracy_plot(pair())

@@ -3,6 +3,7 @@
 import builtins
 import itertools
 import re
+import subprocess
 import sys
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as old
+from torchvision.transforms.v2 import functional
 
 import fastfpl.data.transforms as transforms_module
 from fastfpl.data.transforms import Preprocess, _Distortion, _distortion, _window
@@ -393,3 +395,74 @@ def test_a_torchvision_of_another_torch_names_the_cure(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", broken)
     with pytest.raises(Missing, match=rf"torch {re.escape(torch.__version__)}; got Runtime.*nms"):
         CLIP([picture(32, 32)])
+
+
+# --- images that are much longer than wide --------------------------------------------------------
+
+
+def plainly(image, size=32):
+    """Resize all of an image and cut its centre, as torchvision does; squeeze it as it does."""
+    pixels = torch.from_numpy(image.transpose(2, 0, 1).copy())
+    bicubic = {"interpolation": InterpolationMode.BICUBIC, "antialias": True}
+    middle = (
+        pixels if min(image.shape[:2]) == size else functional.resize(pixels, [size], **bicubic)
+    )
+    bilinear = {"interpolation": InterpolationMode.BILINEAR, "antialias": True}
+    return functional.center_crop(middle, [size, size]), functional.resize(
+        pixels, [size, size], **bilinear
+    )
+
+
+@pytest.mark.parametrize(
+    "shape", [(61, 45), (45, 61), (20, 13), (32, 50), (640, 10), (10, 640), (64, 1), (32, 4000)]
+)
+def test_ordinary_images_are_those_of_torchvision_bit_for_bit(shape):
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    middle, squeezed = plainly(image)
+    assert torch.equal(PLAIN.squares([image])[0], middle)
+    assert torch.equal(PLAIN.distorted([image], [drawn_for()[0]])[0], squeezed)
+
+
+@pytest.mark.parametrize("noise", [True, False])
+@pytest.mark.parametrize("shape", [(300, 4), (3001, 7), (97, 1), (3000, 31), (9000, 130)])
+def test_long_images_are_those_of_torchvision_to_a_level(shape, noise):
+    for height, width in (shape, shape[::-1]):
+        image = picture(height, width)
+        if noise:
+            image = np.random.default_rng(1).integers(0, 256, image.shape, dtype=np.uint8)
+        middle, squeezed = plainly(image)
+        off = (PLAIN.squares([image])[0].int() - middle.int()).abs()
+        assert int(off.max()) <= 1
+        assert float(off.float().mean()) <= 0.02
+        # the other axis comes first, and each is rounded
+        off = (PLAIN.distorted([image], [drawn_for()[0]])[0].int() - squeezed.int()).abs()
+        assert int(off.max()) <= 2
+        assert float(off.float().mean()) <= 0.25  # one rounding more of noise
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sets limits as Linux does")
+def test_no_view_of_a_line_of_two_million_pixels_takes_memory(tmp_path):
+    for name, size in (("upright", (1, 2_000_000)), ("lying", (2_000_000, 1))):
+        Image.new("RGB", size, (9, 99, 199)).save(tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").stat().st_size < 40_000
+    # beyond what small views have taken: the line itself is 6 MB, all of it resized 15 GB and more
+    code = f"""
+import resource
+from pathlib import Path
+from fastfpl.data.listing import decode
+from fastfpl.data.transforms import Preprocess
+plain = Preprocess(224, (0, 0, 0), (1, 1, 1))
+views = (plain.squares, lambda images: plain.crops(images, [5]),
+    lambda images: plain.distorted(images, [5]))
+for place in (None, "upright", "lying"):
+    image = decode(Path({str(tmp_path)!r}) / f"{{place or 'lying'}}.png")
+    for view in views:
+        out = view([image if place else image[:50, :50]])
+        assert out.shape == (1, 3, 224, 224)
+        if view is not views[2]:
+            assert out.amax(dim=(0, 2, 3)).tolist() == [9, 99, 199]
+    if place is None:
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (taken + (300 << 20),) * 2)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

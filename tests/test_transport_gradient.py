@@ -5,8 +5,11 @@ from fractions import Fraction
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
-from fastfpl.ops import transport_plan
+import fastfpl
+from fastfpl.errors import NotSupported
+from fastfpl.ops import launch, transport_logits, transport_plan
 from fastfpl.ops.transport_gradient import pull_back
 from fastfpl.reference import transport as reference
 from tests.test_transport import FACES, NATIVE, similar, solved
@@ -18,6 +21,19 @@ from tests.test_transport_logits import (
     weights_of,
     with_gradients,
 )
+
+TRITON = pytest.param(
+    "triton",
+    marks=[
+        pytest.mark.skipif(not launch.interpreted(), reason="kernels are compiled here"),
+        # where a GPU computes an infinity in silence, numpy says so
+        pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning"),
+        pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning"),
+    ],
+)
+#: Of torch itself, when its rules of forward mode are first loaded.
+FORWARD = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
+PLAN_FACES = [*FACES, TRITON]
 
 
 def slack_of(plan, balanced):
@@ -71,6 +87,80 @@ def test_gradients_of_logits_through_the_plan(face, balanced):
     assert (through[1] - without[2]).abs().max() > 1e-3 * without[2].abs().max()
 
 
+@FORWARD
+@pytest.mark.parametrize("face", PLAN_FACES)
+def test_every_kind_of_derivative(face):
+    sim, step = similar(3, 5, 2, spread=0.1), similar(3, 5, 2, seed=1)
+
+    def run(sim):
+        with fastfpl.face(face):
+            return transport_plan(sim, eps=0.2, mass=0.8, tol=1e-12, plan_gradient=True)
+
+    exact = torch.autograd.functional.jacobian(run, sim)
+    near = {"rtol": 1e-8, "atol": 1e-11}
+    moved = torch.einsum("bpncqm,cqm->bpn", exact, step)
+    assert moved.abs().max() > 1e-3
+    with forward_ad.dual_level():
+        plan = run(forward_ad.make_dual(sim, step))
+        torch.testing.assert_close(forward_ad.unpack_dual(plan).tangent, moved, **near)
+        held = transport_plan(forward_ad.make_dual(sim, step), eps=0.2)
+        assert forward_ad.unpack_dual(held).tangent is None
+    torch.testing.assert_close(torch.func.jvp(run, (sim,), (step,))[1], moved, **near)
+    torch.testing.assert_close(torch.func.jacrev(run)(sim), exact, **near)
+    torch.testing.assert_close(torch.vmap(run)(sim), run(sim), **near)
+    torch.testing.assert_close(torch.vmap(run, 1)(sim.transpose(0, 1)), run(sim), **near)
+
+    def value(sim, step):
+        return (run(sim) * step).sum()
+
+    torch.testing.assert_close(
+        torch.vmap(torch.func.grad(value))(sim, step),
+        torch.func.grad(value)(sim, step),
+        **near,
+    )
+    sim, step = sim[0], step[0]
+    exact = torch.autograd.functional.hessian(lambda sim: value(sim, step), sim)
+    torch.testing.assert_close(torch.func.hessian(value)(sim, step), exact, **near)
+    with pytest.raises(NotSupported, match="forward mode must not lie within forward mode; got 2"):
+        torch.func.jacfwd(torch.func.jacfwd(value))(sim, step)
+
+
+@FORWARD
+@pytest.mark.parametrize("face", [*LOGIT_FACES, TRITON])
+@pytest.mark.parametrize("plan_gradient", [False, True])
+def test_every_kind_of_derivative_of_logits(face, plan_gradient):
+    if face == "triton" and plan_gradient:
+        pytest.skip("gradients through the plan are for other faces")
+    patches, prompts = features(2, 5, 2, 2, 4)
+    step = features(2, 5, 2, 2, 4, seed=1)[1]
+
+    def run(prompts):
+        with fastfpl.face(face):
+            return transport_logits(
+                patches, prompts, eps=0.2, tol=1e-12, plan_gradient=plan_gradient
+            )
+
+    with pytest.raises(NotSupported, match=r"got a slice that torch\.func\.vmap makes; give all"):
+        torch.vmap(run)(torch.stack([prompts, prompts]))
+
+    def forward(dual):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(run(forward_ad.make_dual(prompts, dual))).tangent
+
+    exact = torch.autograd.functional.jacobian(run, prompts)
+    moved = torch.einsum("bcdnk,dnk->bc", exact, step)
+    for found, name in [
+        (lambda: forward(step), "forward mode"),
+        (lambda: torch.func.jvp(run, (prompts,), (step,))[1], "a transform of torch.func"),
+        (lambda: (torch.func.jacrev(run)(prompts) * step).sum((2, 3, 4)), "a transform of torch"),
+    ]:
+        if face == "reference":
+            torch.testing.assert_close(found(), moved, rtol=1e-8, atol=1e-10)
+        else:
+            with pytest.raises(NotSupported, match=f"got {name}.*; face.'reference'. takes it"):
+                found()
+
+
 @NATIVE
 def test_a_row_that_meets_its_bound_without_need_counts_as_capped():
     # mass 1/2 on two patches, one prompt: the first row wants exactly its bound
@@ -86,7 +176,22 @@ def test_a_row_that_meets_its_bound_without_need_counts_as_capped():
     assert gradient[0, 0] == pytest.approx(0.125 / 0.1, rel=1e-2), "free on the other"
 
 
-def test_plan_gradient_in_sixteen_bits_and_compiled():
+@pytest.mark.parametrize("face", PLAN_FACES)
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_no_number_of_a_plan(face, kind, dtype):
+    sim = similar(2, 9, 2, dtype=dtype).requires_grad_()
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=kind, enabled=enabled), fastfpl.face(face):
+            plan = transport_plan(sim, eps=0.2, mass=0.8, plan_gradient=True)
+            found.append([plan, *torch.autograd.grad(plan.square().sum(), sim)])
+    for plain, cast in zip(*found, strict=True):
+        assert cast.dtype == dtype
+        assert torch.equal(cast, plain)
+
+
+def test_plan_gradient_in_sixteen_bits():
     sim = similar(2, 9, 2, dtype=torch.bfloat16).requires_grad_()
     plan = transport_plan(sim, eps=0.05, mass=0.8, plan_gradient=True)
     (mine,) = torch.autograd.grad((plan * weights_of(plan)).sum(), sim)
@@ -95,6 +200,15 @@ def test_plan_gradient_in_sixteen_bits_and_compiled():
     (true,) = torch.autograd.grad((exact * weights_of(plan).double()).sum(), wide)
     assert (plan.dtype, mine.dtype) == (torch.bfloat16, torch.bfloat16)
     assert (mine.double() - true).abs().max() <= 0.02 * true.abs().max()
+
+
+def test_plan_gradient_survives_torch_compile():
+    found = []
+    for wrap in (lambda f: f, lambda f: torch.compile(f, backend="aot_eager", fullgraph=True)):
+        sim = similar(2, 9, 2).requires_grad_()
+        run = wrap(lambda sim: transport_plan(sim * 1.0, eps=0.2, mass=0.8, plan_gradient=True))
+        found.append(torch.autograd.grad(run(sim).square().sum(), sim)[0])
+    assert torch.equal(*found)
 
 
 # --- columns that hardly share a row --------------------------------------------------------------

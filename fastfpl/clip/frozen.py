@@ -63,9 +63,12 @@ class FrozenCLIP:
     -----
     What a live model shares: its parameters' storage, wherever device and dtype agree and the
     layout is the same (transformers' query, key and value weights are fused, thus copied). Running
-    statistics are copied, hooks are not taken along, and the owner's modes and ``requires_grad``
-    are never touched. Whoever trains the owner in place changes this CLIP as well and leaves
-    `weights_digest` behind: hand in ``copy.deepcopy(model)`` then.
+    statistics are copied, and so is the weight of an adapter that merges itself for a pass; hooks
+    are not taken along, and the owner's modes and ``requires_grad`` are never touched. Whoever
+    trains the owner in place changes this CLIP as well and leaves `weights_digest` behind: hand in
+    ``copy.deepcopy(model)`` then. Structure is read once: what is attached later is not seen.
+
+    It pickles, with its weights and its tokenizer, for spawned workers.
     """
 
     def __init__(
@@ -325,4 +328,4 @@ def _three(values: Sequence[float]) -> tuple[float, float, float]:
 
 def _place(device: torch.device | str) -> torch.device:
     """Name a device as tensors do: ``cuda`` is ``cuda:0``."""
-    return torch.empty(0, device=device).device
+    return torch.empty(0, device=device, dtype=torch.float32).device

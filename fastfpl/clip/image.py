@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ __all__ = [
     "TimmTower",
     "TransformersTower",
     "ViTTower",
+    "eval_copy",
     "image_of",
 ]
 
@@ -31,6 +32,7 @@ class FixedLayerNorm(nn.Module):
         super().__init__()
         self.weight, self.bias = norm.weight, norm.bias
         self.shape, self.eps = norm.normalized_shape, norm.eps
+        self.training = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise and return the dtype of ``x``."""
@@ -57,6 +59,7 @@ class FixedBatchNorm(nn.Module):
         self.running_var: Tensor
         self.register_buffer("running_mean", norm.running_mean)
         self.register_buffer("running_var", norm.running_var)
+        self.training = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise in the statistics' dtype and return the dtype of ``x``."""
@@ -83,26 +86,57 @@ def frozen_copy(module: nn.Module, device: torch.device, dtype: torch.dtype, own
     BatchNorm loses its training mode; towers of unknown build are cast as a whole.
     """
     wide = torch.promote_types(dtype, torch.float32)
-    memo: dict[int, Any] = {}
 
-    def cast(tensor: Tensor, norm: bool) -> Tensor:
+    def cast(tensor: Tensor, part: nn.Module) -> Tensor:
         if not tensor.is_floating_point():
-            return tensor.detach().to(device)
-        return tensor.detach().to(device=device, dtype=wide if norm else dtype)
-
-    for part in module.modules():
+            return tensor.to(device)
         norm = own and isinstance(part, _NORMS)
+        return tensor.to(device=device, dtype=wide if norm else dtype)
+
+    frozen = eval_copy(module, cast, hooks=False)
+    return _fix_norms(frozen) if own else frozen
+
+
+def eval_copy(
+    module: nn.Module,
+    cast: Callable[[Tensor, nn.Module], Tensor] = lambda tensor, part: tensor,
+    *,
+    hooks: bool,
+) -> Any:
+    """Copy a tree of modules into eval mode, its tensors through ``cast``, with hooks or without.
+
+    Parameters share storage where ``cast`` returns what it is given. Those of an adapter that
+    merges itself into its weights for a pass (peft) do not: it would write into the owner's.
+    """
+    memo: dict[int, Any] = {}
+    merged = {
+        id(p)
+        for part in module.modules()
+        if callable(getattr(part, "merge", None))
+        for p in part.parameters()
+    }
+    for part in module.modules():
         for parameter in part.parameters(recurse=False):
-            memo[id(parameter)] = nn.Parameter(cast(parameter, norm), requires_grad=False)
+            tensor = cast(parameter.detach(), part)
+            if id(parameter) in merged and tensor.data_ptr() == parameter.data_ptr():
+                tensor = tensor.clone()
+            memo[id(parameter)] = nn.Parameter(tensor, requires_grad=False)
         for buffer in part.buffers(recurse=False):
-            memo[id(buffer)] = cast(buffer, norm).clone()
+            memo[id(buffer)] = cast(buffer.detach(), part).clone()
         for key, value in vars(part).items():
-            if key.endswith("hooks") and isinstance(value, dict):
+            if not hooks and key.endswith("hooks") and isinstance(value, dict):
                 memo[id(value)] = type(value)()
-    frozen = copy.deepcopy(module, memo)
-    if own:
-        frozen = _fix_norms(frozen)
-    return frozen.eval()
+    try:
+        copied = copy.deepcopy(module, memo)
+    except Exception as error:  # whatever else hangs on the modules has its own reasons
+        raise KindError(
+            f"fastfpl.load_clip: model must be one that copy.deepcopy can copy; got "
+            f"{type(error).__name__}: {str(error).strip()}"
+        ) from error
+    for part in copied.modules():
+        # not eval(): an adapter's own (loralib's) would merge into the weights that are shared
+        part.training = False
+    return copied
 
 
 def _fix_norms(module: nn.Module) -> nn.Module:
@@ -137,10 +171,18 @@ class ImageTower:
         self.module = frozen_copy(module, device, dtype, self.own)
         self.image_size = image_size
         self.patches = self._patches()
+        self._odd = ""
 
     def to(self, device: torch.device, dtype: torch.dtype) -> ImageTower:
         """Return the tower on a device in a dtype; storage is shared where nothing changes."""
-        return type(self)(self.module, self.image_size, device, dtype)
+        moved = type(self)(self.module, self.image_size, device, dtype)
+        if self._odd:
+            moved.forget_patches(self._odd)
+        return moved
+
+    def forget_patches(self, why: str) -> None:
+        """Give pooled features only; ``why`` goes on after "the tower, which"."""
+        self.patches, self._odd = None, why
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """Give every weight by name."""
@@ -168,6 +210,8 @@ class ImageTower:
         """Say how the tower pools, where its patches have no features of their own."""
         visual = self.module
         trunk = getattr(visual, "trunk", visual)
+        if self._odd:
+            return self._odd
         if getattr(trunk, "attn_pool", None) is not None:
             return "pools by attention with a learned query, which gives a patch no feature"
         pool = getattr(trunk, "global_pool", None) or getattr(visual, "pool_type", None)

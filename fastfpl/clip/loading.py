@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import pickle
+import os
 import warnings
-import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from fastfpl.clip.checkpoints import fill, first_line, of_openai, read_tensors, weights_in
 from fastfpl.clip.frozen import FrozenCLIP, check_dtype
 from fastfpl.clip.image import image_of
+from fastfpl.clip.origins import HUB, LOCAL, Origin, from_hub, origin_of, read_folder
 from fastfpl.clip.tiny import build_tiny, tiny_config, tiny_tokenizer, tiny_weights
 from fastfpl.clip.tokenizer import adapt_tokenizer
 from fastfpl.clip.towers import family_of, pooling_of, text_of, vocabulary_of
+from fastfpl.clip.trial import check_tensors, prove
 from fastfpl.errors import Damaged, InputError, KindError, Missing, near
 
 __all__ = ["load_clip"]
@@ -25,8 +28,6 @@ OP = "fastfpl.load_clip"
 # of OpenAI's training pixels; open_clip's default too
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-# OpenAI's archives hold these beside the weights, and no one else's do
-OPENAI_MARKS = ("input_resolution", "context_length", "vocab_size")
 
 
 def load_clip(
@@ -46,12 +47,16 @@ def load_clip(
     name_or_model : str or Module
         ``"tiny"``, the embedded model, which needs no network; a model name of open_clip
         (``"RN50"``, ``"ViT-B-16"``, ``"EVA02-B-16"``, ``"ViT-B-16-SigLIP"``, ...; docs/backbones.md
-        lists them; OpenAI's spelling ``"ViT-B/16"`` too); or
+        lists them; OpenAI's spelling ``"ViT-B/16"`` too); ``"hf-hub:ORG/REPO"`` of the Hugging
+        Face hub or ``"local-dir:FOLDER"``, with a config of open_clip or of transformers'
+        ``CLIPModel``; or
         a live model of open_clip, OpenAI's ``clip`` or transformers (``CLIPModel``), which is left
         as it is and shares its weights, see `FrozenCLIP`.
     pretrained : str or Path, optional
         For a name: a tag of open_clip, the path of a checkpoint (safetensors, or a torch file of
-        tensors only), or ``"random"``. None is ``"openai"``, for ``"tiny"`` its own weights.
+        tensors only; open_clip's names or transformers', also with the prefixes and under the keys
+        that trainers add) or of a folder that holds one, or ``"random"``. None is ``"openai"``,
+        for ``"tiny"`` its own weights.
     device : torch.device or str
     dtype : torch.dtype
         float16, bfloat16, float32 or float64.
@@ -60,9 +65,10 @@ def load_clip(
         None is the one that open_clip has for the name; for a live model it is CLIP's own, where
         the vocabulary has its 49408 tokens.
     quick_gelu : bool, optional
-        For a name with a path or ``"random"``: the activation that the weights were trained with.
-        None is what the name says (``"ViT-B-16-quickgelu"``). OpenAI's weights need True; a tag
-        and OpenAI's own archives know by themselves.
+        The activation that the weights were trained with, for a path, a folder or ``"random"``.
+        None is what is known: a tag, OpenAI's own archives and a config beside the file know by
+        themselves; else it is what the name says (``"ViT-B-16-quickgelu"``), with a warning where
+        the model has weights of both kinds.
     seed : int
         Of ``pretrained="random"``; the global generator is not touched.
 
@@ -75,11 +81,25 @@ def load_clip(
     InputError
         If the name, the tag or the checkpoint does not fit; near names are listed.
     KindError
-        If the model's text tower is not CLIP's plain transformer, or the dtype is refused.
+        If the model's text tower is not CLIP's plain transformer, a live model's own passes do
+        something else, its weights are no plain tensors, or the dtype is refused.
     Missing
         If weights or a tokenizer cannot be had; the message names the model, the tag and the cure.
     Damaged
         If a checkpoint cannot be read.
+
+    Warns
+    -----
+    UserWarning
+        If a file may have been trained with QuickGELU, and nothing tells.
+
+    Notes
+    -----
+    The structure of a live model is read once, and a trial proves it: random tokens and pixels go
+    through the model's own passes (its hooks fire), in a copy in eval mode that shares the weights,
+    and must give what the reading gives. Adapters in the image tower are taken along; those of the
+    text tower, and hooks, are refused with the path of the part. What is attached to the model
+    later is not seen.
 
     Examples
     --------
@@ -92,8 +112,9 @@ def load_clip(
     std: Sequence[float] = STD
     if not isinstance(name_or_model, str):
         if pretrained is not None or quick_gelu is not None:
-            given = "pretrained" if pretrained is not None else "quick_gelu"
-            raise InputError(f"{OP}: {given} must be None for a live model; got {pretrained!r}")
+            given = "quick_gelu" if pretrained is None else "pretrained"
+            got = quick_gelu if pretrained is None else pretrained
+            raise InputError(f"{OP}: {given} must be None for a live model; got {got!r}")
         model, name, source = name_or_model, type(name_or_model).__name__, ""
         visual = getattr(model, "visual", None)
         mean, std = getattr(visual, "image_mean", mean), getattr(visual, "image_std", std)
@@ -104,19 +125,32 @@ def load_clip(
                 f"{OP}: pretrained must be None or 'random' for 'tiny'; got {pretrained!r}"
             )
         config = tiny_config()
+        if quick_gelu is False:
+            raise InputError(f"{OP}: quick_gelu must be None or True for 'tiny'; got False")
         model = _seeded(seed, lambda: build_tiny(config["model_cfg"]))
         if source != "random":
-            _fill(model, _read(tiny_weights()), tiny_weights())
+            fill(model, read_tensors(tiny_weights()), tiny_weights())
         pixels = config.get("preprocess_cfg", {})
         mean, std = pixels.get("mean", mean), pixels.get("std", std)
         tokenizer = tokenizer or tiny_tokenizer(model.context_length)
+    elif name_or_model.startswith((HUB, LOCAL)):
+        name, source = name_or_model, "random" if pretrained == "random" else ""
+        if pretrained not in (None, "random"):
+            raise InputError(
+                f"{OP}: pretrained must be None or 'random' for {name!r}, which has its own "
+                f"weights; got {str(pretrained)!r}"
+            )
+        model, origin, config = _placed(name, source, quick_gelu, seed)
+        mean, std = origin.mean or mean, origin.std or std
+        tokenizer = tokenizer or _tokenizer_of(name, config)
     else:
         name, source = name_or_model, str(pretrained or "openai")
         plain = known(name)
         config = checked_config(plain)
         tokenizer = tokenizer or _tokenizer_of(plain, config)
         model, mean, std = _named(plain, config, source, quick_gelu, seed)
-    return _freeze(model, name, source, tokenizer, mean, std, device, dtype)
+    live = not isinstance(name_or_model, str)
+    return _freeze(model, name, source, tokenizer, mean, std, device, dtype, live)
 
 
 def _freeze(
@@ -128,26 +162,46 @@ def _freeze(
     std: Sequence[float],
     device: torch.device | str,
     dtype: torch.dtype,
+    live: bool,
 ) -> FrozenCLIP:
     family = family_of(model)
-    pooling = pooling_of(model, family)
-    tokens = adapt_tokenizer(tokenizer, vocabulary_of(model, family))
-    if pooling.rule == "eos" and pooling.eos != tokens.eot:
-        raise InputError(
-            f"{OP}: tokenizer must end a text with the model's token {pooling.eos}; "
-            f"got {tokens.eot}"
-        )
-    place = torch.empty(0, device=device).device
+    if live:
+        check_tensors(model)
+    with _structure(model):
+        pooling = pooling_of(model, family)
+        tokens = adapt_tokenizer(tokenizer, vocabulary_of(model, family))
+        if pooling.rule == "eos" and pooling.eos != tokens.eot:
+            raise InputError(
+                f"{OP}: tokenizer must end a text with the model's token {pooling.eos}; "
+                f"got {tokens.eot}"
+            )
+        place = torch.empty(0, device=device, dtype=torch.float32).device
+        text, image = text_of(model, family, tokens), image_of(model, place, dtype)
+        scale = float(model.logit_scale.detach().float().exp().item())
+        if live:
+            prove(model, family, tokens, image)
     return FrozenCLIP(
         name=name,
         pretrained=source,
-        text=text_of(model, family, tokens).to(place, dtype),
-        image=image_of(model, place, dtype),
+        text=text.to(place, dtype),
+        image=image,
         tokenizer=tokens,
-        logit_scale=float(model.logit_scale.detach().float().exp().item()),
+        logit_scale=scale,
         mean=mean,
         std=std,
     )
+
+
+@contextmanager
+def _structure(model: Any) -> Iterator[None]:
+    """Turn what a model of another build lacks into a sentence."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError) as error:
+        raise KindError(
+            f"{OP}: model must have the parts of open_clip's, OpenAI's or transformers' CLIP; got "
+            f"{type(model).__name__} with {first_line(error)}"
+        ) from error
 
 
 def known(name: str) -> str:
@@ -157,9 +211,12 @@ def known(name: str) -> str:
     plain = name.replace("/", "-").replace("@336px", "-336")  # OpenAI's spelling
     if plain not in open_clip.list_models():
         known = ["tiny", *open_clip.list_models()]
-        raise InputError(
-            f"{OP}: name must be 'tiny' or a model of open_clip; got {name!r}{near(plain, known)}"
-        )
+        hint = near(plain, known)
+        if os.path.isdir(name):
+            hint = f"; a folder is '{LOCAL}{name}'"
+        elif name.count("/") == 1 and hint.startswith("; known"):
+            hint = f"; a model of the Hugging Face hub is '{HUB}{name}'"
+        raise InputError(f"{OP}: name must be 'tiny' or a model of open_clip; got {name!r}{hint}")
     return plain
 
 
@@ -186,24 +243,91 @@ def _named(
         model = _seeded(seed, lambda: build(config, wants))
         try:
             open_clip.load_checkpoint(model, str(path))
-        except RuntimeError as error:
-            raise Damaged(f"{OP}: weights {path} must fit {plain!r}; got {_line(error)}") from error
+        except Exception as error:  # every reader of open_clip has its own
+            raise Damaged(
+                f"{OP}: weights {path} must fit {plain!r}; got {first_line(error)}"
+            ) from error
         return model, facts.get("mean", MEAN), facts.get("std", STD)
     path = Path(source)
-    if not path.is_file():
+    folder = os.path.isdir(path)  # pathlib's own raise of names that no system takes
+    if not folder and not os.path.isfile(path):
         looks_like_path = path.suffix != "" or len(path.parts) > 1
         if looks_like_path:
-            raise Missing(f"{OP}: pretrained must be a tag, a file or 'random'; no file {source!r}")
+            what = "is there, but is no file" if os.path.exists(path) else "no file"
+            raise Missing(f"{OP}: pretrained must be a tag, a file or 'random'; {what} {source!r}")
         raise InputError(
             f"{OP}: pretrained must be a tag of {plain!r}, a file or 'random'; got {source!r}"
             + (near(source, tags) if tags else "; this model has no tags")
         )
-    state = _read(path)
-    if quick_gelu is None and any(mark in state for mark in OPENAI_MARKS):
-        quick_gelu = True
-    model = _seeded(seed, lambda: build(config, quick_gelu))
-    _fill(model, state, path)
-    return model, mean, std
+    path = weights_in(path) if folder else path
+    state = read_tensors(path)
+    origin = origin_of(path, plain)
+    if of_openai(state):
+        origin = replace(origin, quick_gelu=True, said="what OpenAI's archives hold")
+    wants, doubt = _activation(plain, config, path, origin, quick_gelu)
+    model = _seeded(seed, lambda: build(config, wants))
+    fill(model, state, path)
+    if doubt:
+        warnings.warn(doubt, stacklevel=3)
+    return model, origin.mean or mean, origin.std or std
+
+
+def _activation(
+    plain: str, config: dict[str, Any], path: Path, origin: Origin, quick_gelu: bool | None
+) -> tuple[bool, str]:
+    """Decide whether weights in a file want QuickGELU, and what to warn of where nothing tells."""
+    import open_clip
+
+    named = bool(config.get("quick_gelu", False))
+    if quick_gelu is not None:
+        return quick_gelu, ""
+    if origin.quick_gelu is not None:
+        if named and not origin.quick_gelu:
+            raise InputError(
+                f"{OP}: quick_gelu must be given where name and origin disagree; got {plain!r} "
+                f"and {path}, of which {origin.said} says GELU"
+            )
+        return origin.quick_gelu, ""
+    tags = open_clip.list_pretrained_tags_by_model(plain)
+    quick = [t for t in tags if open_clip.get_pretrained_cfg(plain, t).get("quick_gelu")]
+    if named or not quick:
+        return named, ""
+    return named, (
+        f"{OP}: weights {path} do not say their activation and are taken for GELU ones, as the "
+        f"name {plain!r} has it; those of {', '.join(quick)} need quick_gelu=True (--quick-gelu "
+        "yes), and quick_gelu=False (no) says that these do not"
+    )
+
+
+def _placed(
+    name: str, source: str, quick_gelu: bool | None, seed: int
+) -> tuple[Any, Origin, dict[str, Any]]:
+    """Build and fill a model that a folder or a repository of the hub describes."""
+    if name.startswith(HUB):
+        origin, path = from_hub(name)
+    else:
+        folder = Path(name.removeprefix(LOCAL))
+        if not os.path.isdir(folder):
+            raise Missing(f"{OP}: name must be '{LOCAL}' and a folder; got no folder {folder}")
+        found = read_folder(folder)
+        if found is None:
+            raise Missing(
+                f"{OP}: folder {folder} must hold open_clip_config.json, or config.json of "
+                "transformers; got neither"
+            )
+        origin, path = found, folder if source == "random" else weights_in(folder)
+    config = checked_config(name, origin.config)
+    wants = bool(origin.quick_gelu) if quick_gelu is None else quick_gelu
+    try:
+        model = _seeded(seed, lambda: build(config, wants))
+    except Exception as error:  # whatever open_clip's classes say of a config that is not theirs
+        raise Damaged(
+            f"{OP}: config {origin.said} must be one that open_clip can build; got "
+            f"{first_line(error)}"
+        ) from error
+    if source != "random":
+        fill(model, read_tensors(path), path)
+    return model, origin, config
 
 
 def _pixels_of(name: str) -> tuple[Sequence[float], Sequence[float]]:
@@ -231,16 +355,16 @@ def _tokenizer_of(name: str, config: dict[str, Any]) -> Any:
         arguments = ", ".join(f"{key}={value!r}" for key, value in more.items())
         raise Missing(
             f"{OP}: tokenizer {own!r} of {name!r} must be at hand or in reach; got "
-            f"{_line(error)}; with its files in a folder: load_clip({name!r}, tokenizer="
+            f"{first_line(error)}; with its files in a folder: load_clip({name!r}, tokenizer="
             f'open_clip.tokenizer.HFTokenizer("/path/to/folder", {arguments}))'
         ) from error
 
 
-def checked_config(name: str) -> dict[str, Any]:
+def checked_config(name: str, own: dict[str, Any] | None = None) -> dict[str, Any]:
     """Refuse by the config what could only be refused after a download."""
     import open_clip
 
-    config: dict[str, Any] = open_clip.get_model_config(name)
+    config: dict[str, Any] = open_clip.get_model_config(name) if own is None else own
     text = config["text_cfg"]
     reason = None
     if "multimodal_cfg" in config:
@@ -276,79 +400,12 @@ def _download(name: str, tag: str, facts: dict[str, Any], quick_gelu: bool) -> P
     try:
         path = open_clip.download_pretrained(facts)
     except Exception as error:  # the hub and urllib each have a family of their own
-        hint = ", quick_gelu=True" if quick_gelu and not name.endswith("-quickgelu") else ""
+        quick = quick_gelu and not name.endswith("-quickgelu")
+        hint = ", quick_gelu=True" if quick else ""
         raise Missing(
-            f"{OP}: weights {tag!r} of {name!r} must be at hand or in reach; got {_line(error)}; "
-            f"with a copy on disk: load_clip({name!r}, "
+            f"{OP}: weights {tag!r} of {name!r} must be at hand or in reach; got "
+            f"{first_line(error)}; with a copy on disk: load_clip({name!r}, "
             f'pretrained="/path/to/weights.safetensors"{hint})'
+            + (" or --quick-gelu yes" if quick else "")
         ) from error
     return Path(path)
-
-
-def _line(error: BaseException) -> str:
-    """Give an error's first line, which is the one that names the reason."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    """Read tensors from a checkpoint without running anything that it holds."""
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise Damaged(
-                f"{OP}: weights {path} must be a safetensors file; got {_line(error)}"
-            ) from error
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            program = any(name.endswith("/constants.pkl") for name in archive.namelist())
-        if program:
-            raise InputError(
-                f"{OP}: pretrained must hold tensors only; got {path}, a TorchScript archive, "
-                "which is a program; if its source is trusted, torch.save(torch.jit.load(path)"
-                '.state_dict(), "weights.pt") makes a file of tensors'
-            )
-    try:
-        with warnings.catch_warnings():
-            # torch warns of a pickle protocol that it then refuses
-            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{OP}: pretrained must hold tensors only; got {path}, which holds other objects or "
-            "is no checkpoint"
-        ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise Damaged(f"{OP}: weights {path} must be readable; got {_line(error)}") from error
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise InputError(
-            f"{OP}: pretrained must hold tensors by name; got {path} with {type(state).__name__}"
-        )
-    return {key.removeprefix("module."): value for key, value in state.items()}
-
-
-def _fill(model: Any, state: dict[str, Tensor], path: Path) -> None:
-    """Load a state dict whose every name and shape must fit."""
-    from open_clip.model import convert_to_custom_text_state_dict
-
-    state = {k: v for k, v in state.items() if k not in OPENAI_MARKS}
-    if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
-        state = convert_to_custom_text_state_dict(state)
-    own = model.state_dict()
-    if "logit_scale" in state:
-        state["logit_scale"] = state["logit_scale"].reshape(own["logit_scale"].shape)
-    odd = [
-        f"{k} {tuple(v.shape)}" for k, v in state.items() if k in own and v.shape != own[k].shape
-    ]
-    lacking, extra = [k for k in own if k not in state], [k for k in state if k not in own]
-    for what, names in (("another shape of", odd), ("no", lacking), ("unknown", extra)):
-        if names:
-            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            raise InputError(f"{OP}: weights {path} must fit the model; got {what} {shown}")
-    model.load_state_dict(state)

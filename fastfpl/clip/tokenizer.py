@@ -37,6 +37,47 @@ class Tokenizer:
     pad: int | None = 0
 
 
+# classes, not closures: a CLIP goes to another process with its tokenizer
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """A tokenizer whose ``encode`` adds nothing."""
+
+    tokenizer: Any
+
+    def __call__(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text))
+
+
+@dataclass(frozen=True)
+class _Bare:
+    """A tokenizer of transformers without its special tokens, behind open_clip's cleaning."""
+
+    tokenizer: Any
+    clean: Callable[[str], str] | None = None
+
+    def __call__(self, text: str) -> list[int]:
+        if self.clean is not None:
+            # cleaning strips the space that says: behind a word
+            text = (" " if text[:1].isspace() else "") + self.clean(text)
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+
+@dataclass(frozen=True)
+class _Inside:
+    """What the rows of a function hold between what begins and what ends a text."""
+
+    tokenizer: Any
+    begin: int
+    end: int
+    pad: int
+
+    def __call__(self, text: str) -> list[int]:
+        row = _strip(_row(self.tokenizer, text), self.pad)
+        return row[self.begin : len(row) - self.end]
+
+
 def adapt_tokenizer(tokenizer: Any, vocabulary: int) -> Tokenizer:
     """Recognise a tokenizer by what it can do; None is CLIP's own, for its own vocabulary."""
     if tokenizer is None:
@@ -82,7 +123,7 @@ def _recognise(tokenizer: Any) -> Tokenizer:
             ("<|startoftext|>", "<|endoftext|>"),
         ):
             if sos in known and eot in known:
-                return Tokenizer(known[sos], known[eot], lambda text: list(tokenizer.encode(text)))
+                return Tokenizer(known[sos], known[eot], _Plain(tokenizer))
     if callable(tokenizer):
         return _rows(tokenizer)
     raise KindError(
@@ -118,24 +159,14 @@ def _rows(tokenizer: Any) -> Tokenizer:
             f"{OP}: tokenizer must put at most one id before a text and one behind it; got the "
             f"row {empty[:6]} for an empty text"
         )
-
-    def encode(text: str) -> list[int]:
-        row = _strip(_row(tokenizer, text), pad)
-        return row[begin : len(row) - len(end)]
-
+    encode = _Inside(tokenizer, begin, len(end), pad)
     return Tokenizer(frame[0] if begin else None, end[0] if end else pad, encode, pad)
 
 
 def _wrapped(tokenizer: Any, inner: Any) -> Tokenizer:
     """Take open_clip's HFTokenizer: what surrounds a text is what its rows show."""
     around = _rows(tokenizer)
-    clean: Callable[[str], str] = getattr(tokenizer, "clean_fn", None) or str
-
-    def encode(text: str) -> list[int]:
-        # cleaning strips the space that says: behind a word
-        space = " " if text[:1].isspace() else ""
-        return list(inner.encode(space + clean(text), add_special_tokens=False))
-
+    encode = _Bare(inner, getattr(tokenizer, "clean_fn", None))
     for text in ("a", "Two-Tone cats, 3."):
         if around.encode(text) != encode(text):
             raise InputError(
@@ -158,6 +189,6 @@ def _hugging_face(tokenizer: Any) -> Tokenizer:
     return Tokenizer(
         full[0] if begin else None,
         full[-1],
-        lambda text: list(tokenizer.encode(text, add_special_tokens=False)),
+        _Bare(tokenizer),
         None if pad is None else int(pad),
     )

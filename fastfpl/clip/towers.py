@@ -15,6 +15,7 @@ from fastfpl.errors import InputError, KindError
 from fastfpl.reference.text import Block, TextTower
 
 __all__ = [
+    "Family",
     "Pooling",
     "activation_of",
     "check_causal",
@@ -22,11 +23,22 @@ __all__ = [
     "family_of",
     "layer_weights",
     "pooling_of",
+    "read_parts",
     "resblock_weights",
+    "text_blocks",
     "text_of",
+    "vocabulary_of",
 ]
 
 Family = Literal["resblocks", "transformers"]
+
+
+class _Odd(KindError):
+    """A part of a text tower that is not what it should be; `text_of` says where it stands."""
+
+    def __init__(self, rule: str, got: str, part: Any) -> None:
+        super().__init__(f"fastfpl.load_clip: model must {rule}; got {got}")
+        self.part = part
 
 
 class Pooling(NamedTuple):
@@ -74,6 +86,11 @@ def vocabulary_of(model: Any, family: Family) -> int:
 def pooling_of(model: Any, family: Family) -> Pooling:
     """Tell which token's state becomes the text feature."""
     if family == "transformers":
+        if not hasattr(model.text_model, "eos_token_id"):
+            _refuse(
+                "have CLIP's causal text transformer, pooled at its EOT token",
+                f"text tower {type(model.text_model).__name__} without eos_token_id",
+            )
         # transformers keeps the old argmax rule for configs that still say 2, see its pull 24773
         own = int(model.text_model.eos_token_id)
         return Pooling("argmax", None) if own == 2 else Pooling("eos", own)
@@ -114,9 +131,13 @@ def text_of(model: Any, family: Family, tokens: Tokenizer) -> TextTower:
     InputError
         If pads reach the features and the tokenizer has none.
     """
-    with torch.no_grad():
-        read = _transformers if family == "transformers" else _resblocks
-        tower = read(model, tokens)
+    read = _transformers if family == "transformers" else _resblocks
+    try:
+        with torch.no_grad():
+            tower = read(model, tokens)
+    except _Odd as odd:
+        paths = [name for name, part in model.named_modules() if part is odd.part]
+        raise KindError(f"{odd} at {paths[0]}" if paths else str(odd)) from None
     if not tower.whole:
         return tower
     if tokens.pad is None:
@@ -133,7 +154,7 @@ def _resblocks(model: Any, tokens: Tokenizer) -> TextTower:
         _refuse("have no class token in its text tower", "one (CoCa)")
     if getattr(text, "use_pad_mask", False):
         _refuse("let every token see the pads, or none", "a mask of the pads alone")
-    blocks = list(text.transformer.resblocks)
+    blocks = text_blocks(model, "resblocks")
     causal = _is_causal(text, blocks)
     for i, block in enumerate(blocks):
         check_plain(i, block)
@@ -161,7 +182,7 @@ def _transformers(model: Any, tokens: Tokenizer) -> TextTower:
     text = model.text_model
     if not hasattr(text, "final_layer_norm") or not hasattr(text.embeddings, "token_embedding"):
         _refuse("have CLIP's causal text transformer", f"text tower {type(text).__name__}")
-    layers = list(text.encoder.layers)
+    layers = text_blocks(model, "transformers")
     norms = [n for b in layers for n in (b.layer_norm1, b.layer_norm2)] + [text.final_layer_norm]
     positional = text.embeddings.position_embedding.weight
     projection, projection_b = _projection(model.text_projection, positional)
@@ -179,6 +200,37 @@ def _transformers(model: Any, tokens: Tokenizer) -> TextTower:
         sos=tokens.sos,
         eot=tokens.eot,
     )
+
+
+def text_blocks(model: Any, family: Family) -> list[Any]:
+    """Give the blocks of the text tower."""
+    if family == "transformers":
+        return list(model.text_model.encoder.layers)
+    return list(_inner(model).transformer.resblocks)
+
+
+def read_parts(model: Any, family: Family) -> list[Any]:
+    """Give every parameter of the text tower, and every module whose weights, that `text_of` reads.
+
+    What else lies beside the image tower is an adapter's, or nothing that a pass would need.
+    """
+    if family == "transformers":
+        text = model.text_model
+        embeddings = text.embeddings
+        parts = [embeddings.token_embedding, embeddings.position_embedding, text.final_layer_norm]
+        for layer in text_blocks(model, family):
+            attn, mlp = layer.self_attn, layer.mlp
+            parts += [layer.layer_norm1, attn.q_proj, attn.k_proj, attn.v_proj, attn.out_proj]
+            parts += [layer.layer_norm2, mlp.fc1, mlp.fc2]
+        return [*parts, model.text_projection]
+    text = _inner(model)
+    parts = [text.token_embedding, text.positional_embedding, text.ln_final, text.text_projection]
+    parts.append(getattr(text, "attn_mask", None))
+    for block in text_blocks(model, family):
+        attn, mlp = block.attn, block.mlp
+        parts += [block.ln_1, attn.in_proj_weight, attn.in_proj_bias, attn.out_proj]
+        parts += [block.ln_2, mlp.c_fc, mlp.c_proj, getattr(block, "attn_mask", None)]
+    return parts
 
 
 def resblock_weights(block: Any) -> Block:
@@ -283,13 +335,15 @@ def check_plain(i: int, block: Any) -> None:
 def _linear(layer: Any) -> tuple[Tensor, Tensor]:
     # an adapter (peft) passes for its base layer by attribute; its own part would be lost
     if not isinstance(layer, nn.Linear):
-        _refuse("have plain linear layers in its text tower", type(layer).__name__)
+        raise _Odd("have plain linear layers in its text tower", type(layer).__name__, layer)
+    if not layer.weight.is_floating_point():
+        raise _Odd("have floating point weights", f"{layer.weight.dtype}", layer)
     return layer.weight.detach(), _bias(layer.bias, layer.weight)
 
 
 def _norm(layer: Any) -> tuple[Tensor, Tensor]:
     if not isinstance(layer, nn.LayerNorm) or layer.weight is None:
-        _refuse("have LayerNorms with weights in its text tower", type(layer).__name__)
+        raise _Odd("have LayerNorms with weights in its text tower", type(layer).__name__, layer)
     return layer.weight.detach(), _bias(layer.bias, layer.weight)
 
 

@@ -248,8 +248,8 @@ class Album:
 
     def prepared(self, chosen: npt.NDArray[np.int64]) -> Tensor:
         """Give images as the tower takes them, (n, 3, 28, 28)."""
-        mean = torch.tensor(MEAN)[:, None, None]
-        std = torch.tensor(STD)[:, None, None]
+        mean = torch.tensor(MEAN, dtype=torch.float32)[:, None, None]
+        std = torch.tensor(STD, dtype=torch.float32)[:, None, None]
         return (torch.from_numpy(self.pixels[chosen]).permute(0, 3, 1, 2) / 255 - mean) / std
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastfpl.data.base import Dataset, Images, Split, Statistics
-from fastfpl.data.partitions import KINDS, Shard, base_novel, partition
+from fastfpl.data.catalogue import open_root
+from fastfpl.data.partitions import KINDS, Shard, base_novel, deal_depends_on_seed, partition
 from fastfpl.data.subsets import ClassSubset, DomainSubset, Joined, restrict, split_domain
 from fastfpl.errors import InputError, near
 
@@ -32,6 +33,7 @@ __all__ = [
     "Split",
     "Statistics",
     "base_novel",
+    "deal_depends_on_seed",
     "load_dataset",
     "partition",
     "restrict",
@@ -124,7 +126,7 @@ def read_dataset(name: str, root: str | Path | None) -> Dataset:
             f"got {str(root)!r}"
         )
     load: Callable[..., Dataset] = getattr(importlib.import_module(module), function)
-    return load() if root is None else load(Path(root).expanduser())
+    return load() if root is None else load(open_root("fastfpl.data.load_dataset", root))
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fastfpl.data.names import alike, both, flaw, shown
+from fastfpl.errors import InputError
+
 __all__ = ["Dataset", "Images", "Split", "Statistics"]
 
 Images = Sequence[npt.NDArray[np.uint8]]
@@ -55,7 +58,8 @@ class Dataset:
     ----------
     name : str
     classnames : tuple of str
-        C names as a person would write them, unique.
+        C names as a person would write them, no two of which differ only in what CLIP does not see:
+        capitals, entities, forms of accents, curls of quotation marks.
     domains : tuple of str
         Names of the visual domains; a single one where the set has none.
     train, test : Split
@@ -66,6 +70,12 @@ class Dataset:
         Image files that did not decode and were left out of both lists.
     notes : tuple of str
         What a reader of figures on these lists must know, e.g. that a split was drawn here.
+
+    Raises
+    ------
+    InputError
+        If two class names or two domains are alike, or a name holds a character that cannot be
+        seen.
     """
 
     name: str
@@ -76,3 +86,19 @@ class Dataset:
     statistics: Statistics | None = None
     skipped: int = 0
     notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for what, names in (("classnames", self.classnames), ("domains", self.domains)):
+            for name in names:
+                if flaw(name):
+                    raise InputError(
+                        f"fastfpl.data.Dataset: {what} must be text that can be seen; got "
+                        f"{shown(name)} with {flaw(name)}"
+                    )
+            two = alike(names)
+            if two is not None:
+                raise InputError(
+                    f"fastfpl.data.Dataset: {what} must differ in more than capitals, entities, "
+                    f"forms of accents or curls of quotation marks; got "
+                    f"{both(names[two[0]], names[two[1]])}"
+                )

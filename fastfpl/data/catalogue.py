@@ -6,12 +6,23 @@ read them here. Importing this module loads nothing heavy.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastfpl.errors import Missing
+from fastfpl.data.folders import kind_of
+from fastfpl.errors import InputError, Missing
 
-__all__ = ["FACTS", "Facts", "Need", "find_folder", "first_missing", "require"]
+__all__ = [
+    "FACTS",
+    "Facts",
+    "Need",
+    "find_folder",
+    "first_missing",
+    "open_root",
+    "require",
+    "source_of",
+]
 
 _COOP = "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
 _FEDBN = "https://github.com/med-air/FedBN"
@@ -88,6 +99,12 @@ class Facts:
     def op(self) -> str:
         """What begins the set's errors."""
         return f"fastfpl.data.{self.name}"
+
+    @property
+    def sources(self) -> str:
+        """The addresses of everything that the set needs."""
+        addresses = (need.source.split()[0].rstrip(",") for need in self.needs)
+        return " and ".join(dict.fromkeys(addresses))
 
 
 def _coop(path: str) -> Need:
@@ -418,6 +435,17 @@ _ALL = (
 FACTS: dict[str, Facts] = {facts.name: facts for facts in _ALL}
 
 
+def open_root(op: str, root: str | Path) -> Path:
+    """Return the folder of the data sets with a leading ``~`` written out."""
+    try:
+        return Path(root).expanduser()
+    except RuntimeError as error:
+        raise InputError(
+            f"{op}: root must be a folder; got {str(root)!r}, of a home that is not known: write "
+            "it out"
+        ) from error
+
+
 def find_folder(facts: Facts, root: Path) -> Path:
     """Return the set's folder below ``root``: the spelling that holds most of what is needed.
 
@@ -426,16 +454,19 @@ def find_folder(facts: Facts, root: Path) -> Path:
     Missing
         If there is none; the sentence says where to get the set.
     """
-    if not root.is_dir():
-        raise Missing(f"{facts.op}: root must be a folder; got {root}")
-    found = [(sum((root / f / n.path).exists() for n in facts.needs), f) for f in facts.folders]
-    there = [(held, f) for held, f in found if (root / f).is_dir() and (held or f != ".")]
+    # by os.path, which says no where pathlib raises: names too long, folders of another user
+    if not os.path.isdir(root):
+        raise Missing(f"{facts.op}: root must be a folder; got {root} ({kind_of(root)})")
+    found = [
+        (sum(os.path.exists(root / f / n.path) for n in facts.needs), f) for f in facts.folders
+    ]
+    there = [(held, f) for held, f in found if os.path.isdir(root / f) and (held or f != ".")]
     if not there:
         named = [f for f in facts.folders if f != "."]
         hint = f"name its parent, {root.parent}, or " if root.name in named else ""
         raise Missing(
             f"{facts.op}: root must hold {' or '.join(named)}; got {root} without it: {hint}"
-            f"get the set from {facts.needs[0].source}"
+            f"get the set from {facts.sources}; fastfpl data check {facts.name} lists its files"
         )
     # the first spelling wins a draw
     return root / max(there, key=lambda pair: pair[0])[1]
@@ -445,12 +476,23 @@ def require(facts: Facts, folder: Path) -> None:
     """Refuse a folder that lacks something that the published split needs."""
     need = first_missing(folder, facts.needs)
     if need is not None:
+        path = folder / need.path
         raise Missing(
-            f"{facts.op}: {folder / need.path} must be there; got nothing: get it from "
-            f"{need.source}"
+            f"{facts.op}: {path} must be there; got {kind_of(path)}: get it from {need.source}"
         )
 
 
 def first_missing(folder: Path, needs: tuple[Need, ...]) -> Need | None:
     """Return the first of the files and folders that is not there."""
-    return next((need for need in needs if not (folder / need.path).exists()), None)
+    return next((need for need in needs if not os.path.exists(folder / need.path)), None)
+
+
+def source_of(facts: Facts, image: str) -> str:
+    """Say where an image is to be had, by its path in a list."""
+    inside = f"{facts.images}/{image}".lstrip("/")
+    # FedBN's paths begin with the set's folder
+    for path in (inside, inside.partition("/")[2]):
+        for need in facts.needs:
+            if path.startswith(f"{need.path}/"):
+                return need.source
+    return facts.needs[0].source

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from fastfpl.data import read_dataset
-from fastfpl.data.catalogue import FACTS, Facts, Need, find_folder
+from fastfpl.data.catalogue import FACTS, Facts, Need, find_folder, open_root
 from fastfpl.data.listing import Listing, MissingImages
 from fastfpl.errors import FastfplError, InputError, Missing, near
 
@@ -66,19 +67,19 @@ def check_files(
     Raises
     ------
     InputError
-        If the name is not one of a set in files.
+        If the name is not one of a set in files, or the root begins with an unknown ``~user``.
     """
     if name not in FACTS:
         raise InputError(
             f"fastfpl.data.check_files: name must be a data set that lives in files; got {name!r}"
             + near(name, FACTS)
         )
-    facts, root = FACTS[name], Path(root).expanduser()
+    facts, root = FACTS[name], open_root("fastfpl.data.check_files", root)
     try:
         folder = find_folder(facts, root)
     except Missing as error:
         return Check(name, None, tuple((need, False) for need in facts.needs), (), (str(error),))
-    parts = tuple((need, (folder / need.path).exists()) for need in facts.needs)
+    parts = tuple((need, os.path.exists(folder / need.path)) for need in facts.needs)
     counts: list[tuple[str, int, int]] = []
     problems: list[str] = []
     try:

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fastfpl.data.base import Dataset, Images, Split, Statistics
-from fastfpl.data.catalogue import FACTS, Facts, find_folder, require
-from fastfpl.data.listing import named, size_notes
+from fastfpl.data.catalogue import FACTS, Facts, find_folder, open_root, require
+from fastfpl.data.listing import size_notes
+from fastfpl.data.names import named, shown, tidy
 from fastfpl.data.pickles import load_plain
 from fastfpl.errors import Damaged, InputError, Missing
 
@@ -74,12 +75,12 @@ def download(name: str, root: str | Path) -> Path:
     """
     known = sorted(name for name, facts in FACTS.items() if facts.download)
     if name not in known:
-        where = f": get it from {FACTS[name].needs[0].source}" if name in FACTS else ""
+        where = f": get it from {FACTS[name].sources}" if name in FACTS else ""
         raise InputError(
             f"fastfpl.data.download: name must be one of {', '.join(known)}, which need no account "
             f"and no terms; got {name!r}{where}"
         )
-    facts, root = FACTS[name], Path(root).expanduser()
+    facts, root = FACTS[name], open_root("fastfpl.data.download", root)
     try:
         return find_complete(facts, root)
     except Missing:
@@ -93,7 +94,13 @@ def download(name: str, root: str | Path) -> Path:
             "pip install --upgrade torch torchvision"
         ) from error
     kind = getattr(datasets, facts.download)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Missing(
+            f"fastfpl.data.download: {folder} must be a folder that can be made; got "
+            f"{error.strerror}: name another root"
+        ) from error
     try:
         download_and_extract_archive(
             kind.url, str(folder), filename=kind.filename, md5=kind.tgz_md5
@@ -101,7 +108,7 @@ def download(name: str, root: str | Path) -> Path:
     except (OSError, RuntimeError, tarfile.TarError) as error:
         raise Missing(
             f"fastfpl.data.download: {kind.url} must be reachable and whole; got "
-            f"{type(error).__name__}: {error}: get it by hand and unpack it in {folder}"
+            f"{type(error).__name__}: {tidy(error)}: get it by hand and unpack it in {folder}"
         ) from error
     return find_complete(facts, root)
 
@@ -128,7 +135,7 @@ def _load(
         facts, meta, _content(facts, meta), "fine_label_names" if fine else "label_names"
     )
     if not isinstance(called, list) or not all(isinstance(n, str | bytes) for n in called):
-        raise Damaged(f"{facts.op}: {meta} must hold a list of class names; got {called!r}")
+        raise Damaged(f"{facts.op}: {meta} must hold a list of class names; got {shown(called)}")
     texts = (n.decode("utf-8", "replace") if isinstance(n, bytes) else n for n in called)
     names = named(facts, dict(enumerate(texts)), meta)
     splits = [
@@ -159,7 +166,7 @@ def _field(facts: Facts, path: Path, content: dict[Any, Any], key: str) -> Any:
     for spelling in (key.encode(), key):
         if spelling in content:
             return content[spelling]
-    raise Damaged(f"{facts.op}: {path} must hold {key!r}; got {sorted(map(str, content))}")
+    raise Damaged(f"{facts.op}: {path} must hold {key!r}; got {shown(list(content))}")
 
 
 def _read(
@@ -184,7 +191,7 @@ def _read(
         bad = [label for label in mine if type(label) is not int or not 0 <= label < classes]
         if bad:
             raise Damaged(
-                f"{facts.op}: labels of {path} must lie in [0, {classes}); got {bad[0]!r}"
+                f"{facts.op}: labels of {path} must lie in [0, {classes}); got {shown(bad[0])}"
             )
         pixels.append(rows.reshape(-1, 3, 32, 32))
         labels += mine

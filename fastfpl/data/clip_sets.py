@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,19 @@ from typing import Any
 import numpy as np
 
 from fastfpl.data.base import Dataset
-from fastfpl.data.catalogue import FACTS, Facts, find_folder, first_missing, require
-from fastfpl.data.listing import (
-    SEED,
-    Item,
-    Lists,
-    bad_line,
-    build,
-    image_names,
-    lines,
-    named,
-    readable,
-    shuffled,
-    subfolders,
+from fastfpl.data.catalogue import (
+    FACTS,
+    Facts,
+    Need,
+    find_folder,
+    first_missing,
+    open_root,
+    require,
 )
+from fastfpl.data.folders import image_names, subfolders
+from fastfpl.data.listing import SEED, Item, Lists, build, check_items, shuffled
+from fastfpl.data.names import flaw, named, readable, shown, spelling, tidy
+from fastfpl.data.texts import bad_line, lines, read_json, slashed, whole
 from fastfpl.errors import Damaged, InputError, Missing
 from fastfpl.files import write_json
 
@@ -142,19 +142,22 @@ def imagenet(root: Path) -> Dataset:
         synset, _, name = line.partition(" ")
         if not name.strip():
             raise bad_line(facts, path, number, "a folder and a class name", line)
+        if synset in known:
+            raise bad_line(facts, path, number, "a folder that no line before it names", line)
         known[synset] = readable(name)
     synsets = subfolders(facts, images / "train")
     for synset in synsets:
         if synset not in known:
             raise Damaged(
                 f"{facts.op}: {path} must name every folder of {images / 'train'}; "
-                f"got none for {synset}"
+                f"got none for {tidy(synset)}"
             )
     labels = {synset: label for label, synset in enumerate(synsets)}
     names = {label: known[synset] for synset, label in labels.items()}
-    for synset, label in labels.items():
-        if synset in _IMAGENET_TWICE and list(names.values()).count(names[label]) > 1:
-            names[label] = _IMAGENET_TWICE[synset]
+    times = Counter(spelling(name) for name in names.values())
+    for synset, other in _IMAGENET_TWICE.items():
+        if synset in labels and times[spelling(names[labels[synset]])] > 1:
+            names[labels[synset]] = other
     lists: list[list[Item]] = []
     for part in ("train", "val"):
         items = []
@@ -162,11 +165,11 @@ def imagenet(root: Path) -> Dataset:
             if synset not in labels:
                 raise Damaged(
                     f"{facts.op}: folders of {images / part} must be classes of "
-                    f"{images / 'train'}; got {synset}"
+                    f"{images / 'train'}; got {tidy(synset)}"
                 )
             items += [
                 Item(f"{part}/{synset}/{file}", labels[synset])
-                for file in image_names(images / part / synset)
+                for file in image_names(facts, images / part / synset)
             ]
         lists.append(items)
     return build(facts, images, Lists(named(facts, names, path), lists[0], lists[1]))
@@ -205,20 +208,28 @@ def write_split(name: str, root: str | Path) -> Path:
             f"fastfpl.data.write_split: name must be one of {', '.join(splittable)}; got {name!r}"
         )
     facts = FACTS[name]
-    folder = find_folder(facts, Path(root).expanduser())
+    folder = find_folder(facts, open_root("fastfpl.data.write_split", root))
     path = folder / facts.split
-    if path.exists():
+    if os.path.lexists(path):
         raise InputError(
             f"fastfpl.data.write_split: the split must not be there yet; got {path}: "
             "remove it first if another one shall be drawn"
         )
     lists = _drawn(facts, folder)
     parts = {"train": lists.train, "val": lists.validation, "test": lists.test}
+    for part, items in parts.items():  # what could not be read back is not written
+        check_items(facts, part, items, len(lists.classnames))
     rows = {
         part: [[item.path, item.label, lists.classnames[item.label]] for item in items]
         for part, items in parts.items()
     }
-    write_json(path, {"about": _about(facts), **rows})
+    try:
+        write_json(path, {"about": _about(facts), **rows})
+    except OSError as error:
+        raise InputError(
+            f"fastfpl.data.write_split: {path} must be a file that can be written; got "
+            f"{error.strerror}"
+        ) from error
     return path
 
 
@@ -226,7 +237,8 @@ def _load(name: str, root: Path) -> Dataset:
     facts = FACTS[name]
     folder = find_folder(facts, root)
     split = folder / facts.split
-    lists = read_split(facts, split) if split.exists() else _drawn(facts, folder)
+    # a link to nothing is a published split that has gone, no reason to draw another one
+    lists = read_split(facts, split) if os.path.lexists(split) else _drawn(facts, folder)
     return build(facts, folder / facts.images, lists)
 
 
@@ -235,13 +247,7 @@ def _load(name: str, root: Path) -> Dataset:
 
 def read_split(facts: Facts, path: Path) -> Lists:
     """Read a ``split_zhou_*.json``: lists of (path, label, class name) for train, val and test."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise Damaged(
-            f"{facts.op}: {path} must be JSON; got {error}: get it again from "
-            f"{facts.needs[-1].source}"
-        ) from error
+    content = read_json(facts, path, _published(facts).source)
     names: dict[int, str] = {}
     lists: dict[str, list[Item]] = {}
     for part in ("train", "val", "test"):
@@ -249,13 +255,18 @@ def read_split(facts: Facts, path: Path) -> Lists:
         if not isinstance(rows, list):
             raise Damaged(f"{facts.op}: {path} must hold a list {part!r}; got none")
         lists[part] = [_item(facts, path, part, row, names) for row in rows]
-    about = content.get("about")
+    about = content.get("about", "")
+    if not isinstance(about, str) or flaw(about):
+        raise Damaged(
+            f"{facts.op}: 'about' of {path} must be a line of text that can be seen; got "
+            f"{shown(about)}"
+        )
     return Lists(
         named(facts, names, path),
         lists["train"],
         lists["test"],
         lists["val"],
-        notes=(str(about),) if about else (),
+        notes=(tidy(about),) if about else (),
     )
 
 
@@ -264,16 +275,16 @@ def _item(facts: Facts, path: Path, part: str, row: Any, names: dict[int, str]) 
     good = good and isinstance(row[0], str) and type(row[1]) is int and isinstance(row[2], str)
     if not good:
         raise Damaged(
-            f"{facts.op}: entries of {path} must be [path, label, class name]; got {row!r} in "
-            f"{part}"
+            f"{facts.op}: entries of {path} must be [path, label, class name]; got {shown(row)} "
+            f"in {part}"
         )
     image, label, name = row
     if names.setdefault(label, name) != name:
         raise Damaged(
-            f"{facts.op}: {path} must give a label one class name; got {names[label]!r} and "
-            f"{name!r} for label {label}"
+            f"{facts.op}: {path} must give a label one class name; got "
+            f"{shown(names[label])} and {shown(name)} for label {shown(label)}"
         )
-    return Item(image, label)
+    return Item(slashed(image), label)
 
 
 # -- splits that are drawn here --------------------------------------------------------------
@@ -286,13 +297,16 @@ def _about(facts: Facts) -> str:
     )
 
 
+def _published(facts: Facts) -> Need:
+    return next(need for need in facts.needs if need.path == facts.split)
+
+
 def _drawn(facts: Facts, folder: Path) -> Lists:
     lacking = first_missing(folder, (facts.needs[0], *facts.stand_in))
     if lacking is not None:
-        published = next(need for need in facts.needs if need.path == facts.split)
         raise Missing(
             f"{facts.op}: {folder / facts.split} must be there, or {lacking.path} to draw a split "
-            f"from; got neither: get the first from {published.source}, "
+            f"from; got neither: get the first from {_published(facts).source}, "
             f"the second from {lacking.source}"
         )
     lists = _STAND_INS[facts.name](facts, folder)
@@ -341,7 +355,7 @@ def _by_folder(
     classes = [name for name in subfolders(facts, base) if name not in left_out]
     names = {label: (renamed or {}).get(name, name) for label, name in enumerate(classes)}
     groups = {
-        label: [f"{name}/{file}" for file in image_names(base / name)]
+        label: [f"{name}/{file}" for file in image_names(facts, base / name)]
         for label, name in enumerate(classes)
     }
     return _in_three(facts, named(facts, names, base), groups)
@@ -362,23 +376,30 @@ def _pets(facts: Facts, folder: Path) -> Lists:
         path = folder / "annotations" / f"{part}.txt"
         items = []
         for number, line in enumerate(lines(facts, path), 1):
-            fields = line.split()
-            if len(fields) != 4 or not all(field.isdecimal() for field in fields[1:]):
+            image, *fields = line.split()
+            numbers = [whole(field) for field in fields]
+            if len(numbers) != 3 or numbers[0] is None or None in numbers:
                 raise bad_line(facts, path, number, "an image and three numbers", line)
-            label, name = int(fields[1]) - 1, fields[0].rpartition("_")[0].lower()
+            label, name = numbers[0] - 1, image.rpartition("_")[0].lower()
             if names.setdefault(label, name) != name:
-                raise bad_line(facts, path, number, f"class {fields[1]} {names[label]!r}", line)
-            items.append(Item(f"{fields[0]}.jpg", label))
+                raise bad_line(facts, path, number, f"class {label + 1} {names[label]!r}", line)
+            items.append(Item(f"{image}.jpg", label))
         lists.append(items)
     return _in_two(named(facts, names, folder / "annotations"), *lists)
 
 
 def _flowers(facts: Facts, folder: Path) -> Lists:
     path = folder / "cat_to_name.json"
-    try:
-        called = {int(k) - 1: str(v) for k, v in json.loads(path.read_text("utf-8")).items()}
-    except (OSError, ValueError, AttributeError) as error:
-        raise Damaged(f"{facts.op}: {path} must map class numbers to names; got {error}") from error
+    content = read_json(facts, path, facts.stand_in[-1].source)
+    called: dict[int, str] = {}
+    for key, name in content.items() if isinstance(content, dict) else [("", content)]:
+        label = whole(key)
+        if label is None or not isinstance(name, str) or label - 1 in called:
+            raise Damaged(
+                f"{facts.op}: {path} must map class numbers to names; got {shown(name)} for "
+                f"{shown(key)}"
+            )
+        called[label - 1] = name
     labels = np.atleast_1d(_matlab(facts, folder / "imagelabels.mat", "labels"))
     names = named(facts, called, path)
     groups: dict[int, list[str]] = {}
@@ -386,7 +407,7 @@ def _flowers(facts: Facts, folder: Path) -> Lists:
         if label not in range(1, len(names) + 1):
             raise Damaged(
                 f"{facts.op}: labels of {folder / 'imagelabels.mat'} must lie in "
-                f"[1, {len(names)}]; got {label} for image {number}"
+                f"[1, {len(names)}]; got {shown(label)} for image {number}"
             )
         groups.setdefault(int(label) - 1, []).append(f"image_{number:05d}.jpg")
     return _in_three(facts, names, groups)
@@ -410,7 +431,7 @@ def _cars(facts: Facts, folder: Path) -> Lists:
             except (KeyError, TypeError, ValueError, IndexError) as error:
                 raise Damaged(
                     f"{facts.op}: annotations of {path} must hold fname and class; got "
-                    f"{type(error).__name__}: {error}"
+                    f"{type(error).__name__}: {tidy(error)}"
                 ) from error
         lists.append(items)
     return _in_two(names, *lists)
@@ -418,14 +439,14 @@ def _cars(facts: Facts, folder: Path) -> Lists:
 
 def _sun(facts: Facts, folder: Path) -> Lists:
     path = folder / "ClassName.txt"
-    scenes = {line.strip("/"): label for label, line in enumerate(lines(facts, path))}
+    scenes = {slashed(line).strip("/"): label for label, line in enumerate(lines(facts, path))}
     # "a/apartment_building/outdoor" -> "outdoor apartment_building"
     called = {label: " ".join(scene.split("/")[:0:-1]) for scene, label in scenes.items()}
     lists: list[list[Item]] = []
     for part in ("Training_01.txt", "Testing_01.txt"):
         items = []
         for number, line in enumerate(lines(facts, folder / part), 1):
-            image = line.strip("/")
+            image = slashed(line).strip("/")
             scene = image.rpartition("/")[0]
             if scene not in scenes:
                 raise bad_line(facts, folder / part, number, "an image of a known class", line)
@@ -438,17 +459,18 @@ def _ucf(facts: Facts, folder: Path) -> Lists:
     place = folder / "ucfTrainTestlist"
     actions: dict[str, int] = {}
     for number, line in enumerate(lines(facts, place / "classInd.txt"), 1):
-        label, _, action = line.partition(" ")
-        if not label.isdecimal() or not action:
+        text, _, action = line.partition(" ")
+        label = whole(text)
+        if label is None or not action or action in actions:
             raise bad_line(facts, place / "classInd.txt", number, "a number and an action", line)
-        actions[action] = int(label) - 1
+        actions[action] = label - 1
     # "ApplyEyeMakeup" -> "Apply_Eye_Makeup", which is the folder's name too
     spelled = {action: "_".join(re.findall("[A-Z][^A-Z]*", action)) for action in actions}
     lists: list[list[Item]] = []
     for part in ("trainlist01.txt", "testlist01.txt"):
         items = []
         for number, line in enumerate(lines(facts, place / part), 1):
-            action, _, video = line.split()[0].partition("/")
+            action, _, video = slashed(line.split()[0]).partition("/")
             if action not in actions or not video.endswith(".avi"):
                 raise bad_line(facts, place / part, number, "a video of a known action", line)
             items.append(Item(f"{spelled[action]}/{video[:-4]}.jpg", actions[action]))
@@ -481,7 +503,7 @@ def _matlab(facts: Facts, path: Path, key: str) -> Any:
         raise Missing(
             f"{facts.op}: scipy must be installed to read {path.name}; got {error}: "
             f'pip install "fastfpl[mat]", or get {facts.split}, which needs no scipy, from '
-            f"{facts.needs[-1].source}"
+            f"{_published(facts).source}"
         ) from error
     try:
         return loadmat(path, simplify_cells=True)[key]
@@ -489,5 +511,5 @@ def _matlab(facts: Facts, path: Path, key: str) -> Any:
     except Exception as error:
         raise Damaged(
             f"{facts.op}: {path} must be a MATLAB file with {key!r}; got "
-            f"{type(error).__name__}: {error}"
+            f"{type(error).__name__}: {tidy(error)}"
         ) from error

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from fastfpl.data.base import Dataset
-from fastfpl.data.catalogue import FACTS, Facts, find_folder, first_missing, require
-from fastfpl.data.listing import (
-    SEED,
-    Item,
-    Lists,
-    bad_line,
-    build,
-    image_names,
-    lines,
-    named,
-    readable,
-    shuffled,
-)
+from fastfpl.data.catalogue import FACTS, Facts, find_folder, require, source_of
+from fastfpl.data.folders import image_names, kind_of
+from fastfpl.data.listing import SEED, Item, Lists, build, shuffled
+from fastfpl.data.names import named, readable, shown, tidy
 from fastfpl.data.pickles import load_plain
+from fastfpl.data.texts import bad_line, lines, slashed, whole
 from fastfpl.errors import Damaged, Missing
 
 __all__ = ["domainnet10", "domainnet345", "office_caltech10"]
@@ -52,15 +45,9 @@ def office_caltech10(root: Path) -> Dataset:
     """
     facts = FACTS["office_caltech10"]
     folder = find_folder(facts, root)
-    if any((folder / need.path).exists() for need in facts.needs if need.spare):
+    if any(os.path.lexists(folder / need.path) for need in facts.needs if need.spare):
         require(facts, folder)
         return build(facts, root, _pickled(facts, folder, _OFFICE))
-    lacking = first_missing(folder, facts.stand_in)
-    if lacking is not None:
-        raise Missing(
-            f"{facts.op}: {folder / lacking.path} must be there; got nothing: get it from "
-            f"{lacking.source}"
-        )
     return build(facts, folder, _by_folder(facts, folder, _OFFICE))
 
 
@@ -76,13 +63,12 @@ def domainnet345(root: Path) -> Dataset:
         for domain, place in enumerate(facts.domains):
             path = folder / "splits" / f"{place}_{part}.txt"
             for number, line in enumerate(lines(facts, path), 1):
-                image, _, text = line.rpartition(" ")
-                pieces = image.split("/")
-                if len(pieces) < 3 or pieces[0] != place or not text.isdecimal():
+                image, _, text = slashed(line).rpartition(" ")
+                pieces, label = image.split("/"), whole(text)
+                if len(pieces) < 3 or pieces[0] != place or label is None:
                     raise bad_line(facts, path, number, f"{place}/class/image and a label", line)
-                label = int(text)
                 if names.setdefault(label, pieces[1]).casefold() != pieces[1].casefold():
-                    rule = f"an image of class {names[label]!r} for label {label}"
+                    rule = f"an image of class {shown(names[label])} for label {label}"
                     raise bad_line(facts, path, number, rule, line)
                 items.append(Item(image, label, domain))
         parts.append(items)
@@ -101,10 +87,10 @@ def _pickled(facts: Facts, folder: Path, classes: Sequence[str]) -> Lists:
                 if name not in labels:
                     raise Damaged(
                         f"{facts.op}: class names of {path} must be of {', '.join(classes)}; got "
-                        f"{name!r} for {image}"
+                        f"{shown(name)} for {tidy(image)}"
                     )
                 # paths begin with the folder's usual name; it may be spelled otherwise here
-                first, *rest = PurePosixPath(image).parts
+                first, *rest = PurePosixPath(slashed(image)).parts or ("",)
                 first = folder.name if first in facts.folders else first
                 items.append(Item("/".join((first, *rest)), labels[name], domain))
         parts.append(items)
@@ -135,12 +121,13 @@ def _by_folder(facts: Facts, folder: Path, classes: Sequence[str]) -> Lists:
     lists = Lists(tuple(readable(name) for name in classes), [], [])
     for domain, place in enumerate(facts.domains):
         for label, name in enumerate(classes):
-            if not (folder / place / name).is_dir():
+            home = folder / place / name
+            if not os.path.isdir(home):
                 raise Missing(
-                    f"{facts.op}: {folder / place / name} must be there; got nothing: get "
-                    f"{facts.stand_in[domain].source}"
+                    f"{facts.op}: {home} must be there; got {kind_of(home)}: get it from "
+                    f"{source_of(facts, f'{place}/{name}/')}"
                 )
-            paths = [f"{place}/{name}/{file}" for file in image_names(folder / place / name)]
+            paths = [f"{place}/{name}/{file}" for file in image_names(facts, home)]
             mixed = shuffled(paths)
             test = round(0.2 * len(mixed))
             lists.test.extend(Item(path, label, domain) for path in sorted(mixed[:test]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -16,26 +16,22 @@ import numpy.typing as npt
 from PIL import Image
 
 from fastfpl.data.base import Dataset, Images, Split
-from fastfpl.data.catalogue import Facts
+from fastfpl.data.catalogue import Facts, source_of
+from fastfpl.data.folders import kind_of, size_of
+from fastfpl.data.names import flaw, shown, tidy
 from fastfpl.errors import Damaged, InputError, Missing
 
 __all__ = [
     "SEED",
-    "SUFFIXES",
     "Item",
     "Listing",
     "Lists",
     "MissingImages",
-    "bad_line",
     "build",
+    "check_items",
     "decode",
-    "image_names",
-    "lines",
-    "named",
-    "readable",
     "shuffled",
     "size_notes",
-    "subfolders",
     "without_corrupt",
 ]
 
@@ -45,11 +41,11 @@ _T = TypeVar("_T")
 _PIECE = 512
 # no format that Pillow hands to another program, as it does PostScript
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+# a path that Windows takes for one of a drive
+_DRIVE = re.compile(r"[A-Za-z]:/")
 
 #: Of the splits that are drawn here.
 SEED = 0
-#: What the name of an image file ends with where a folder is listed.
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 class Item(NamedTuple):
@@ -86,6 +82,10 @@ class MissingImages(Missing):
     def __init__(self, sentence: str, found: Mapping[str, int]) -> None:
         super().__init__(sentence)
         self.found = dict(found)
+
+
+class TooLarge(ValueError):
+    """An image of more pixels than are decoded, which a few bytes of a file can ask for."""
 
 
 class Listing(Split):
@@ -138,6 +138,8 @@ class Listing(Split):
             If a file has gone since the set was loaded.
         Damaged
             If a file does not decode; the sentence names it and the cure.
+        InputError
+            If an image holds more pixels than Pillow takes for harmless (178 956 970).
         """
         chosen: list[int] = np.asarray(indices, dtype=np.int64).tolist()
         return _each(self._read, chosen)
@@ -148,10 +150,16 @@ class Listing(Split):
             return decode(path)
         except OSError as error:
             raise self._gone(path, error) from None
+        except TooLarge as error:
+            raise InputError(
+                f"{self._facts.op}: {path} must be an image of few enough pixels; got "
+                f"{error}: make it smaller, or load with on_corrupt='skip'"
+            ) from error
         except ValueError as error:
+            source = source_of(self._facts, self._items[index].path)
             raise Damaged(
                 f"{self._facts.op}: {path} must be an image; got {error}: put it back from "
-                f'{self._facts.needs[0].source}, or load with on_corrupt="skip"'
+                f'{source}, or load with on_corrupt="skip"'
             ) from error
 
     def _gone(self, path: Path, error: OSError) -> Missing:
@@ -206,7 +214,8 @@ def decode(path: Path) -> npt.NDArray[np.uint8]:
     OSError
         If there is no file, or the system does not let it be read.
     ValueError
-        If it does not decode, or its pixels are deeper than 8 bits.
+        If it does not decode, or its pixels are deeper than 8 bits; `TooLarge` if they are so many
+        that Pillow takes the file for a trap.
     """
     try:
         with Image.open(path, formats=_FORMATS) as file:
@@ -216,11 +225,17 @@ def decode(path: Path) -> npt.NDArray[np.uint8]:
             see_through = file.mode == "P" and "transparency" in file.info
             image: Image.Image = file.convert("RGBA") if see_through else file
             return np.asarray(image.convert("RGB"))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        pixels = re.search(r"\d+", str(error))
+        raise TooLarge(
+            f"an image that is whole but too large, {pixels[0] if pixels else 'too many'} pixels "
+            f"where at most {2 * (Image.MAX_IMAGE_PIXELS or 0)} are decoded"
+        ) from error
     except Exception as error:
         # only the system sets a number; what decoders raise on broken bytes is of any kind
         if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
             raise
-        raise ValueError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{type(error).__name__}: {tidy(error)}") from error
 
 
 def _each(function: Callable[[int], _T], values: Sequence[int]) -> list[_T]:
@@ -232,69 +247,6 @@ def _each(function: Callable[[int], _T], values: Sequence[int]) -> list[_T]:
         return [function(value) for value in values]
     with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(function, values))
-
-
-def readable(name: str) -> str:
-    """Return a class name as a person would write it: underscores are spaces."""
-    return " ".join(name.replace("_", " ").split())
-
-
-def named(facts: Facts, names: Mapping[int, str], where: Path) -> tuple[str, ...]:
-    """Order class names by label, or refuse labels with gaps or out of range, and equal names."""
-    high = max(names, default=-1)
-    if not names or min(names) < 0 or high >= facts.classes:
-        got = f"label {min(names) if min(names) < 0 else high}" if names else "no class"
-        raise Damaged(
-            f"{facts.op}: labels of {where} must lie in [0, {facts.classes}); got {got}: "
-            "get the file again"
-        )
-    gaps = sorted(set(range(high)) - set(names))
-    if gaps:
-        raise Damaged(
-            f"{facts.op}: {where} must name every class from 0 to {high}; got none for label "
-            f"{gaps[0]}"
-        )
-    ordered = tuple(readable(names[label]) for label in range(high + 1))
-    first: dict[str, int] = {}
-    for label, name in enumerate(ordered):
-        if not name:
-            raise Damaged(
-                f"{facts.op}: class names of {where} must not be empty; got label {label}"
-            )
-        if first.setdefault(name, label) != label:
-            raise Damaged(
-                f"{facts.op}: class names of {where} must be unique; got {name!r} for labels "
-                f"{first[name]} and {label}: tell the two apart"
-            )
-    return ordered
-
-
-def lines(facts: Facts, path: Path) -> list[str]:
-    """Return the lines of a text file without their ends, and without empty ones."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise Damaged(f"{facts.op}: {path} must be text; got {error}") from error
-    return [line.strip() for line in text.splitlines() if line.strip()]
-
-
-def bad_line(facts: Facts, path: Path, number: int, rule: str, line: str) -> Damaged:
-    """Make the error of a line, counted from 1, that breaks the rule of its file."""
-    return Damaged(f"{facts.op}: line {number} of {path} must hold {rule}; got {line!r}")
-
-
-def subfolders(facts: Facts, path: Path) -> list[str]:
-    """Return the names of the folders in a folder, in the order of their code points."""
-    names = sorted(e.name for e in path.iterdir() if e.is_dir() and not e.name.startswith("."))
-    if not names:
-        raise Damaged(f"{facts.op}: {path} must hold one folder a class; got none")
-    return names
-
-
-def image_names(path: Path) -> list[str]:
-    """Return the names of the image files in a folder, in the order of their code points."""
-    names = (entry.name for entry in path.iterdir())
-    return sorted(n for n in names if n.lower().endswith(SUFFIXES) and not n.startswith("."))
 
 
 def shuffled(paths: Iterable[str]) -> list[str]:
@@ -322,18 +274,20 @@ def build(facts: Facts, base: Path, lists: Lists) -> Dataset:
     for part, items in (("train", lists.train), ("test", lists.test)):
         if not items:
             raise Damaged(f"{facts.op}: the {part} list must hold an image; got none")
-        _check(facts, part, items, len(lists.classnames))
-        sizes = [_size(f"{base}/{item.path}") for item in items]
+        check_items(facts, part, items, len(lists.classnames))
+        sizes = [size_of(f"{base}/{item.path}") for item in items]
         absent[part] = [item.path for item, size in zip(items, sizes, strict=True) if size is None]
         splits[part] = (items, [size or 0 for size in sizes])
     if any(absent.values()):
         found = {part: len(items) - len(absent[part]) for part, (items, _) in splits.items()}
         first = next(path for paths in absent.values() for path in paths)
+        kind = kind_of(base / first)
+        there = "" if kind == "nothing" else f" ({kind})"
         raise MissingImages(
             f"{facts.op}: the images of its lists must be there to be read; got "
             f"{found['train']} of {len(lists.train)} train and {found['test']} of "
-            f"{len(lists.test)} test images, the first that is missing is {base / first}: "
-            f"get {facts.needs[0].source}",
+            f"{len(lists.test)} test images, the first that is missing is {base / first}{there}: "
+            f"get {source_of(facts, first)}",
             found,
         )
     notes = list(lists.notes)
@@ -360,25 +314,26 @@ def size_notes(facts: Facts, classes: int, train: int, test: int) -> tuple[str, 
     return (f"the lists hold {mine}; the published ones {theirs}",)
 
 
-def _check(facts: Facts, part: str, items: Sequence[Item], classes: int) -> None:
+def check_items(facts: Facts, part: str, items: Sequence[Item], classes: int) -> None:
+    """Refuse labels without a name, and paths that leave the folder or cannot be shown."""
     for number, (path, label, domain) in enumerate(items):
         if not 0 <= label < classes or not 0 <= domain < len(facts.domains):
             raise Damaged(
-                f"{facts.op}: labels of the {part} list must lie in [0, {classes}); got {label} "
-                f"for {path}, entry {number}"
+                f"{facts.op}: labels of the {part} list must lie in [0, {classes}); got "
+                f"{shown(label)} for {tidy(path)}, entry {number}"
             )
-        if not path or path[0] == "/" or (".." in path and ".." in path.split("/")):
+        if flaw(path) or "\\" in path:
+            raise Damaged(
+                f"{facts.op}: paths of the {part} list must hold no backslash, and nothing that "
+                f"cannot be seen; got {shown(path)} with {flaw(path) or 'a backslash'}, entry "
+                f"{number}: give the file another name"
+            )
+        outside = path[:1] in ("", "/") or (".." in path and ".." in path.split("/"))
+        if outside or _DRIVE.match(path):
             raise Damaged(
                 f"{facts.op}: paths of the {part} list must lead to files below the images' "
-                f"folder; got {path!r}, entry {number}"
+                f"folder; got {shown(path)}, entry {number}"
             )
-
-
-def _size(path: str) -> int | None:
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return None
 
 
 def without_corrupt(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fastfpl.data.base import Images
@@ -20,6 +21,9 @@ __all__ = ["Preprocess"]
 # width over height of a random crop, as torchvision and the papers have it
 _RATIO = (3 / 4, 4 / 3)
 _ATTEMPTS = 10
+# long side over short side, or over the size that comes out: beyond it a resized image is more than
+# what is cut out of it is worth, and a file of a few bytes could ask for all memory
+_LONGEST = 64
 # the strong view: probabilities of colour jitter, of grey and of blur, the range of each factor of
 # the jitter (brightness, contrast and saturation; hue), and the blur's kernel and sigmas
 _JITTERED, _GREYED, _BLURRED = 0.8, 0.2, 0.2
@@ -41,7 +45,9 @@ class Preprocess:
     Notes
     -----
     Deterministic: yes, bit for bit on one machine; no image influences another one of its batch.
-    Resizing is bicubic with antialiasing on 8-bit values, like Pillow's.
+    Resizing is bicubic with antialiasing on 8-bit values, like Pillow's. An image of more than 64
+    times the length of its short side is resized by Pillow itself, only where it is seen: to one
+    8-bit level the same, in memory that its length does not decide.
     Source: Radford et al. 2021, CLIP, arXiv 2103.00020 (released preprocessing).
     """
 
@@ -85,7 +91,10 @@ class Preprocess:
         done = []
         for image in _checked(images):
             height, width = image.shape[1:]
-            if min(height, width) != self.size:
+            short = min(height, width)
+            if short != self.size and max(height, width) > _LONGEST * short:
+                image = _middle(image, self.size)
+            elif short != self.size:
                 image = pixels.resize(
                     image,
                     [self.size],
@@ -220,10 +229,10 @@ class Preprocess:
         done = []
         for image, seed in zip(_checked(images), seeds, strict=True):
             drawn = _distortion(np.random.default_rng(int(seed)))
-            if image.shape[1:] != (self.size, self.size):
+            for side in self._sides(image):
                 image = pixels.resize(
                     image,
-                    [self.size, self.size],
+                    side,
                     interpolation=pixels.InterpolationMode.BILINEAR,
                     antialias=True,
                 )
@@ -245,6 +254,16 @@ class Preprocess:
         for channel, (mean, std) in enumerate(zip(self.mean, self.std, strict=True)):
             pixels[:, channel].sub_(mean).div_(std)
         return pixels
+
+    def _sides(self, image: Tensor) -> list[list[int]]:
+        """Say to which sides an image is squeezed, one after the other."""
+        height, width = image.shape[1:]
+        whole = [self.size, self.size]
+        if (height, width) == (self.size, self.size):
+            return []
+        # torch makes rows wider before it makes them fewer
+        high = height > _LONGEST * self.size and width < self.size
+        return [[self.size, width], whole] if high else [whole]
 
     def _together(self, images: list[Tensor]) -> Tensor:
         if not images:
@@ -292,6 +311,30 @@ def _checked(images: Images) -> list[Tensor]:
         # a copy: torch warns about read-only arrays, and strides may be negative
         tensors.append(torch.from_numpy(array.transpose(2, 0, 1).copy()))
     return tensors
+
+
+def _middle(image: Tensor, size: int) -> Tensor:
+    """Resize the short side and crop the centre of a long image, of which the rest is not made."""
+    height, width = image.shape[1:]
+    short, long = min(height, width), max(height, width)
+    # as torchvision rounds: the long side as it would be, and where the centre begins
+    made = size * long // short
+    start = round((made - size) / 2.0)
+    low, high = start * long / made, (start + size) * long / made
+    reach = 2 * max(1.0, long / made) + 1  # of a bicubic weight, and a pixel for its rounding
+    first = max(0, math.floor(low - reach))
+    last = min(long, math.ceil(high + reach))
+    near = image[:, first:last] if height > width else image[:, :, first:last]
+    seen = Image.fromarray(near.permute(1, 2, 0).contiguous().numpy())
+    # rows first, as torch does: values are cut to 8 bits between the two
+    part = (low - first, high - first)
+    left, right = (0, seen.width) if height > width else part
+    top, bottom = part if height > width else (0, seen.height)
+    wide = seen.resize(
+        (size, seen.height), Image.Resampling.BICUBIC, box=(left, 0, right, seen.height)
+    )
+    cut = wide.resize((size, size), Image.Resampling.BICUBIC, box=(0, top, size, bottom))
+    return torch.from_numpy(np.asarray(cut).transpose(2, 0, 1).copy())
 
 
 def _window(

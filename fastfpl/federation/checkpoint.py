@@ -25,6 +25,7 @@ from fastfpl.methods import State
 __all__ = [
     "CHECKPOINT",
     "Checkpoint",
+    "check_checkpoint",
     "files_of",
     "load_checkpoint",
     "read_checkpoint",
@@ -226,15 +227,15 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
             states.sweep()
 
 
-def load_checkpoint(
-    folder: Path, facts: Mapping[str, Any], device: torch.device | str = "cpu"
-) -> Checkpoint | None:
-    """Read the checkpoint of a folder onto a device to go on from it, or None if there is none.
+def check_checkpoint(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Read what a folder's checkpoint says, or None if there is none; its tensors stay unread.
+
+    ``facts`` are those of the run, or as many of them as are known already.
 
     Raises
     ------
     Damaged
-        If a file is truncated, changed or not a checkpoint of this library.
+        If the file is truncated, changed or not a checkpoint of this library.
     InputError
         If it belongs to a run with other settings, weights or data, or to another version of this
         library.
@@ -257,7 +258,18 @@ def load_checkpoint(
             f"fastfpl.run: a resumed run must have the settings of {folder}; got {shown}; "
             "use the same settings or another out"
         )
-    return _restored(folder, head, device)
+    return head
+
+
+def load_checkpoint(
+    folder: Path, facts: Mapping[str, Any], device: torch.device | str = "cpu"
+) -> Checkpoint | None:
+    """Read the checkpoint of a folder onto a device to go on from it, or None if there is none.
+
+    Raises as `check_checkpoint` does, and for tensors that are damaged.
+    """
+    head = check_checkpoint(folder, facts)
+    return None if head is None else _restored(folder, head, device)
 
 
 def read_checkpoint(folder: Path, device: torch.device | str = "cpu") -> Checkpoint:

@@ -317,7 +317,7 @@ def train(
     if factors is None:
         factors = [learning_rate(settings, round_, epoch, epochs) for epoch in range(epochs)]
     seen = 0
-    mean = torch.zeros(len(members))
+    mean = torch.zeros(len(members), dtype=torch.float32)
     for epoch in range(epochs):
         plan = _plan_epoch(members, counts, settings, (stream, round_), epoch, feed.random)
         scaled = {n: factors[epoch] if method.scheduled(n) else 1.0 for n in cohort.trained}

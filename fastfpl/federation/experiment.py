@@ -13,11 +13,12 @@ import torch
 
 from fastfpl.clip import FrozenCLIP
 from fastfpl.config import Settings, load_preset, make_settings
-from fastfpl.errors import Damaged, InputError
+from fastfpl.errors import Damaged, InputError, cut, shown
 from fastfpl.federation.budget import uncapped
 from fastfpl.federation.checkpoint import (
     CHECKPOINT,
     Checkpoint,
+    check_checkpoint,
     files_of,
     load_checkpoint,
     save_checkpoint,
@@ -26,11 +27,12 @@ from fastfpl.federation.feeds import Observer, silent
 from fastfpl.federation.graphs import against
 from fastfpl.federation.lock import Held, alone_in
 from fastfpl.federation.models import task_of
-from fastfpl.federation.preparation import prepare
+from fastfpl.federation.preparation import plan, prepare
 from fastfpl.federation.provenance import provenance
 from fastfpl.federation.result import (
     RESULT,
     Result,
+    deal,
     environment,
     forget_peak_memory,
     peak_memory,
@@ -41,8 +43,9 @@ from fastfpl.federation.shared import DOWNLOADS, TUNED, SharedStates
 from fastfpl.federation.states import CLIENTS, StateFiles
 from fastfpl.ops.faces import recorded_faces
 from fastfpl.ops.memory import memory_limit
+from fastfpl.ops.precision import without_autocast
 
-__all__ = ["RoundObserver", "run", "threads", "unseen"]
+__all__ = ["RoundObserver", "refuse_held", "run", "threads", "unseen"]
 
 #: ``on_round(label, row)`` is told of every round that ended.
 RoundObserver = Callable[[str, Mapping[str, Any]], None]
@@ -100,6 +103,11 @@ def run(
     ------
     FastfplError
         With a sentence that names the argument, what came and the cure.
+
+    Notes
+    -----
+    What a run computes in is in its settings: the caller's autocast is off meanwhile, and torch's
+    default dtype decides nothing.
     """
     origin = None if preset is None else load_preset(preset)
     if isinstance(method, Settings):
@@ -114,18 +122,12 @@ def run(
     if folder is None and resume:
         raise InputError("fastfpl.run: out must name the folder to resume; got none")
     holding: contextlib.AbstractContextManager[Held | None] = contextlib.nullcontext()
-    old: list[Path] = []
     if folder is not None:
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"fastfpl.run: out must be a folder; got the file {folder}")
+        refuse_held(folder, resume)
         holding = alone_in(folder)
-        old = [] if resume else [folder / RESULT, folder / CHECKPOINT]
-    with holding as held, threads(chosen.threads):
-        if any(os.path.lexists(path) for path in old):
-            raise InputError(
-                f"fastfpl.run: out must not hold a run already; got {folder}; "
-                "go on with it by resume (--resume), or name another folder"
-            )
+    with holding as held, threads(chosen.threads), without_autocast():
+        if folder is not None:
+            refuse_held(folder, resume)  # one that ended while this one waited for the folder
         store = None if cache is None else Path(cache)
         result = _play(chosen, held, resume, model, store, observer, on_round)
         if origin is not None:
@@ -133,6 +135,28 @@ def run(
         if folder is not None:
             result.save(folder)
     return result
+
+
+def refuse_held(folder: Path, resume: bool) -> None:
+    """Refuse a folder of results that is none, or that holds a run which is not to go on."""
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"fastfpl.run: out must be a folder; got the file {folder}")
+        old = [] if resume else [folder / RESULT, folder / CHECKPOINT]
+        if any(os.path.lexists(path) for path in old):
+            raise InputError(
+                f"fastfpl.run: out must not hold a run already; got {folder}; "
+                "go on with it by resume (--resume), or name another folder"
+            )
+    except OSError as error:
+        raise InputError(
+            f"fastfpl.run: out must be a folder that can be read; got {cut(str(folder))}: "
+            f"{error.strerror}"
+        ) from None
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"fastfpl.run: out must be a path; got {shown(str(folder))}") from None
 
 
 @contextlib.contextmanager
@@ -161,7 +185,16 @@ def _play(
     forget_peak_memory()
     # a limit around a run is for passes of the caller
     with recorded_faces() as faces, memory_limit(None), uncapped():
-        federation = prepare(chosen, model=model, cache=cache, observer=observer)
+        planned = plan(chosen, model=model)
+        if held is not None and resume:
+            # other settings show before any weights are read
+            head = check_checkpoint(held.folder, planned.facts)
+            if head is not None and planned.kind.trains and head["rounds_done"] > chosen.rounds:
+                raise InputError(
+                    f"fastfpl.run: rounds must be at least the {head['rounds_done']} that "
+                    f"{held.folder} has played; got {chosen.rounds}"
+                )
+        federation = prepare(planned, model=model, cache=cache, observer=observer)
         if held is not None:
             _take_up(federation, held.folder, resume, faces)
             held.sweep(files_of(held.folder) or set())
@@ -201,11 +234,6 @@ def _take_up(
     found = load_checkpoint(folder, federation.facts(), device) if resume else None
     if found is None:
         return
-    if federation.method.trains and len(found.rounds) > federation.settings.rounds:
-        raise InputError(
-            f"fastfpl.run: rounds must be at least the {len(found.rounds)} that "
-            f"{folder} has played; got {federation.settings.rounds}"
-        )
     for name, tensor in {**federation.server, **found.server}.items():
         mine = [state.get(name, tensor.new_empty(0)) for state in (federation.server, found.server)]
         if mine[0].shape != mine[1].shape or mine[0].dtype != mine[1].dtype:
@@ -277,5 +305,7 @@ def _result(federation: Federation, faces: dict[str, list[str]]) -> Result:
             "skipped": federation.dataset.skipped,
             "notes": list(federation.dataset.notes),
             "weights": federation.clip.weights_digest,
+            "activation": federation.clip.text.activation,
+            "deal": deal(federation.shards),
         },
     )

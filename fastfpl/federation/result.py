@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import hashlib
 import math
 import platform
 import resource
@@ -16,12 +16,15 @@ from typing import Any
 import torch
 
 from fastfpl import __version__
+from fastfpl.data import Shard
 from fastfpl.errors import Damaged, Missing
+from fastfpl.federation.result_schema import MOST_BYTES, parse_result
 from fastfpl.files import write_json
 
 __all__ = [
     "RESULT",
     "Result",
+    "deal",
     "environment",
     "forget_peak_memory",
     "peak_memory",
@@ -62,7 +65,9 @@ class Result:
         Of the process during the run (Linux) or so far; on a GPU, of its allocations.
     data : dict
         Data set, class names, test and training images of each client, exams, whether the clients
-        trained on their test images, weights digest.
+        trained on their test images, weights digest, activation of the CLIP's text tower;
+        ``deal``: digests of who has which training and test images, equal where two runs deal
+        alike.
     memory : dict or None
         What ``max_memory`` led to (`fastfpl.federation.budget.Budget`): ``limit_bytes``,
         ``taken_bytes`` before the first pass, ``text_cache_bytes``, ``image_cache_bytes``,
@@ -106,15 +111,28 @@ class Result:
 
     @classmethod
     def load(cls, folder: Path) -> Result:
-        """Read ``result.json`` of a folder."""
+        """Read ``result.json`` of a folder; what it holds is checked here, once and whole.
+
+        Raises
+        ------
+        Missing
+            If there is none.
+        Damaged
+            If a part of it has another type, range or length than a run writes.
+        """
         path = folder / RESULT
         if not path.is_file():
             raise Missing(
                 f"fastfpl.Result: {path} must exist; got nothing, the run is not finished"
             )
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
+            size = path.stat().st_size
+            if size > MOST_BYTES:
+                raise ValueError(f"{size} bytes, where {MOST_BYTES} are read")
+            return cls(**parse_result(path.read_text(encoding="utf-8")))
+        except OSError as error:
+            raise Damaged(f"fastfpl.Result: {path} must be readable; got {error}") from None
+        except ValueError as error:  # also of bytes that are not UTF-8
             raise Damaged(f"fastfpl.Result: {path} must be a result; got {error}") from None
 
 
@@ -142,6 +160,17 @@ def summarise(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "domains": dict(headline["domains"]),
         **both,
     }
+
+
+def deal(shards: Sequence[Shard]) -> dict[str, str]:
+    """Digest which images each client has, of training and of test."""
+    found = {}
+    for side in ("train", "test"):
+        total = hashlib.blake2b(digest_size=8)
+        for shard in shards:
+            total.update(getattr(shard, side).astype("<i8").tobytes() + b"|")
+        found[side] = total.hexdigest()
+    return found
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -121,12 +121,7 @@ class Federation:
 
     def facts(self) -> dict[str, Any]:
         """Say what a checkpoint must agree with: settings that decide figures, weights, data."""
-        loose = {*("rounds", "cohort", "threads", "device", "root"), *("max_memory", "cuda_graphs")}
-        loose |= {"workers", "resident"}
-        if self.settings.schedule == "cosine-rounds":
-            loose.remove("rounds")
-        kept = {k: v for k, v in self.settings.model_dump().items() if k not in loose}
-        kept["options"] = self.method.options.model_dump()
+        kept = settings_facts(self.settings, self.method.options.model_dump())
         return {
             **kept,
             "weights": self.clip.weights_digest,
@@ -164,7 +159,7 @@ class Federation:
         if not self.settings.dropout:
             return set()
         draw = generator(self.settings.seed, "dropout", round_)
-        luck = torch.rand(len(self.shards), generator=draw)
+        luck = torch.rand(len(self.shards), generator=draw, dtype=torch.float32)
         return {c for c in selected if luck[c].item() < self.settings.dropout}
 
     def round(self) -> dict[str, Any]:
@@ -411,6 +406,16 @@ class Federation:
     def finished(self) -> bool:
         """True when no round is left; a method that trains nothing has one."""
         return len(self.rounds) >= (self.settings.rounds if self.method.trains else 1)
+
+
+def settings_facts(settings: Settings, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that decide figures, and with them whether a run can be resumed."""
+    loose = {*("rounds", "cohort", "threads", "device", "root"), *("max_memory", "cuda_graphs")}
+    loose |= {"workers", "resident"}
+    if settings.schedule == "cosine-rounds":
+        loose.remove("rounds")
+    kept = {k: v for k, v in settings.model_dump().items() if k not in loose}
+    return {**kept, "options": dict(options)}
 
 
 def _marks(scores: Sequence[Scores], domains: tuple[str, ...]) -> dict[str, Any]:

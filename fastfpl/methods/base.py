@@ -135,7 +135,9 @@ class Task:
         tower = self.classes.tower
         if self.ctx_init is not None:
             return self.classes.words(self.ctx_init).to(self.dtype)
-        draw = torch.randn(self.n_ctx, tower.width, generator=generator(self.seed, "ctx"))
+        draw = torch.randn(
+            self.n_ctx, tower.width, generator=generator(self.seed, "ctx"), dtype=torch.float32
+        )
         return (0.02 * draw).to(tower.device, self.dtype)
 
     def encode(self, ctx: Tensor) -> Tensor:
@@ -162,6 +164,8 @@ class Method(ABC):
         On the command line.
     summary : str
         One line for people.
+    sends, receives : str
+        What a client that trains uploads and downloads in a round; "nothing" if so.
     trains : bool
         False if there is nothing to train (zero-shot).
     personal : bool
@@ -185,6 +189,8 @@ class Method(ABC):
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    sends: ClassVar[str] = "the context"
+    receives: ClassVar[str] = "the context"
     trains: ClassVar[bool] = True
     personal: ClassVar[bool] = False
     evaluates_download: ClassVar[str] = "merged"

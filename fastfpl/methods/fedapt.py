@@ -58,6 +58,8 @@ class FedAPT(Method):
 
     name = "fedapt"
     summary = "one global prompt scaled by a mixture of domain keys, chosen by each image"
+    sends = "the context and the domain query network"
+    receives = "the context, the domain query network, and which key is its own"
     image_kind = "raw"
 
     class Options(_Options):
@@ -81,7 +83,7 @@ class FedAPT(Method):
         tower = task.classes.tower
         slots = task.initial_ctx().shape[-2]
         draw = generator(task.seed, "keys")
-        keys = torch.rand(len(present), slots, tower.width, generator=draw)
+        keys = torch.rand(len(present), slots, tower.width, generator=draw, dtype=torch.float32)
         self.keys = keys.to(tower.device, self.task.dtype)  # (K, T, W)
 
     def on(self, classes: ClassPrompts) -> Method:
@@ -97,11 +99,18 @@ class FedAPT(Method):
         if self.options.class_specific:
             shape = len(self._trained_names), *ctx.shape
             if self.task.ctx_init is None:
-                draw = torch.randn(shape, generator=generator(self.task.seed, "ctx"))
+                draw = torch.randn(
+                    shape, generator=generator(self.task.seed, "ctx"), dtype=torch.float32
+                )
                 ctx = (0.02 * draw).to(tower.device, self.task.dtype)
             else:
                 ctx = ctx.expand(shape).clone()
-        draw = torch.rand(len(self.keys), tower.dim, generator=generator(self.task.seed, "query"))
+        draw = torch.rand(
+            len(self.keys),
+            tower.dim,
+            generator=generator(self.task.seed, "query"),
+            dtype=torch.float32,
+        )
         query = (2 * draw - 1) / tower.dim**0.5
         return {"ctx": ctx, "query": query.to(tower.device, self.task.dtype)}
 

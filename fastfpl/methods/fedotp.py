@@ -36,6 +36,8 @@ class FedOTP(Method):
 
     name = "fedotp"
     summary = "global and local prompts, transport of image patches"
+    sends = "its global prompts"
+    receives = "the global prompts"
     personal = True
     image_kind = "patches"
     all_first = True
@@ -69,7 +71,9 @@ class FedOTP(Method):
         words = torch.zeros_like(first) if self.task.ctx_init is None else first
         prompts = [first]
         for n in range(1, self.options.prompts):
-            draw = torch.randn(first.shape, generator=generator(self.task.seed, "ctx", n))
+            draw = torch.randn(
+                first.shape, generator=generator(self.task.seed, "ctx", n), dtype=torch.float32
+            )
             prompts.append(words + (0.02 * draw).to(first))
         return torch.stack(prompts)
 

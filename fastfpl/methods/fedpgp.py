@@ -40,6 +40,8 @@ class FedPGP(Method):
 
     name = "fedpgp"
     summary = "global prompt plus personal low-rank change, guided by CLIP's text"
+    sends = "the shared prompt"
+    receives = "the shared prompt"
     personal = True
     all_first = True
 
@@ -69,7 +71,7 @@ class FedPGP(Method):
         seed, rank, tower = self.task.seed, self.options.bottleneck, self.task.classes.tower
         shapes = {"u": (self.task.n_ctx, rank), "v": (rank, tower.width)}
         draws = {
-            name: torch.randn(*shape, generator=generator(seed, name))
+            name: torch.randn(*shape, generator=generator(seed, name), dtype=torch.float32)
             for name, shape in shapes.items()
         }
         return {name: (0.02 * t).to(tower.device, self.task.dtype) for name, t in draws.items()}

@@ -38,6 +38,8 @@ class FedTPG(Method):
 
     name = "fedtpg"
     summary = "global network that generates the prompt from class names"
+    sends = "the prompt generator"
+    receives = "the prompt generator"
 
     class Options(_Options):
         """Options of FedTPG."""
@@ -67,27 +69,28 @@ class FedTPG(Method):
         draw = generator(self.task.seed, "generator")
 
         def uniform(*shape: int, bound: float) -> Tensor:
-            return bound * (2 * torch.rand(*shape, generator=draw) - 1)
+            return bound * (2 * torch.rand(*shape, generator=draw, dtype=torch.float32) - 1)
 
         def xavier(rows: int, columns: int) -> Tensor:
             return uniform(rows, columns, bound=(6 / (rows + columns)) ** 0.5)
 
         state = {
-            "query": 0.02 * torch.randn(self.task.n_ctx, width, generator=draw),
-            "ln_query_w": torch.ones(width),
-            "ln_query_b": torch.zeros(width),
-            "ln_names_w": torch.ones(dim),
-            "ln_names_b": torch.zeros(dim),
+            "query": 0.02
+            * torch.randn(self.task.n_ctx, width, generator=draw, dtype=torch.float32),
+            "ln_query_w": torch.ones(width, dtype=torch.float32),
+            "ln_query_b": torch.zeros(width, dtype=torch.float32),
+            "ln_names_w": torch.ones(dim, dtype=torch.float32),
+            "ln_names_b": torch.zeros(dim, dtype=torch.float32),
             "w_q": xavier(width, width),
-            "b_q": torch.zeros(width),
+            "b_q": torch.zeros(width, dtype=torch.float32),
             "w_k": xavier(width, dim),
-            "b_k": torch.zeros(width),
+            "b_k": torch.zeros(width, dtype=torch.float32),
             "w_v": xavier(width, dim),
-            "b_v": torch.zeros(width),
+            "b_v": torch.zeros(width, dtype=torch.float32),
             "w_o": uniform(width, width, bound=width**-0.5),
-            "b_o": torch.zeros(width),
-            "ln_x_w": torch.ones(width),
-            "ln_x_b": torch.zeros(width),
+            "b_o": torch.zeros(width, dtype=torch.float32),
+            "ln_x_w": torch.ones(width, dtype=torch.float32),
+            "ln_x_b": torch.zeros(width, dtype=torch.float32),
             "w_1": uniform(2 * hidden, width, bound=width**-0.5),
             "b_1": uniform(2 * hidden, bound=width**-0.5),
             "w_2": uniform(width, hidden, bound=hidden**-0.5),

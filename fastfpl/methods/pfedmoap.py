@@ -47,6 +47,10 @@ class PFedMoAP(Method):
 
     name = "pfedmoap"
     summary = "mixture of other clients' prompts behind a personal gate"
+    sends = "its prompt"
+    receives = (
+        "the global prompt; from its second participation on the prompts of other clients too"
+    )
     personal = True
     evaluates_download = "trained"
 

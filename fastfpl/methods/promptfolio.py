@@ -26,6 +26,8 @@ class PromptFolio(Method):
 
     name = "promptfolio"
     summary = "portfolio of a global and a local prompt"
+    sends = "the global prompt"
+    receives = "the global prompt"
     personal = True
 
     class Options(_Options):
@@ -38,7 +40,9 @@ class PromptFolio(Method):
     def _initial(self) -> Tensor:
         """Draw the local prompt that every client starts from: (T, W)."""
         words = self.task.initial_ctx()
-        draw = torch.randn(words.shape, generator=generator(self.task.seed, "ctx", 1))
+        draw = torch.randn(
+            words.shape, generator=generator(self.task.seed, "ctx", 1), dtype=torch.float32
+        )
         own = (0.02 * draw).to(words)
         return own if self.task.ctx_init is None else words + own
 

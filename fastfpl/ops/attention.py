@@ -5,16 +5,19 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastfpl.errors import InputError, KindError
 from fastfpl.ops import launch, native
-from fastfpl.ops.faces import Face, choose
+from fastfpl.ops.faces import Face, choose, transformed
+from fastfpl.ops.precision import as_given, autocast_dtype
 from fastfpl.reference import attention as reference
 from fastfpl.shapes import check_shapes
 
@@ -25,6 +28,7 @@ __all__ = [
     "against_size",
     "against_wide",
     "cpu_launchers",
+    "for_transforms",
     "prefix_attention",
     "triton_launchers",
 ]
@@ -79,11 +83,12 @@ def prefix_attention(
 
     Notes
     -----
-    Differentiable in: qkv, once. Deterministic: yes, on every face; the prefix' gradients are sums
-    of parts in a fixed order. Accumulates in float32; in float64 for float64. Memory: the result;
-    the softmax is recomputed in the backward pass and nothing but the arguments is kept. The
-    C++ face takes heads of at most 128 numbers and no float16, the Triton face heads of at most 64
-    numbers in float32 and 80 in 16 bits.
+    Differentiable in: qkv, once; forward mode and torch.func take the torch face. Deterministic:
+    yes, on every face; the prefix' gradients are sums of parts in a fixed order. Accumulates in
+    float32; in float64 for float64. Under autocast the operands are rounded to its dtype, which is
+    the result's. Memory: the result; the softmax is recomputed in the backward pass and nothing but
+    the arguments is kept. The C++ face takes heads of at most 128 numbers and no float16, the
+    Triton face heads of at most 64 numbers in float32 and 80 in 16 bits.
     Source: causal attention of Vaswani et al. 2017 (arXiv 1706.03762), equation 1; shared prefixes
     as in design section 4.1.
     """
@@ -113,11 +118,24 @@ def prefix_attention(
                 f"{_OP}: {name} must be {qkv.dtype} on {qkv.device} as qkv is; got {tensor.dtype} "
                 f"on {tensor.device}"
             )
+    # a lazily negated view keeps its sign in a bit that kernels do not see
+    qkv = qkv.resolve_neg()
+    bias, sos = (None if x is None else x.resolve_neg() for x in (bias, sos))
+    dtype = autocast_dtype(qkv.device, qkv.dtype)
+    if dtype != qkv.dtype:
+        qkv, bias = (qkv if bias is None else qkv + bias).to(dtype), None
+        sos = None if sos is None else sos.to(dtype)
     arguments = (heads, shared, bounds, bias, sos, last_only)
     face = choose("prefix_attention", FACES["prefix_attention"], qkv, *arguments)
     flat = qkv.reshape(-1, rows, triple)
-    mixed: Tensor = face.run(flat, *arguments)
+    with as_given(qkv.device), for_transforms(qkv, bias, sos):
+        mixed: Tensor = face.run(flat, *arguments)
     return mixed.reshape(*qkv.shape[:-2], *mixed.shape[1:])
+
+
+def for_transforms(*arguments: Any) -> AbstractContextManager[object]:
+    """Take torch's plain attention in a block where its fused one has no derivative forward."""
+    return sdpa_kernel(SDPBackend.MATH) if transformed(*arguments) else nullcontext()
 
 
 def _torch(
@@ -274,9 +292,10 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, d_mixed: Tensor) -> tuple[Tensor | None, ...]:
         qkv, bias, sos = ctx.saved_tensors
         launchers, shared, starts, heads, last_only = ctx.rest
-        d_qkv = launchers.backward(
-            d_mixed.contiguous(), qkv, bias, shared, starts, heads, sos, last_only
-        )
+        with as_given(qkv.device):
+            d_qkv = launchers.backward(
+                d_mixed.resolve_neg().contiguous(), qkv, bias, shared, starts, heads, sos, last_only
+            )
         return (d_qkv, *(None,) * 7)
 
 

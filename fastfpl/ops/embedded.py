@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from fastfpl.errors import InputError, KindError
+from fastfpl.ops.attention import for_transforms
 from fastfpl.ops.faces import Face, choose
 from fastfpl.ops.memory import current_limit
+from fastfpl.ops.precision import autocast_dtype
 from fastfpl.ops.text import (
     PromptLayout,
     TextTower,
@@ -40,7 +42,7 @@ def encode_embedded(tower: TextTower, prompts: Tensor, eot: Tensor, *, shared: i
         Frozen weights; ``token_embedding`` and ``projection`` are not used.
     prompts : Tensor, shape (..., C, L, W), floating point
         Token embeddings without positions, at most the tower's context length of them. Any leading
-        dimensions (clients, several prompts a class).
+        dimensions (clients, several prompts a class). Cast to the tower's dtype.
     eot : Tensor, shape (C,), int64
         Position of each EOT token. On the CPU its values are read without waiting for a device.
     shared : int
@@ -79,6 +81,9 @@ def encode_embedded(tower: TextTower, prompts: Tensor, eot: Tensor, *, shared: i
         raise KindError(
             f"{op}: prompts must be on the tower's device {tower.device}; got {prompts.device}"
         )
+    dtype = tower.blocks[0].qkv_w.dtype
+    if autocast_dtype(tower.device, dtype) == dtype:
+        prompts = prompts.to(dtype)
     ends = tuple(eot.tolist())
     if sizes["L"] > tower.context_length:
         raise InputError(
@@ -90,7 +95,8 @@ def encode_embedded(tower: TextTower, prompts: Tensor, eot: Tensor, *, shared: i
         raise InputError(f"{op}: shared must be from 0 to {min(ends)}; got {shared}")
     arguments = (tower, prompts, eot, shared)
     face = choose("encode_embedded", FACES["encode_embedded"], *arguments)
-    states: Tensor = face.run(*arguments)
+    with for_transforms(prompts):
+        states: Tensor = face.run(*arguments)
     return states
 
 

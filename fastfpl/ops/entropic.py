@@ -9,12 +9,13 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastfpl.errors import InputError, KindError, NotConverged
 from fastfpl.ops import native
 from fastfpl.ops.faces import Face, choose
+from fastfpl.ops.precision import as_given
 from fastfpl.ops.transport import against_cpu
+from fastfpl.ops.transport_checks import refuse_nested, refuse_vmap, wide_of
 from fastfpl.ops.transport_gradient import pull_back
 from fastfpl.reference import entropic as reference
 from fastfpl.shapes import check_shapes
@@ -73,10 +74,11 @@ def sinkhorn(
 
     Parameters
     ----------
-    a : Tensor, shape (..., P), dtype of M, or None
+    a : Tensor, shape (..., P), dtype of M, float32 too for 16-bit M, or None
         Weights of the rows, at least 0. None, or an empty sequence as in POT, is 1 / P each.
-    b : Tensor, shape (..., N), dtype of M, or None
-        Weights of the columns. Without ``partial`` their total must be that of a.
+    b : Tensor, shape (..., N), as a, or None
+        Weights of the columns. Without ``partial`` their total must be that of a, to a thousandth
+        or to what rounding does to weights of 16 bits: each, and the total they were divided by.
     M : Tensor, shape (..., P, N), float16, bfloat16, float32 or float64
         Costs. Leading dimensions of a, b and M are broadcast.
     reg : float > 0, unit of M
@@ -110,10 +112,11 @@ def sinkhorn(
 
     Notes
     -----
-    Differentiable in: M, a, b, once, at the optimum and not through the iterations (the system of
-    `fastfpl.ops.transport_plan`). Without ``partial`` a is scaled to the total of b, so that a and
-    b may be moved one at a time. A weight of 0 has the gradient 0; a row that meets its bound
-    without need is taken for held.
+    Differentiable in: M, a, b, at the optimum and not through the iterations (the system of
+    `fastfpl.ops.transport_plan`), backward and forward; under ``torch.func`` too, except ``vmap``:
+    give leading dimensions. Without ``partial`` a is scaled to the total of b, so that a and b may
+    be moved one at a time. A weight of 0 has the gradient 0; a row that meets its bound without
+    need is taken for held.
     Not covered: a mass below both totals (POT's ``m``), where both sides are bounds; many b for one
     M in the columns of b (broadcast instead); unbalanced transport with penalties.
     Deterministic: yes. Computes in float32, in float64 for float64. The C++ face takes problems of
@@ -127,6 +130,8 @@ def sinkhorn(
         raise KindError(f"{_OP}: M must be a torch.Tensor; got {type(M).__name__}")
     if M.dtype not in _DTYPES:
         raise KindError(f"{_OP}: M must be float16, bfloat16, float32 or float64; got {M.dtype}")
+    refuse_nested(_OP)
+    refuse_vmap(_OP, *(x for x in (a, b, M) if isinstance(x, Tensor)))
     sizes = check_shapes(_OP, M=(M, "... P N"))
     if not sizes["P"] or not sizes["N"]:
         raise InputError(f"{_OP}: M must have rows and columns; got {tuple(M.shape)}")
@@ -146,10 +151,10 @@ def sinkhorn(
     tol = stopThr if stopThr is not None else 1e-9 if M.dtype == torch.float64 else 1e-5
     if not 0 < tol < math.inf:
         raise InputError(f"{_OP}: stopThr must be positive and finite; got {stopThr!r}")
-    wide = torch.float64 if M.dtype == torch.float64 else torch.float32
+    wide = wide_of(M)
     cost = M.to(wide).expand(*lead, *M.shape[-2:])
     rows, columns = (w.to(wide).expand(*lead, w.shape[-1]) for w in (a, b))
-    turned = _turned(cost, rows, columns, partial)
+    turned = _turned(cost, rows, columns, partial, _unsure(a) + _unsure(b))
     if turned:
         cost, rows, columns = cost.mT, columns, rows
     if bool((totals := columns.sum(-1) >= rows.sum(-1) * (1 - 1e-6)).any()) and partial:
@@ -178,14 +183,15 @@ def sinkhorn(
 
 def _weights(name: str, weights: _Weights, M: Tensor, size: int) -> Tensor:
     if weights is None or (not isinstance(weights, Tensor) and not len(weights)):
-        return M.new_full((size,), 1 / size)
+        return M.new_full((size,), 1 / size, dtype=wide_of(M))
     if not isinstance(weights, Tensor):
         raise KindError(
             f"{_OP}: {name} must be a torch.Tensor or None; got {type(weights).__name__}"
         )
-    if weights.dtype != M.dtype or weights.device != M.device:
+    if weights.dtype not in (M.dtype, wide_of(M)) or weights.device != M.device:
+        wider = "" if wide_of(M) == M.dtype else f", or {wide_of(M)}"
         raise KindError(
-            f"{_OP}: {name} must be {M.dtype} on {M.device} as M is; got {weights.dtype} on "
+            f"{_OP}: {name} must be {M.dtype} on {M.device} as M is{wider}; got {weights.dtype} on "
             f"{weights.device}"
         )
     if weights.ndim < 1 or weights.shape[-1] != size:
@@ -206,11 +212,18 @@ def _weights(name: str, weights: _Weights, M: Tensor, size: int) -> Tensor:
     return weights
 
 
-def _turned(cost: Tensor, rows: Tensor, columns: Tensor, partial: bool) -> bool:
+def _unsure(weights: Tensor) -> Tensor:
+    """Say how far a total may be from the one meant: each weight is rounded, and what it is of."""
+    kind = torch.finfo(weights.dtype)
+    each = kind.smallest_normal * kind.eps * weights.shape[-1]  # where a weight is subnormal
+    return weights.detach().to(wide_of(weights)).sum(-1) * kind.eps + each
+
+
+def _turned(cost: Tensor, rows: Tensor, columns: Tensor, partial: bool, unsure: Tensor) -> bool:
     """Say whether rows and columns change places, so that the scaled side is met or is small."""
     of_rows, of_columns = rows.sum(-1), columns.sum(-1)
     if not partial:
-        far = (of_rows - of_columns).abs() > 1e-3 * of_rows
+        far = (of_rows - of_columns).abs() > (1e-3 * of_rows).maximum(unsure)
         if bool(far.any()):
             place = tuple(int(i) for i in far.nonzero()[0])
             raise InputError(
@@ -232,7 +245,6 @@ class _Plan(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
         cost: Tensor,
         rows: Tensor,
         columns: Tensor,
@@ -242,27 +254,56 @@ class _Plan(torch.autograd.Function):
         tol: float,
     ) -> _Solved:
         arguments = (cost, rows, columns, reg, partial, max_iter, tol)
-        plan, iterations, residual = choose("sinkhorn", FACES["sinkhorn"], *arguments).run(
-            *arguments
-        )
-        ctx.save_for_backward(plan, rows, columns)
-        ctx.reg, ctx.partial, ctx.tol = reg, partial, tol
-        ctx.mark_non_differentiable(iterations, residual)
-        return plan, iterations, residual
+        found: _Solved = choose("sinkhorn", FACES["sinkhorn"], *arguments).run(*arguments)
+        return found
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Solved) -> None:
+        _, rows, columns, ctx.reg, ctx.partial, _, ctx.tol = inputs
+        plan, *ended = output
+        ctx.save_for_backward(plan, rows, columns)
+        ctx.save_for_forward(plan, rows, columns)
+        ctx.mark_non_differentiable(*ended)
+
+    @staticmethod
     def backward(ctx: Any, d_plan: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        return *_pull(ctx, d_plan), None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         plan, rows, columns = ctx.saved_tensors
+        moved = [
+            like.new_zeros(like.shape) if tangent is None else tangent
+            for tangent, like in zip(tangents, (plan, rows, columns), strict=False)
+        ]
+        # the gradient is linear in that of the plan: its transpose goes the other way
+        turn = torch.func.vjp(functools.partial(_pull, ctx), torch.zeros_like(plan))[1]
+        return turn(tuple(moved))[0], None, None
+
+    @staticmethod
+    def vmap(
+        info: Any, dims: tuple[int | None, ...], *arguments: Any
+    ) -> tuple[_Solved, tuple[int, ...]]:
+        whole = [
+            x.expand(info.batch_size, *x.shape) if at is None else x.movedim(at, 0)
+            for x, at in zip(arguments[:3], dims, strict=False)
+        ]
+        return _Plan.apply(*whole, *arguments[3:]), (0, 0, 0)
+
+
+def _pull(ctx: Any, d_plan: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pull a gradient of the plan back to costs, rows and columns."""
+    plan, rows, columns = ctx.saved_tensors
+    with as_given(plan.device):
         pulled, alpha, beta = pull_back(plan, d_plan, rows if ctx.partial else None, ctx.tol)
-        d_rows = torch.where(rows > 0, alpha.squeeze(-1), 0)
-        d_columns = torch.where(columns > 0, beta.squeeze(-2), 0)
-        if not ctx.partial:  # through the scaling of the rows to the total of the columns
-            total, held = rows.sum(-1, keepdim=True), columns.sum(-1, keepdim=True)
-            mean = (d_rows * rows).sum(-1, keepdim=True) / total
-            d_rows = torch.where(rows > 0, (d_rows - mean) * held / total, 0)
-            d_columns = torch.where(columns > 0, d_columns + mean, 0)
-        return -pulled / ctx.reg, d_rows, d_columns, None, None, None, None
+    d_rows = torch.where(rows > 0, alpha.squeeze(-1), 0)
+    d_columns = torch.where(columns > 0, beta.squeeze(-2), 0)
+    if not ctx.partial:  # through the scaling of the rows to the total of the columns
+        total, held = rows.sum(-1, keepdim=True), columns.sum(-1, keepdim=True)
+        mean = (d_rows * rows).sum(-1, keepdim=True) / total
+        d_rows = torch.where(rows > 0, (d_rows - mean) * held / total, 0)
+        d_columns = torch.where(columns > 0, d_columns + mean, 0)
+    return -pulled / ctx.reg, d_rows, d_columns
 
 
 def _refuse(cost: Tensor, reg: float, first: int) -> None:
@@ -302,8 +343,8 @@ def _cpu(
     first_bad = native.load("transport_plan").transport_plan(
         *(plan, plan, iterations, residual, reg, 1.0, not partial, max_iter, tol),
         torch.get_num_threads(),
-        rows=rows.contiguous(),
-        columns=columns.contiguous(),
+        rows=rows.resolve_neg().contiguous(),
+        columns=columns.resolve_neg().contiguous(),
     )
     if first_bad >= 0:
         _refuse(cost, reg, first_bad)

@@ -5,15 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
+
+import torch
+from torch.autograd import forward_ad
 
 from fastfpl.errors import InputError, NotSupported, near
 
-__all__ = ["NAMES", "Face", "choose", "face", "forced", "note_face", "recorded_faces"]
+__all__ = [
+    "NAMES",
+    "Face",
+    "choose",
+    "face",
+    "forced",
+    "note_face",
+    "recorded_faces",
+    "transformed",
+]
 
 #: Every name a face may have, best first.
 NAMES = ("cuda", "triton", "cpu", "torch", "reference")
+#: Those whose gradient is written by hand: backward, once.
+BY_HAND = ("cuda", "triton", "cpu")
 
 
 def _never(*_: Any) -> list[str]:
@@ -105,15 +119,39 @@ def forced(op: str) -> str | None:
     return choice.get(op, choice.get(None))
 
 
+def transformed(*arguments: Any) -> str:
+    """Say which of torch's transforms besides a backward pass sees the arguments; "" for none.
+
+    Looks at tensors, and at those in the fields of a dataclass such as a gate.
+    """
+    if torch.compiler.is_compiling():
+        return ""
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func"
+    if forward_ad._current_level < 0:
+        return ""
+    for value in arguments:
+        inside = [getattr(value, f.name) for f in fields(value)] if is_dataclass(value) else [value]
+        for tensor in inside:
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            if forward_ad.unpack_dual(tensor).tangent is not None:
+                return "forward-mode differentiation"
+    return ""
+
+
 def choose(op: str, faces: tuple[Face, ...], *arguments: Any) -> Face:
     """Return the first face that takes the arguments, or raise `NotSupported` with all reasons."""
     wanted = forced(op)
     reasons: list[str] = []
+    seen_by = transformed(*arguments)
     for candidate in faces:
         if wanted is not None and candidate.name != wanted:
             reasons.append(f"  {candidate.name}: face {wanted!r} was asked for")
             continue
         against = candidate.missing() or candidate.against(*arguments)
+        if seen_by and candidate.name in BY_HAND:
+            against = [f"{seen_by} cannot look into it: it has a gradient by hand, backward only"]
         if not against:
             note_face(op, candidate.name)
             return candidate

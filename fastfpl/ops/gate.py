@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from fastfpl.errors import InputError, KindError
 from fastfpl.ops import launch, native
 from fastfpl.ops.faces import Face, choose
-from fastfpl.ops.precision import as_given
+from fastfpl.ops.precision import as_given, widest
 from fastfpl.reference import gate as reference
 from fastfpl.reference.gate import Gate
 from fastfpl.shapes import check_shapes
@@ -55,18 +56,23 @@ def gate_experts(image: Tensor, experts: Tensor, gate: Gate) -> Tensor:
     Notes
     -----
     Differentiable in: image, experts, all eight tensors of the gate; once in the triton and cpu
-    faces. A bias of keys changes no softmax, so the gradient of b_k is zero there, and rounding
-    in the others. Deterministic: yes, whatever the number of threads; no atomics on a GPU.
-    Accumulates in float32, in float64 for float64; autocast is not asked. On a GPU float32 is
-    multiplied exactly, or in TF32 where ``torch.set_float32_matmul_precision`` allows that. The C++
-    face takes float32 and float64, the kernels heads of at most 128 numbers.
+    faces, whose place the torch face takes for forward mode and torch.func. A bias of keys changes
+    no softmax, so the gradient of b_k is zero there, and rounding in the others. Deterministic:
+    yes, whatever the number of threads; no atomics on a GPU. Accumulates in float32, in float64 for
+    float64. Under autocast dtypes may differ, and everything is computed and returned in the widest
+    of them. On a GPU float32 is multiplied exactly, or in TF32 where torch is set to allow that.
+    The C++ face takes float32 and float64, the kernels heads of at most 128 numbers.
     Memory of the triton and cpu faces: the projections of images and experts, and where a gradient
-    is wanted two or three numbers an image, class and head; no (B, C, D) and no H B C E. The torch
+    is wanted three numbers an image, class and head; no (B, C, D) and no H B C E. The torch
     face keeps H B C E scores and values.
 
     Source: Luo et al. 2025 (pFedMoAP, ICLR), equations 8 to 10.
     """
     op = "fastfpl.ops.gate_experts"
+    # a lazily negated view keeps its sign in a bit that kernels do not see
+    given = (x.resolve_neg() for x in (image, experts, *gate.tensors().values()))
+    image, experts, *tensors = widest(image.device, *given)
+    gate = replace(gate, **dict(zip(gate.tensor_names(), tensors, strict=True)))  # type: ignore[arg-type]
     sizes = check_shapes(op, image=(image, "... B D"), experts=(experts, "... C E D"))
     for name, tensor in gate.tensors().items():
         check_shapes(
@@ -185,7 +191,7 @@ class _Gate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_logits: Tensor) -> tuple[Tensor | None, ...]:
         with as_given(d_logits.device):
-            return _Gate._gradients(ctx, d_logits)
+            return _Gate._gradients(ctx, d_logits.resolve_neg())
 
     @staticmethod
     def _gradients(ctx: Any, d_logits: Tensor) -> tuple[Tensor | None, ...]:

@@ -20,9 +20,10 @@ from torch.utils.checkpoint import checkpoint
 from fastfpl.errors import KindError
 from fastfpl.ops import launch, native
 from fastfpl.ops import tower as engine
-from fastfpl.ops.attention import against_cpu, against_size, against_wide
+from fastfpl.ops.attention import against_cpu, against_size, against_wide, for_transforms
 from fastfpl.ops.faces import Face, choose
 from fastfpl.ops.memory import current_limit
+from fastfpl.ops.precision import autocast_dtype
 from fastfpl.reference import text as reference
 from fastfpl.reference.text import (
     PromptLayout,
@@ -70,7 +71,7 @@ def encode_text(
     Returns
     -------
     Tensor, shape (..., C, D), dtype of the tower
-        Unit length over D.
+        Unit length over D. Under autocast in its dtype, unless the tower's projection has a bias.
 
     Raises
     ------
@@ -82,8 +83,11 @@ def encode_text(
 
     Notes
     -----
-    Differentiable in: ctx, once on the compiled faces. Deterministic: yes. LayerNorm and
-    normalisation in float32 (float64 for float64). Equal to the full-length pass up to rounding.
+    Differentiable in: ctx, once on the compiled faces, whose place the torch face takes for forward
+    mode and torch.func. Deterministic: yes. LayerNorm and
+    normalisation in float32 (float64 for float64). Under autocast matrix products and attention
+    run in its dtype and the residual stream in the tower's; the compiled faces keep the rounded
+    weights. Equal to the full-length pass up to rounding.
     The compiled faces compute nothing that no context reaches: SOS, the first layer's keys and
     values of names, all but the EOT rows in the last layer.
     Memory: activations of (prefix + suffix) tokens per context when a gradient is wanted, of C·L
@@ -102,7 +106,15 @@ def encode_text(
     if ctx.device != tower.device:
         raise KindError(f"{op}: ctx must be on the tower's device {tower.device}; got {ctx.device}")
     face = choose("encode_text", FACES["encode_text"], tower, layout, ctx, class_specific)
-    features: Tensor = face.run(tower, layout, ctx, class_specific)
+    # without context vectors nothing moves: the empty gradient of nothing is attached below
+    given = ctx.resolve_neg() if slots else ctx.detach()
+    with for_transforms(ctx):
+        features: Tensor = face.run(tower, layout, given, class_specific)
+    if not slots:
+        nothing = ctx.sum(dim=(-2, -1), dtype=features.dtype)
+        features = features + (nothing[..., None] if class_specific else nothing[..., None, None])
+    if not features.numel() and tower.projection_b is None:
+        return features.to(_dtype(tower))  # no product has told
     return features
 
 
@@ -415,6 +427,11 @@ def reasons_against(tower: TextTower) -> dict[str, list[str]]:
     return {face.name: face.missing() or face.against(tower) for face in FACES["encode_text"]}
 
 
+def _dtype(tower: TextTower) -> torch.dtype:
+    """Return the dtype that the tower's products have here."""
+    return autocast_dtype(tower.device, tower.dtype)
+
+
 def _against_kernels(tower: TextTower) -> list[str]:
     reasons = against_whole(tower)
     if tower.sos is None:
@@ -426,12 +443,14 @@ def _against_kernels(tower: TextTower) -> list[str]:
 
 def _against_cpu(tower: TextTower, *_: object) -> list[str]:
     reasons = _against_kernels(tower) + against_cpu("the tower", tower.projection)
+    if not reasons and _dtype(tower) == torch.float16:
+        reasons.append("autocast asks for float16, the face has bfloat16, float32, float64")
     return reasons + against_size(tower.heads, tower.width)
 
 
 def _against_triton(tower: TextTower, *_: object) -> list[str]:
     reasons = _against_kernels(tower) + launch.against("encode_text", tower=tower.projection)
-    return reasons + against_wide(tower.heads, tower.width, tower.dtype)
+    return reasons + against_wide(tower.heads, tower.width, _dtype(tower))
 
 
 def _against_reference(*_: object) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,6 +21,7 @@ from fastfpl.errors import InputError
 from fastfpl.ops import native
 from fastfpl.ops.attention import Launchers, cpu_launchers, triton_launchers
 from fastfpl.ops.memory import current_limit
+from fastfpl.ops.precision import as_given, autocast_dtype
 from fastfpl.reference.text import Block, PromptLayout, TextTower
 
 __all__ = [
@@ -292,6 +293,57 @@ def _stamp(tower: TextTower) -> int:
     return sum(t._version for t in tensors if isinstance(t, Tensor) and not t.is_inference())
 
 
+_narrowed: WeakKeyDictionary[TextTower, dict[torch.dtype, tuple[int, TextTower]]] = (
+    WeakKeyDictionary()
+)
+
+
+def _as_autocast_asks(tower: TextTower) -> TextTower:
+    """Return the tower with its products in autocast's dtype, its norms and sums wide, as eager.
+
+    The rounded weights stay, as autocast keeps them for the length of its block.
+    """
+    dtype = autocast_dtype(tower.device, tower.dtype)
+    if dtype == tower.dtype:
+        return tower
+    stamp, known = _stamp(tower), _narrowed.setdefault(tower, {})
+    if dtype not in known or known[dtype][0] != stamp:
+        wide = torch.promote_types(tower.dtype, dtype)
+
+        def block(one: Block) -> Block:
+            moved = {f.name: getattr(one, f.name) for f in fields(one)}
+            for name in ("qkv_w", "qkv_b", "out_w", "fc_w", "fc_b", "proj_w"):
+                moved[name] = moved[name].to(dtype)
+            for name in ("out_b", "proj_b"):
+                moved[name] = moved[name].to(wide)
+            return Block(**moved)
+
+        # kept beyond this call: tensors made in inference mode could not be saved for a gradient
+        with torch.inference_mode(False), torch.no_grad():
+            narrow = replace(
+                tower,
+                blocks=tuple(block(one) for one in tower.blocks),
+                projection=tower.projection.to(dtype),
+            )
+        known[dtype] = stamp, narrow
+    return known[dtype][1]
+
+
+def _stream(tower: TextTower) -> torch.dtype:
+    """Return the dtype of the residual stream; products have the tower's."""
+    return tower.blocks[0].out_b.dtype
+
+
+def _features_dtype(tower: TextTower) -> torch.dtype:
+    offset = tower.projection_b
+    return tower.dtype if offset is None else torch.promote_types(tower.dtype, offset.dtype)
+
+
+def _add_product(base: Tensor, a: Tensor, w: Tensor) -> Tensor:
+    """Add a wᵀ to ``base`` in place, in one step where the dtypes allow it."""
+    return base.addmm_(a, w.t()) if a.dtype == base.dtype else base.add_(a @ w.t())
+
+
 def _constants_of(kernels: Kernels, tower: TextTower) -> _Constants:
     stamp, by_kernels = _stamp(tower), _constants.setdefault(tower, {})
     if kernels not in by_kernels or by_kernels[kernels].stamp != stamp:
@@ -301,8 +353,8 @@ def _constants_of(kernels: Kernels, tower: TextTower) -> _Constants:
 
 def _first_input(tower: TextTower, tokens: Tensor, positions: Tensor) -> Tensor:
     """Embed fixed tokens: (n, W)."""
-    embedded = tower.token_embedding[tokens].to(tower.dtype)
-    return embedded + tower.positional[positions].to(tower.dtype)
+    stream = _stream(tower)
+    return tower.token_embedding[tokens].to(stream) + tower.positional[positions].to(stream)
 
 
 @torch.no_grad()
@@ -314,9 +366,10 @@ def _sos(kernels: Kernels, tower: TextTower) -> list[Tensor]:
     for block in tower.blocks:
         h, base, _, _ = kernels.norm_fwd(x, block.ln_1_w, block.ln_1_b, tower.eps, block.out_b)
         assert base is not None
-        _, key, value = torch.addmm(block.qkv_b, h, block.qkv_w.t()).chunk(3, dim=-1)
+        qkv = torch.addmm(block.qkv_b, h.to(tower.dtype), block.qkv_w.t())
+        _, key, value = qkv.chunk(3, dim=-1)
         pairs.append(torch.cat((key, value)))
-        x = base.addmm_(value, block.out_w.t())
+        x = _add_product(base, value, block.out_w)
         x, *_ = _mlp(kernels, tower, block, x)
     return pairs
 
@@ -326,7 +379,7 @@ def _fixed(kernels: Kernels, tower: TextTower, rows: Rows) -> _Fixed:
     x = _first_input(tower, rows.tokens, rows.positions)
     h, base, _, _ = kernels.norm_fwd(x, block.ln_1_w, block.ln_1_b, tower.eps, block.out_b)
     assert base is not None
-    return _Fixed(base, h @ block.qkv_w.t())
+    return _Fixed(base, h.to(tower.dtype) @ block.qkv_w.t())
 
 
 #: Mean and reciprocal deviation of every row of a LayerNorm.
@@ -339,10 +392,10 @@ def _mlp(
     """Return the block's output, its second norm's statistics, and the MLP's first product."""
     h, base, mean, rstd = kernels.norm_fwd(x, block.ln_2_w, block.ln_2_b, tower.eps, block.proj_b)
     assert base is not None
-    u = h @ block.fc_w.t()
+    u = h.to(tower.dtype) @ block.fc_w.t()
     del h
     a = kernels.activation_fwd(u, block.fc_b, tower.activation)
-    return base.addmm_(a, block.proj_w.t()), (mean, rstd), u
+    return _add_product(base, a, block.proj_w), (mean, rstd), u
 
 
 @dataclass(eq=False)
@@ -403,7 +456,7 @@ class _Pass:
             mixed = kernels.attention.forward(
                 *(qkv, block.qkv_b, rows.shared, rows.starts, tower.heads, self.sos[depth], last)
             )
-            x_2 = base.addmm_(mixed.view(-1, width), block.out_w.t())
+            x_2 = _add_product(base, mixed.view(-1, width), block.out_w)
             del mixed, base
             out, norm_2, u = _mlp(kernels, tower, block, x_2)
             if keep:
@@ -412,13 +465,13 @@ class _Pass:
         h, norm = self._norm(x, tower.ln_w, tower.ln_b)
         y = h @ tower.projection
         if tower.projection_b is not None:
-            y += tower.projection_b
+            y = y + tower.projection_b  # which may be wider, as in eager
         features, length = kernels.unit_fwd(y)
         return features, _Tape(kept, x, norm, features, length) if keep else None
 
     def _norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, _Stats]:
         h, _, mean, rstd = self.kernels.norm_fwd(x, weight, bias, self.tower.eps, None)
-        return h, (mean, rstd)
+        return h.to(self.tower.dtype), (mean, rstd)
 
     def _norm_and_shift(
         self, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor
@@ -426,7 +479,7 @@ class _Pass:
         """Also return x + shift: the residual stream with the bias of what will be added to it."""
         h, base, mean, rstd = self.kernels.norm_fwd(x, weight, bias, self.tower.eps, shift)
         assert base is not None
-        return h, base, (mean, rstd)
+        return h.to(self.tower.dtype), base, (mean, rstd)
 
     def _at_ends(self, x: Tensor) -> Tensor:
         """Take the EOT rows: (G, n, ...) -> (G C, ...), contiguous."""
@@ -466,16 +519,18 @@ class _Pass:
         """Return the gradient of ``moved`` (G, K, W); the tape is used up."""
         kernels, tower, rows, width = self.kernels, self.tower, self.rows, self.tower.width
         d_y = kernels.unit_bwd(d_features, tape.features, tape.length)
-        d_x = torch.zeros_like(tape.x)
-        kernels.norm_bwd(d_y @ tower.projection.t(), tape.x, tower.ln_w, *tape.norm, d_x)
+        d_x, stream = torch.zeros_like(tape.x), tape.x.dtype
+        d_h = (d_y.to(tower.dtype) @ tower.projection.t()).to(stream)
+        kernels.norm_bwd(d_h, tape.x, tower.ln_w, *tape.norm, d_x)
         for depth in reversed(range(len(tower.blocks))):
             block, kept = tower.blocks[depth], tape.blocks.pop()
             last = depth == len(tower.blocks) - 1
-            d_u = kernels.activation_bwd(d_x @ block.proj_w, kept.u, block.fc_b, tower.activation)
-            d_h = d_u @ block.fc_w
-            del d_u
+            d_a = d_x.to(tower.dtype) @ block.proj_w
+            d_u = kernels.activation_bwd(d_a, kept.u, block.fc_b, tower.activation)
+            d_h = (d_u @ block.fc_w).to(stream)
+            del d_a, d_u
             kernels.norm_bwd(d_h, kept.x_2, block.ln_2_w, *kept.norm_2, d_x)
-            d_mixed = (d_x @ block.out_w).view(len(kept.qkv), -1, width)
+            d_mixed = (d_x.to(tower.dtype) @ block.out_w).view(len(kept.qkv), -1, width)
             d_qkv = kernels.attention.backward(
                 *(d_mixed, kept.qkv, block.qkv_b, rows.shared, rows.starts, tower.heads),
                 *(self.sos[depth], last),
@@ -494,7 +549,7 @@ class _Pass:
             else:
                 d_h = d_qkv.view(-1, 3 * width) @ block.qkv_w
             del d_qkv
-            kernels.norm_bwd(d_h, kept.x, block.ln_1_w, *kept.norm_1, d_x)
+            kernels.norm_bwd(d_h.to(stream), kept.x, block.ln_1_w, *kept.norm_1, d_x)
         return d_x.view(-1, len(rows.moving_positions), width)
 
     def _from_ends(self, d: Tensor, groups: int) -> Tensor:
@@ -566,7 +621,9 @@ class _Encode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, contexts: Tensor, call: _Call) -> Tensor:
         groups, tower = len(contexts), call.tower
-        features = contexts.new_empty(groups, len(call.layout.eot), tower.dim)
+        features = contexts.new_empty(
+            groups, len(call.layout.eot), tower.dim, dtype=_features_dtype(tower)
+        )
         tapes: list[_Tape] = []
         for part, (g, c, one) in enumerate(call.parts(groups)):
             moved = call.gather(contexts[g], c, one.rows)
@@ -582,6 +639,11 @@ class _Encode(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_features: Tensor) -> tuple[Tensor, None]:
+        with as_given(d_features.device):
+            return _Encode._gradient(ctx, d_features.resolve_neg()), None
+
+    @staticmethod
+    def _gradient(ctx: Any, d_features: Tensor) -> Tensor:
         (contexts,) = ctx.saved_tensors
         call: _Call = ctx.call
         # kept parts come first: what they held is free before any other is made again
@@ -597,7 +659,7 @@ class _Encode(torch.autograd.Function):
             wanted = d_features[g, c].reshape(-1, call.tower.dim).contiguous()
             call.scatter(one.backward(wanted, tape), d_contexts[g], c, one.rows)
             del tape
-        return d_contexts, None
+        return d_contexts
 
 
 def encode(
@@ -610,20 +672,23 @@ def encode(
     """Encode contexts as `fastfpl.ops.encode_text` does: (..., C, D)."""
     inner = 3 if class_specific else 2
     lead = ctx.shape[: ctx.dim() - inner]
-    flat = ctx.reshape(math.prod(lead), *ctx.shape[ctx.dim() - inner :]).to(tower.dtype)
+    tower = _as_autocast_asks(tower)
+    stream = _stream(tower)
+    flat = ctx.reshape(math.prod(lead), *ctx.shape[ctx.dim() - inner :]).to(stream)
     wanted = torch.is_grad_enabled() and flat.requires_grad
     # Numbers of a row of the tower's width. Kept: the inputs of both norms, qkv and the MLP's first
     # product. Passing by: these of one layer where they are not kept, the MLP's activation, two
     # states of the residual stream.
     mlp = tower.blocks[0].fc_w.shape[0] / tower.width
-    row = tower.width * tower.projection.element_size()
+    row = tower.width * stream.itemsize
     cut = cut_pass(
         *(tower, layout, len(flat), class_specific, current_limit()),
         passing=(5 + mlp + mlp + 2) * row,
         holding=len(tower.blocks) * (5 + mlp) * row if wanted else 0.0,
     )
     found = kernels()
-    constants = _constants_of(found, tower)
-    call = _Call(found, tower, layout, class_specific, constants, cut)
-    features: Tensor = _Encode.apply(flat, call)
+    with as_given(tower.device):
+        constants = _constants_of(found, tower)
+        call = _Call(found, tower, layout, class_specific, constants, cut)
+        features: Tensor = _Encode.apply(flat, call)
     return features.reshape(*lead, len(layout.eot), tower.dim)

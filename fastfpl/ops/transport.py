@@ -8,7 +8,6 @@ from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastfpl.errors import InputError, KindError
 from fastfpl.ops import launch, native
@@ -22,9 +21,13 @@ from fastfpl.ops.transport_checks import (
     check_similarities,
     check_tensor,
     entropy_of,
+    once,
+    refuse_forward,
+    refuse_nested,
     refuse_product,
     refuse_similarity,
     refuse_unconverged,
+    refuse_vmap,
     wide_of,
 )
 from fastfpl.ops.transport_gradient import pull_back
@@ -176,9 +179,10 @@ def transport_plan(
 
     Notes
     -----
-    Differentiable in: sim, only with ``plan_gradient``. Without it the plan is returned detached, a
-    constant as in FedOTP, so that ``(plan * sim).sum()`` has the gradient ``plan``. With it the
-    gradient is that of the optimum, whatever iterations led there: for the gradient G of the plan
+    Differentiable in: sim, only with ``plan_gradient``, backward and forward, under ``torch.func``
+    too. Without it the plan is returned detached, a constant as in FedOTP, so that
+    ``(plan * sim).sum()`` has the gradient ``plan``. With it the gradient is that of the optimum,
+    whatever iterations led there: for the gradient G of the plan
 
     .. math:: \frac{\partial}{\partial sim_{mn}} = \frac1\varepsilon T_{mn}
               (G_{mn} - \alpha_m - \beta_n)
@@ -215,9 +219,12 @@ def transport_plan(
     if not sizes["P"] or not sizes["N"]:
         raise InputError(f"{PLAN}: sim must have patches and prompts; got {tuple(sim.shape)}")
     check_options(PLAN, eps, mass, max_iter, tol)
+    refuse_nested(PLAN)
     wide = (sim if plan_gradient else sim.detach()).to(wide_of(sim))
     plan: Tensor
-    plan, iterations, residual = _solve(
+    # torch.compile takes no Function with a forward mode
+    solve = _solve if torch.compiler.is_compiling() else _Plan.apply
+    plan, iterations, residual = solve(
         wide, float(eps), float(mass), balanced or mass == 1, max_iter, float(tol), not info
     )
     if not info:
@@ -302,10 +309,11 @@ def transport_logits(
 
     Notes
     -----
-    Differentiable in: patches, prompts, once. The plan is a constant as in FedOTP, so that
-    d logit / d s = T; with ``plan_gradient`` it is T + T (s - alpha - beta) / eps, the derivative
-    of the optimum (see `transport_plan`), except that the reference face differentiates its
-    iterations. Deterministic: yes on CPU, whatever the number of threads of the plans.
+    Differentiable in: patches, prompts, once, backward; forward mode and ``torch.func`` are for
+    ``face("reference")``, and ``vmap`` is a leading dimension. The plan is a constant as in FedOTP,
+    so that d logit / d s = T; with ``plan_gradient`` it is T + T (s - alpha - beta) / eps, the
+    derivative of the optimum (see `transport_plan`), except that the reference face differentiates
+    its iterations. Deterministic: yes on CPU, whatever the number of threads of the plans.
     Computes in float32, in float64 where one of both has it; 16-bit features are widened piece by
     piece, and autocast is not asked. Memory of the C++ face: some four pieces of 16 MiB, however
     many images, classes and clients there are; where a gradient is wanted, also all plans if they
@@ -349,6 +357,9 @@ def transport_logits(
         *(balanced or mass == 1, max_iter, float(tol), plan_gradient, info),
     )
     face = choose("transport_logits", FACES["transport_logits"], *arguments)
+    refuse_vmap(LOGITS, patches, prompts)
+    if face.name != "reference":
+        refuse_forward(LOGITS, patches, prompts)
     logits: Tensor
     with as_given(patches.device):
         logits, iterations, residual, entropy = face.run(*arguments)
@@ -385,20 +396,54 @@ def _(
     )
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: _Solved) -> None:
-    sim, ctx.eps, _, balanced, _, ctx.tol, _ = inputs
-    ctx.bound = None if balanced else 1 / sim.shape[-2]
-    ctx.save_for_backward(output[0])
-    ctx.mark_non_differentiable(*output[1:])
+class _Plan(torch.autograd.Function):
+    """A plan whose derivatives are those of the optimum: one projection, its own transpose."""
+
+    @staticmethod
+    def forward(
+        sim: Tensor,
+        eps: float,
+        mass: float,
+        balanced: bool,
+        max_iter: int,
+        tol: float,
+        strict: bool,
+    ) -> _Solved:
+        found: _Solved = _solve(sim, eps, mass, balanced, max_iter, tol, strict)
+        return found
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Solved) -> None:
+        sim, ctx.eps, _, balanced, _, ctx.tol, _ = inputs
+        ctx.bound = None if balanced else 1 / sim.shape[-2]
+        ctx.save_for_backward(output[0])
+        ctx.save_for_forward(output[0])
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, d_plan: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        return _project(ctx, d_plan), None, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, d_sim: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        return _project(ctx, d_sim), None, None
+
+    @staticmethod
+    def vmap(
+        info: Any, dims: tuple[int | None, ...], sim: Tensor, *options: Any
+    ) -> tuple[_Solved, tuple[int, ...]]:
+        return _Plan.apply(sim.movedim(dims[0] or 0, 0), *options), (0, 0, 0)
 
 
-def _differentiate(ctx: Any, d_plan: Tensor, *__: Tensor) -> tuple[Tensor | None, ...]:
+_solve.register_autograd(_Plan.backward, setup_context=_Plan.setup_context)
+
+
+def _project(ctx: Any, by: Tensor) -> Tensor:
     (plan,) = ctx.saved_tensors
-    pulled, *_ = pull_back(plan, d_plan, ctx.bound, ctx.tol)
-    return pulled / ctx.eps, None, None, None, None, None, None
-
-
-_solve.register_autograd(_differentiate, setup_context=_remember)
+    with as_given(plan.device):
+        pulled, *_ = pull_back(plan, by, ctx.bound, ctx.tol)
+    projected: Tensor = pulled / ctx.eps
+    return projected
 
 
 def _reference(
@@ -437,8 +482,13 @@ def _against_triton(sim: Tensor, *_: object) -> list[str]:
 
 
 def _against_triton_logits(patches: Tensor, prompts: Tensor, *options: Any) -> list[str]:
+    from fastfpl.kernels.transport import MOST_PATCHES_DOUBLE
+
+    n_patches = patches.shape[-2]
     reasons = launch.against("transport_logits", patches=patches)
-    reasons += _beyond_kernels(patches.shape[-2], prompts.shape[-2])
+    reasons += _beyond_kernels(n_patches, prompts.shape[-2])
+    if wide_of(patches, prompts) == torch.float64 and n_patches > MOST_PATCHES_DOUBLE:
+        reasons.append(f"P = {n_patches} patches in float64, at most {MOST_PATCHES_DOUBLE}")
     *_, plan_gradient, _ = options
     return [*reasons, "gradients through the plan: cpu, torch faces"] if plan_gradient else reasons
 
@@ -544,20 +594,23 @@ class _Triton(torch.autograd.Function):
         return logits, iterations, residual, entropy
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_logits: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         from fastfpl.kernels.transport import transport_logits_bwd
 
+        patches, prompts, state = ctx.saved_tensors
         of_patches, of_prompts = ctx.needs_input_grad[:2]
-        gradients = transport_logits_bwd(
-            d_logits.contiguous(),
-            *ctx.saved_tensors,
-            ctx.problem.eps,
-            ctx.problem.balanced,
-            of_patches=of_patches,
-            of_prompts=of_prompts,
-        )
-        return *gradients, None, None, None
+        with torch.no_grad():
+            gradients = transport_logits_bwd(
+                d_logits.resolve_neg().contiguous(),
+                patches,
+                prompts,
+                state,
+                ctx.problem.eps,
+                ctx.problem.balanced,
+                of_patches=of_patches,
+                of_prompts=of_prompts,
+            )
+        return *once(LOGITS, gradients, d_logits, patches, prompts), None, None, None
 
 
 #: The faces of this file's ops, best first.

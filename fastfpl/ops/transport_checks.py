@@ -5,12 +5,20 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._C._functorch import (
+    TransformType,
+    get_interpreter_stack,
+    get_unwrapped,
+    is_batchedtensor,
+    is_functorch_wrapped_tensor,
+)
+from torch.autograd import forward_ad
 
-from fastfpl.errors import InputError, KindError, NotConverged
+from fastfpl.errors import InputError, KindError, NotConverged, NotSupported
 
 __all__ = [
     "LOGITS",
@@ -21,9 +29,13 @@ __all__ = [
     "check_similarities",
     "check_tensor",
     "entropy_of",
+    "once",
+    "refuse_forward",
+    "refuse_nested",
     "refuse_product",
     "refuse_similarity",
     "refuse_unconverged",
+    "refuse_vmap",
     "wide_of",
 ]
 
@@ -54,6 +66,69 @@ def check_options(op: str, eps: float, mass: float, max_iter: int, tol: float) -
         raise InputError(f"{op}: tol must be positive and finite; got {tol!r}")
     if max_iter < 1:
         raise InputError(f"{op}: max_iter must be at least 1; got {max_iter!r}")
+
+
+def refuse_vmap(op: str, *tensors: Tensor) -> None:
+    """Refuse what torch.func.vmap makes of a tensor: values of it cannot be checked."""
+    if torch.compiler.is_compiling():
+        return
+    for tensor in tensors:
+        inner = tensor
+        while is_functorch_wrapped_tensor(inner):
+            if is_batchedtensor(inner):
+                raise NotSupported(
+                    f"{op}: tensors must be whole; got a slice that torch.func.vmap makes; give "
+                    "all of them as a leading dimension"
+                )
+            inner = get_unwrapped(inner)
+
+
+def refuse_nested(op: str) -> None:
+    """Refuse forward mode inside forward mode: torch takes the second one of a Function for 0."""
+    if torch.compiler.is_compiling():
+        return
+    levels = [level.key() for level in get_interpreter_stack() or ()].count(TransformType.Jvp)
+    if levels > 1:
+        raise NotSupported(
+            f"{op}: forward mode must not lie within forward mode; got {levels} levels of it; "
+            "torch.func.hessian gives second derivatives"
+        )
+
+
+def once(op: str, gradients: tuple[Tensor | None, ...], *of: Tensor) -> tuple[Tensor | None, ...]:
+    """Return gradients of ``of`` whose own derivatives are refused, not taken for 0."""
+    if not torch.is_grad_enabled():
+        return gradients
+    found: tuple[Tensor | None, ...] = _Once.apply(op, len(gradients), *gradients, *of)
+    return found
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, op: str, count: int, *tensors: Tensor | None) -> Any:
+        ctx.op = op
+        return tuple(None if x is None else x.view_as(x) for x in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> NoReturn:
+        raise NotSupported(
+            f"{ctx.op}: derivatives must be of first order; got one of a gradient; "
+            "face('reference') takes it"
+        )
+
+
+def refuse_forward(op: str, *tensors: Tensor) -> None:
+    """Refuse derivatives that are not autograd's backward pass, for faces that have no other."""
+    if torch.compiler.is_compiling():
+        return
+    for tensor in tensors:
+        wrapped = is_functorch_wrapped_tensor(tensor)
+        if wrapped or forward_ad.unpack_dual(tensor).tangent is not None:
+            how = "a transform of torch.func" if wrapped else "forward mode"
+            raise NotSupported(
+                f"{op}: derivatives must be asked for by backward() or torch.autograd.grad; got "
+                f"{how}; face('reference') takes it"
+            )
 
 
 def refuse_unconverged(op: str, iterations: Tensor, residual: Tensor, tol: float) -> NoReturn:

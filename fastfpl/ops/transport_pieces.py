@@ -9,14 +9,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastfpl.ops import native
 from fastfpl.ops.precision import as_given
 from fastfpl.ops.transport_checks import (
+    LOGITS,
     Refuse,
     check_similarities,
     entropy_of,
+    once,
     refuse_product,
     wide_of,
 )
@@ -72,7 +73,9 @@ def _score_cpu(
 
 def _weigh_cpu(plan: Tensor, by: Tensor) -> Tensor:
     out = torch.empty_like(plan)
-    native.load("weigh_plan").weigh_plan(plan, by.contiguous(), out, torch.get_num_threads())
+    native.load("weigh_plan").weigh_plan(
+        plan, by.resolve_neg().contiguous(), out, torch.get_num_threads()
+    )
     return out
 
 
@@ -200,14 +203,13 @@ class _Logits(torch.autograd.Function):
         return logits, iterations, residual, entropy
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_logits: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         patches, prompts, *slopes = ctx.saved_tensors
         wide = wide_of(patches, prompts)
         of_patches, of_prompts = ctx.needs_input_grad[:2]
         d_patches = _zeros(patches, prompts, wide) if of_patches else None
         d_prompts = _zeros(prompts, patches, wide) if of_prompts else None
-        with as_given(patches.device):
+        with torch.no_grad(), as_given(patches.device):
             for i, (u, b, c) in enumerate(_pieces(patches, prompts)):
                 x, t = patches[u, b].to(wide), prompts[u, c].to(wide)
                 if slopes:
@@ -220,11 +222,11 @@ class _Logits(torch.autograd.Function):
                     _multiply(weight, t, d_patches[u, b], first=c.start == 0)
                 if d_prompts is not None:
                     _multiply(weight.mT, x, d_prompts[u, c], first=b.start == 0)
-        return (
+        gradients = (
             None if d_patches is None else d_patches.to(patches.dtype),
             None if d_prompts is None else d_prompts.to(prompts.dtype),
-            *(None, None, None),
         )
+        return *once(LOGITS, gradients, d_logits, patches, prompts), None, None, None
 
 
 def _zeros(like: Tensor, others: Tensor, dtype: torch.dtype) -> Tensor:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from fastfpl.errors import InputError
 from fastfpl.federation import Comparison, Sweep
-from fastfpl.files import write_text, write_whole
-from fastfpl.report.load import load_comparison
+from fastfpl.federation.comparison import value_folder
+from fastfpl.files import write_all
+from fastfpl.report.facts import each, group_names
+from fastfpl.report.load import load_comparisons
 from fastfpl.report.page import html_page
-from fastfpl.report.plots import accuracy_plot, clients_plot
+from fastfpl.report.plots import accuracy_plot, clients_plot, stacked
 from fastfpl.report.sweep import sweep_markdown, sweep_plot, sweep_table
 from fastfpl.report.table import (
     csv_table,
@@ -25,7 +28,7 @@ __all__ = [
     "csv_table",
     "detail_table",
     "html_page",
-    "load_comparison",
+    "load_comparisons",
     "markdown_table",
     "published_table",
     "sweep_table",
@@ -35,38 +38,30 @@ __all__ = [
 ]
 
 
-def write_report(comparison: Comparison, folder: str | Path) -> list[Path]:
+def write_report(comparisons: Comparison | Sequence[Comparison], folder: str | Path) -> list[Path]:
     """Write ``table.md``, ``table.csv``, ``accuracy.png``, ``clients.png`` and ``index.html``.
 
     Parameters
     ----------
-    comparison : Comparison
+    comparisons : Comparison or sequence of Comparison
+        Several, as `load_comparisons` gives for runs of different tasks, stand below headings.
     folder : path
         Made if it is not there; ``METHOD-seedN`` folders in it are linked from the page.
 
     Returns
     -------
     list of Path
-        The files, the page last. Each is whole or not there.
+        The files, the page last.
 
     Raises
     ------
     InputError
-        If the comparison holds no result, or the folder is a file.
+        If a comparison holds no result, the folder is a file, or the disk does not take the
+        files. Then those that were there are as before: a report is not half new and half old.
     """
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"fastfpl.write_report: folder must be a folder; got the file {folder}")
-    # everything is drawn before anything is written: a report is not half new and half old
-    texts = {"table.md": markdown_table(comparison), "table.csv": csv_table(comparison)}
-    plots = {"accuracy.png": accuracy_plot(comparison), "clients.png": clients_plot(comparison)}
-    page = html_page(comparison, folder)
-    for name, text in texts.items():
-        write_text(folder / name, text)
-    for name, content in plots.items():
-        _write_bytes(folder / name, content)
-    write_text(folder / "index.html", page)
-    return [folder / name for name in (*texts, *plots, "index.html")]
+    files = _report(comparisons, Path(folder))
+    _write("write_report", Path(folder), files)
+    return list(files)
 
 
 def write_sweep(sweep: Sweep, folder: str | Path) -> list[Path]:
@@ -76,26 +71,53 @@ def write_sweep(sweep: Sweep, folder: str | Path) -> list[Path]:
     ----------
     sweep : Sweep
     folder : path
-        The ``out`` of `fastfpl.sweep`; reports go to ``KEY=VALUE`` folders in it.
+        The ``out`` of `fastfpl.sweep`; reports go to the folders of values in it.
 
     Returns
     -------
     list of Path
         The two files and the pages of the values.
+
+    Raises
+    ------
+    InputError
+        As for `write_report`.
     """
     folder = Path(folder)
-    text, plot = sweep_markdown(sweep), sweep_plot(sweep)
-    write_text(folder / "sweep.md", text)
-    _write_bytes(folder / "sweep.png", plot)
-    pages = [
-        write_report(one, folder / f"{sweep.key}={value}")[-1]
-        for value, one in sweep.comparisons.items()
-    ]
+    files = {
+        folder / "sweep.md": sweep_markdown(sweep).encode(),
+        folder / "sweep.png": sweep_plot(sweep),
+    }
+    pages = []
+    for value, one in sweep.comparisons.items():
+        files |= (more := _report(one, folder / value_folder(sweep.key, value)))
+        pages.append(list(more)[-1])
+    _write("write_sweep", folder, files)
     return [folder / "sweep.md", folder / "sweep.png", *pages]
 
 
-def _write_bytes(path: Path, content: bytes) -> None:
-    def write(part: Path) -> None:
-        part.write_bytes(content)
+def _report(comparisons: Comparison | Sequence[Comparison], folder: Path) -> dict[Path, bytes]:
+    """Draw and write down everything that a report's files hold."""
+    all_of = each(comparisons)
+    named = list(zip(all_of, group_names(all_of), strict=True))
+    contents = {
+        "table.md": markdown_table(all_of).encode(),
+        "table.csv": csv_table(all_of).encode(),
+        "accuracy.png": stacked([accuracy_plot(one, about=name) for one, name in named]),
+        "clients.png": stacked([clients_plot(one, about=name) for one, name in named]),
+        "index.html": html_page(all_of, folder).encode(),
+    }
+    return {folder / name: content for name, content in contents.items()}
 
-    write_whole(path, write)
+
+def _write(function: str, folder: Path, files: dict[Path, bytes]) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"fastfpl.{function}: folder must be a folder; got the file {folder}")
+    try:
+        write_all(files)
+    except OSError as error:
+        raise InputError(
+            f"fastfpl.{function}: folder must take the files of the report; got "
+            f"{error.strerror or error} in {folder}; what was there is as before, make room or "
+            "name another folder"
+        ) from None

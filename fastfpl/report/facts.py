@@ -16,6 +16,7 @@ from fastfpl.released import QUIRKS
 
 __all__ = [
     "NONE",
+    "TASK",
     "Beside",
     "Difference",
     "Row",
@@ -24,10 +25,13 @@ __all__ = [
     "captions",
     "clients_of",
     "count",
+    "dealt",
     "details",
     "differences",
     "duration",
+    "each",
     "evaluations",
+    "group_names",
     "listed",
     "percent",
     "public",
@@ -40,6 +44,7 @@ __all__ = [
     "setting",
     "size",
     "subject",
+    "task",
     "trains",
     "warnings",
 ]
@@ -50,6 +55,12 @@ NONE = "\u2013"
 _OWN = ("method", "seed", "options")
 #: Settings that decide time and memory, not accuracy.
 _COST = ("cohort", "device", "threads")
+#: Settings that say what is learnt from and what is asked: between two values nothing is ranked.
+TASK = (
+    *("dataset", "scenario", "target", "on_corrupt", "statistics", "clip", "pretrained"),
+    *("partition", "partition_seed", "beta", "classes_per_client", "repeat_rate", "split_test"),
+    *("clients", "shots", "augment", "crop", "flip"),
+)
 
 
 # -- numbers ---------------------------------------------------------------------------------
@@ -101,6 +112,14 @@ def listed(values: Sequence[Any], word: str = "and") -> str:
 
 
 # -- runs ------------------------------------------------------------------------------------
+
+
+def each(comparisons: Comparison | Sequence[Comparison]) -> list[Comparison]:
+    """List one comparison, or several; refuse none."""
+    found = [comparisons] if isinstance(comparisons, Comparison) else list(comparisons)
+    if not found:
+        raise InputError("fastfpl.report: comparisons must be one or more; got none")
+    return found
 
 
 def runs(comparison: Comparison) -> list[Result]:
@@ -160,7 +179,8 @@ def rows(comparison: Comparison) -> list[Row]:
     runs(comparison)
     table = comparison.rows()
     largest = max(row["accuracy"] for row in table)
-    comparable = len(table) > 1 and not any(w.decides_accuracy for w in warnings(comparison))
+    comparable = len(table) > 1 and not comparison.missing
+    comparable = comparable and not any(w.decides_accuracy for w in warnings(comparison))
     out = []
     for row in table:
         results = comparison.results[row["method"]]
@@ -217,9 +237,44 @@ def captions(comparison: Comparison) -> list[str]:
     ]
     for text in dict.fromkeys(note for r in runs(comparison) for note in _of_data(r)):
         lines.append(text)
+    deal = dealt(comparison)
+    if deal is not None:
+        lines.append(deal)
     if any(row.images_per_second is None for row in table):
         lines[1] += f"; {NONE}: trains nothing"
     return [*lines, *released(comparison)]
+
+
+def dealt(comparison: Comparison) -> str | None:
+    """Say what the spread over seeds knows of the deal, as the runs themselves dealt.
+
+    None for one seed, and for runs that did not record their deal.
+    """
+    flat = runs(comparison)
+    deals = [r.data.get("deal") for r in flat]
+    if len({r.settings["seed"] for r in flat}) < 2 or None in deals:
+        return None
+    same = {
+        side: all(
+            len({r.data["deal"][side] for r in results}) == 1
+            for results in comparison.results.values()
+        )
+        for side in ("train", "test")
+    }
+    if same["train"] and same["test"]:
+        return (
+            "every seed deals the same images to the same clients: a spread over seeds does not "
+            "contain the deal"
+        )
+    if same["test"]:
+        return (
+            "every seed gives a client the same test images and deals training images anew: a "
+            "spread over seeds does not contain the deal of test images"
+        )
+    return (
+        "every seed deals the images anew: client 0 of one seed is not client 0 of another, and a "
+        "spread over seeds contains the deal"
+    )
 
 
 def quirks_of(result: Result) -> list[str]:
@@ -465,6 +520,30 @@ def setting(result: Result, key: str) -> str:
     """Write a run's setting for people."""
     value = result.settings.get(key)
     return "all" if key == "shots" and value is None else public(value)
+
+
+# -- tasks -----------------------------------------------------------------------------------
+
+
+def task(result: Result) -> tuple[str, ...]:
+    """Say what a run's accuracy is an accuracy of: equal for runs that may stand in one table."""
+    data = result.data
+    return (
+        *(repr(result.settings.get(key)) for key in TASK),
+        *(repr(data[key]) for key in ("name", "classes", "weights")),
+    )
+
+
+def group_names(comparisons: Sequence[Comparison]) -> list[str]:
+    """Name each of several comparisons by the settings in which their tasks differ."""
+    firsts = [runs(comparison)[0] for comparison in comparisons]
+    if len(firsts) < 2:
+        return [""] * len(firsts)
+    keys = [k for k in TASK if len({repr(r.settings.get(k)) for r in firsts}) > 1]
+    names = [", ".join(f"{key}={setting(r, key)}" for key in keys) for r in firsts]
+    if len(set(names)) < len(names):  # other lists of classes, other weights of one name
+        names = [f"task {n}" + f": {name}" * bool(name) for n, name in enumerate(names, 1)]
+    return names
 
 
 # -- agreement -------------------------------------------------------------------------------

@@ -18,8 +18,11 @@ from fastfpl.report.facts import (
     captions,
     clients_of,
     count,
+    dealt,
     details,
     differences,
+    each,
+    group_names,
     listed,
     percent,
     public,
@@ -35,17 +38,21 @@ from fastfpl.report.facts import (
 )
 from fastfpl.report.load import run_folder
 from fastfpl.report.plots import accuracy_plot, clients_plot, curve
-from fastfpl.report.table import REFUSAL, UNEQUAL, cells, headings
+from fastfpl.report.table import INCOMPLETE, REFUSAL, UNEQUAL, cells, headings
+from fastfpl.terminal import plain
 
 __all__ = ["html_page"]
 
 
-def html_page(comparison: Comparison, folder: str | Path | None = None) -> str:
+def html_page(
+    comparisons: Comparison | Sequence[Comparison], folder: str | Path | None = None
+) -> str:
     """Write a page with figures, plots, settings and environment of every run.
 
     Parameters
     ----------
-    comparison : Comparison
+    comparisons : Comparison or sequence of Comparison
+        Each gets a part of its own: nothing is ranked across them.
     folder : path, optional
         Where the page will lie; runs below it are linked by relative names.
 
@@ -57,58 +64,85 @@ def html_page(comparison: Comparison, folder: str | Path | None = None) -> str:
     Raises
     ------
     InputError
-        If the comparison holds no result.
+        If a comparison holds no result.
     """
     from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
 
-    flat = runs(comparison)
-    table = rows(comparison)
-    found = warnings(comparison)
+    def written(value: Any) -> Any:
+        return plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+    all_of = each(comparisons)
+    flat = [r for comparison in all_of for r in runs(comparison)]
     text = resources.files("fastfpl.report").joinpath("page.html").read_text(encoding="utf-8")
     template = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=written,  # nothing of others' reaches the page but through here
     ).from_string(text)
-    different = {d.about for d in differences(comparison)}
+    names = group_names(all_of)
+    methods = len({r.method for r in flat})
     page: str = template.render(
-        title=f"{count(len(table), 'method')} on {listed(_names(flat))}",
-        subject=subject(comparison),
-        top=[row for row in table if row.top],
+        title=f"{count(methods, 'method')} on {listed(_names(flat))}",
+        groups=[
+            _part(comparison, name, f"-{number}" if len(all_of) > 1 else "")
+            for number, (comparison, name) in enumerate(zip(all_of, names, strict=True), 1)
+        ],
         percent=percent,
-        severe=[w for w in found if w.decides_accuracy],
-        mild=[w for w in found if not w.decides_accuracy],
         refusal=REFUSAL,
         unequal=UNEQUAL,
-        headings=headings(comparison),
-        cells=cells(comparison),
-        captions=captions(comparison),
-        details=details(comparison),
-        published=published(comparison),
-        augmentations=augmentations(comparison),
-        plots=[
-            _plot(accuracy_plot, comparison, _accuracy_words(comparison)),
-            _plot(clients_plot, comparison, _clients_words(comparison)),
+        incomplete=INCOMPLETE,
+        folders=_folders(flat, None if folder is None else Path(folder)),
+    )
+    return page
+
+
+def _part(comparison: Comparison, name: str, at: str) -> dict[str, Any]:
+    """Gather what the page says of one comparison; ``at`` ends the names of its sections."""
+    flat = runs(comparison)
+    found = warnings(comparison)
+    different = {d.about for d in differences(comparison)}
+    deal = dealt(comparison)
+    return {
+        "name": name,
+        "at": at,
+        "subject": subject(comparison),
+        "top": [row for row in rows(comparison) if row.top],
+        "missing": comparison.missing,
+        "severe": [w for w in found if w.decides_accuracy],
+        "mild": [w for w in found if not w.decides_accuracy],
+        "headings": headings(comparison),
+        "cells": cells(comparison),
+        "captions": captions(comparison),
+        "details": details(comparison),
+        "published": published(comparison),
+        "augmentations": augmentations(comparison),
+        "plots": [
+            _plot(accuracy_plot, comparison, name, _accuracy_words(comparison)),
+            _plot(clients_plot, comparison, name, _clients_words(comparison)),
         ],
-        traffic=_traffic(comparison),
-        clients=_clients(comparison),
-        methods=list(comparison.results),
-        shared=[
+        "traffic": _traffic(comparison),
+        "clients": _clients(comparison),
+        "deal": "" if deal is None else f" {deal[0].upper()}{deal[1:]}.",
+        "methods": list(comparison.results),
+        "shared": [
             {"name": k, "about": _about(k), "value": setting(flat[0], k)}
             for k in _keys(flat)
             if k not in different
         ],
-        different=[
+        "different": [
             {"name": k, "about": _about(k), "cells": _by_method(comparison, k)}
             for k in _keys(flat)
             if k in different
         ],
-        options=[(m, _own_settings(rs[0])) for m, rs in _all(comparison)],
-        seeds=public(sorted({r.settings["seed"] for r in flat})),
-        environment=_environment(comparison),
-        faces=_faces(comparison),
-        data=_data(comparison),
-        folders=_folders(flat, None if folder is None else Path(folder)),
-    )
-    return page
+        "options": [(m, _own_settings(rs[0])) for m, rs in _all(comparison)],
+        "seeds": public(sorted({r.settings["seed"] for r in flat})),
+        "environment": _environment(comparison),
+        "faces": _faces(comparison),
+        "data": _data(comparison),
+    }
 
 
 def _all(comparison: Comparison) -> list[tuple[str, Sequence[Result]]]:
@@ -119,9 +153,10 @@ def _names(flat: Sequence[Result]) -> list[str]:
     return list(dict.fromkeys(str(r.data["name"]) for r in flat))
 
 
-def _plot(draw: Any, comparison: Comparison, words: str) -> dict[str, str]:
+def _plot(draw: Any, comparison: Comparison, about: str, words: str) -> dict[str, str]:
     def uri(dark: bool) -> str:
-        content = base64.b64encode(draw(comparison, "svg", dark=dark)).decode("ascii")
+        drawn = draw(comparison, "svg", dark=dark, about=about)
+        content = base64.b64encode(drawn).decode("ascii")
         return f"data:image/svg+xml;base64,{content}"
 
     return {"light": uri(False), "dark": uri(True), "words": words}
@@ -136,8 +171,8 @@ def _accuracy_words(comparison: Comparison) -> str:
             parts.append(f"{method} {percent(end)} %, evaluated once")
         else:
             parts.append(
-                f"{method} from {percent(begin)} % in round {first} to {percent(end)} % in "
-                f"round {last}"
+                f"{method} from {percent(begin)} % after {count(first, 'round')} to "
+                f"{percent(end)} % after {last}"
             )
     return "Accuracy over rounds. " + "; ".join(parts) + "."
 
@@ -175,7 +210,7 @@ def _traffic(comparison: Comparison) -> list[dict[str, str]]:
 
 
 def _clients(comparison: Comparison) -> list[dict[str, Any]]:
-    """One table a seed: the same number means another client under another seed."""
+    """One table a seed: under another seed the same number may be another client (`dealt`)."""
     tables = []
     for seed in sorted({r.settings["seed"] for r in runs(comparison)}):
         mine = {
@@ -188,7 +223,7 @@ def _clients(comparison: Comparison) -> list[dict[str, Any]]:
         for number in range(max(len(a) for a in accuracy.values())):
             lines.append(
                 {
-                    "number": number + 1,
+                    "number": number,
                     "train": _of_client(there, "train_images", number),
                     "test": _of_client(there, "test_images", number),
                     "cells": [
@@ -273,6 +308,6 @@ def _data(comparison: Comparison) -> list[dict[str, Any]]:
 
 
 def _folders(flat: Sequence[Result], folder: Path | None) -> list[dict[str, str]]:
-    names = [run_folder(r) for r in flat]
+    names = list(dict.fromkeys(run_folder(r) for r in flat))
     there = [n for n in names if folder is not None and (folder / n / RESULT).is_file()]
     return [{"name": n, "link": f"{quote(n, safe='')}/{RESULT}"} for n in there]

@@ -4,21 +4,36 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Sequence
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastfpl.federation import Comparison, Result
 from fastfpl.report.facts import clients_of, evaluations, percent, rows, runs, subject, trains
+from fastfpl.terminal import plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["accuracy_plot", "clients_plot", "curve"]
+__all__ = [
+    "accuracy_plot",
+    "clients_plot",
+    "curve",
+    "figure_of",
+    "matplotlib_defaults",
+    "shortened",
+    "stacked",
+]
 
 DPI = 160
 WIDTH = 8.0  # inches; 1280 pixels, about half of which remain in a README
 
+#: Letters of a name that a plot shows.
+_LONGEST = 40
 #: More dots than this become pixels inside an SVG, where each would cost a hundred bytes.
 _MANY_DOTS = 1500
 
@@ -54,7 +69,11 @@ MARKERS = "osD^vPX*"
 
 
 def accuracy_plot(
-    comparison: Comparison, kind: Literal["png", "svg"] = "png", *, dark: bool = False
+    comparison: Comparison,
+    kind: Literal["png", "svg"] = "png",
+    *,
+    dark: bool = False,
+    about: str = "",
 ) -> bytes:
     """Draw accuracy over rounds, one line a method.
 
@@ -67,17 +86,23 @@ def accuracy_plot(
     kind : "png" or "svg"
     dark : bool
         Light ink on a dark ground.
+    about : str
+        Tells a plot from its neighbours, at the end of its title.
 
     Returns
     -------
     bytes
         Content of the file; the same for the same comparison.
     """
-    return _draw(_accuracy, comparison, kind, _DARK if dark else LIGHT)
+    return _draw(_accuracy, comparison, kind, _DARK if dark else LIGHT, about)
 
 
 def clients_plot(
-    comparison: Comparison, kind: Literal["png", "svg"] = "png", *, dark: bool = False
+    comparison: Comparison,
+    kind: Literal["png", "svg"] = "png",
+    *,
+    dark: bool = False,
+    about: str = "",
 ) -> bytes:
     """Draw every client's accuracy in the last round, one row a method.
 
@@ -87,52 +112,91 @@ def clients_plot(
     kind : "png" or "svg"
     dark : bool
         Light ink on a dark ground.
+    about : str
+        Tells a plot from its neighbours, at the end of its title.
 
     Returns
     -------
     bytes
         Content of the file; the same for the same comparison.
     """
-    return _draw(_clients, comparison, kind, _DARK if dark else LIGHT)
+    return _draw(_clients, comparison, kind, _DARK if dark else LIGHT, about)
 
 
 def _draw(
-    draw: Callable[[Comparison, _Scheme], Figure], comparison: Comparison, kind: str, look: _Scheme
+    draw: Callable[[Comparison, _Scheme, str], Figure],
+    comparison: Comparison,
+    kind: str,
+    look: _Scheme,
+    about: str,
 ) -> bytes:
-    import matplotlib
-
     runs(comparison)
-    with matplotlib.rc_context():
-        # a user's style sheet must not change the report
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(
-            {
-                "font.size": 10.5,
-                "axes.edgecolor": look.faint,
-                "axes.labelcolor": look.ink,
-                "axes.facecolor": look.paper,
-                "figure.facecolor": look.paper,
-                "text.color": look.ink,
-                "text.parse_math": False,
-                "xtick.color": look.faint,
-                "ytick.color": look.faint,
-                "xtick.labelcolor": look.ink,
-                "ytick.labelcolor": look.ink,
-                "axes.spines.top": False,
-                "axes.spines.right": False,
-                "axes.grid": True,
-                "axes.axisbelow": True,
-                "grid.color": look.grid,
-                "grid.linewidth": 0.8,
-                "svg.hashsalt": "fastfpl",
-            }
-        )
-        figure = draw(comparison, look)
+    with matplotlib_defaults(
+        {
+            "font.size": 10.5,
+            "axes.edgecolor": look.faint,
+            "axes.labelcolor": look.ink,
+            "axes.facecolor": look.paper,
+            "figure.facecolor": look.paper,
+            "text.color": look.ink,
+            "xtick.color": look.faint,
+            "ytick.color": look.faint,
+            "xtick.labelcolor": look.ink,
+            "ytick.labelcolor": look.ink,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": look.grid,
+            "grid.linewidth": 0.8,
+            "svg.hashsalt": "fastfpl",
+        }
+    ):
+        figure = draw(comparison, look, about)
         out = io.BytesIO()
         # no date: the same figures give the same file
         metadata = {"Date": None} if kind == "svg" else None
         figure.savefig(out, format=kind, dpi=DPI, metadata=metadata)
     return out.getvalue() if kind == "svg" else _palette(out)
+
+
+@contextmanager
+def matplotlib_defaults(changes: Mapping[str, Any]) -> Iterator[None]:
+    """Draw with matplotlib's own defaults and a few changes; the caller's settings come back.
+
+    Text is text: no dollar sign starts a formula, and a letter that the font lacks is no warning.
+    """
+    matplotlib = _matplotlib()
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+        # a user's style sheet must not change the report
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update({"text.parse_math": False, **changes})
+        yield
+
+
+def _matplotlib() -> Any:
+    """Import matplotlib, also where the environment names a backend that is not installed.
+
+    A name that is known becomes the caller's backend, as it does where the caller imports it.
+    """
+    first = "matplotlib" not in sys.modules
+    theirs = os.environ.pop("MPLBACKEND", None) if first else None
+    try:
+        import matplotlib
+    finally:
+        if theirs is not None:
+            os.environ["MPLBACKEND"] = theirs
+    if theirs:
+        with suppress(ValueError):
+            matplotlib.rcParams["backend"] = theirs
+    return matplotlib
+
+
+def shortened(name: str) -> str:
+    """Shorten a name to what a plot has room for; controls are spelled."""
+    text = plain(name)
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
 
 
 def _palette(png: io.BytesIO) -> bytes:
@@ -146,8 +210,25 @@ def _palette(png: io.BytesIO) -> bytes:
     return small.getvalue()
 
 
+def stacked(pictures: Sequence[bytes]) -> bytes:
+    """Put PNGs of one width below each other; a single one is left as it is."""
+    from PIL import Image
+
+    if len(pictures) == 1:
+        return pictures[0]
+    opened = [Image.open(io.BytesIO(content)).convert("RGB") for content in pictures]
+    whole = Image.new("RGB", (opened[0].width, sum(one.height for one in opened)))
+    top = 0
+    for one in opened:
+        whole.paste(one, (0, top))
+        top += one.height
+    out = io.BytesIO()
+    whole.save(out, format="png")
+    return _palette(out)
+
+
 def curve(results: Sequence[Result]) -> list[tuple[int, float, float, float]]:
-    """Return (round from 1, mean, smallest, largest over seeds) of every evaluated round."""
+    """Return (rounds played, mean, smallest, largest over seeds) of every evaluated round."""
     by: dict[int, list[float]] = {}
     for result in results:
         for row in evaluations(result):
@@ -167,10 +248,12 @@ def _colours(comparison: Comparison, look: _Scheme) -> dict[str, tuple[str, str]
 
 def _head(figure: Any, title: str, *below: str, look: _Scheme) -> None:
     high = figure.get_size_inches()[1]
-    figure.text(0.16 / WIDTH, 1 - 0.16 / high, title, fontsize=13, weight="bold", va="top")
+    title = title if len(title) <= 90 else title[:89] + "…"
+    figure.text(0.16 / WIDTH, 1 - 0.16 / high, plain(title), fontsize=13, weight="bold", va="top")
     for number, line in enumerate(below):
         at = 1 - (0.45 + 0.2 * number) / high
-        figure.text(0.16 / WIDTH, at, line, fontsize=9.5, color=look.faint, va="top")
+        line = line if len(line) <= 130 else line[:129] + "…"
+        figure.text(0.16 / WIDTH, at, plain(line), fontsize=9.5, color=look.faint, va="top")
 
 
 def _axes(figure: Any, left: float, right: float, top: float, bottom: float) -> Any:
@@ -181,22 +264,23 @@ def _axes(figure: Any, left: float, right: float, top: float, bottom: float) -> 
     )
 
 
-def _figure(high: float) -> Any:
+def figure_of(high: float, **options: Any) -> Any:
+    """Make a figure of the report's width on a canvas of its own, whatever the backend is."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, high))
+    figure = Figure(figsize=(WIDTH, high), **options)
     FigureCanvasAgg(figure)
     return figure
 
 
-def _accuracy(comparison: Comparison, look: _Scheme) -> Figure:
+def _accuracy(comparison: Comparison, look: _Scheme, about: str) -> Figure:
     results = comparison.results
     curves = {m: curve(r) for m, r in results.items()}
     colours = _colours(comparison, look)
     several = any(len(r) > 1 for r in results.values())
-    figure = _figure(4.6)
-    label = {m: f"{m}  {percent(c[-1][1])}" for m, c in curves.items()}
+    figure = figure_of(4.6)
+    label = {m: f"{shortened(m)}  {percent(c[-1][1])}" for m, c in curves.items()}
     longest = max(len(text) for text in label.values())
     axes = _axes(figure, left=0.72, right=0.42 + 0.08 * longest, top=0.98, bottom=0.62)
 
@@ -251,14 +335,15 @@ def _accuracy(comparison: Comparison, look: _Scheme) -> Figure:
         )
         axes.text(1.062, shown, label[method], transform=across, va="center", fontsize=9.5)
 
-    axes.set_xlabel("round")
+    axes.set_xlabel("rounds played")
     axes.set_ylabel("accuracy, mean over clients (%)")
     notes = ["right: last round (%)"]
     if any(len(c) == 1 for c in curves.values()) and last > 1:
         notes.append("dashed: evaluated once")
     if several:
         notes.append("band: smallest to largest seed")
-    _head(figure, "Accuracy over rounds", subject(comparison), " · ".join(notes), look=look)
+    title = "Accuracy over rounds" + f": {about}" * bool(about)
+    _head(figure, title, subject(comparison), " · ".join(notes), look=look)
     return figure  # type: ignore[no-any-return]
 
 
@@ -276,7 +361,7 @@ def _ticks() -> Any:
 
 
 def _round_ticks(last: int) -> list[int]:
-    """Round 1, then round numbers, at most a dozen."""
+    """One round played, then round numbers, at most a dozen."""
     if last <= 12:
         return list(range(1, last + 1))
     step = next(s * 10**p for p in range(9) for s in (1, 2, 5) if last <= 11 * s * 10**p)
@@ -305,14 +390,14 @@ def spread(values: Sequence[float], gap: float, low: float, high: float) -> list
     return out
 
 
-def _clients(comparison: Comparison, look: _Scheme) -> Figure:
+def _clients(comparison: Comparison, look: _Scheme, about: str) -> Figure:
     results = comparison.results
     colours = _colours(comparison, look)
     values = {m: [100 * a for r in rs for a in clients_of(r)] for m, rs in results.items()}
     means = {row.method: 100 * row.accuracy for row in rows(comparison)}
     pitch = 0.62 if max(len(v) for v in values.values()) <= 40 else 0.8
-    figure = _figure(1.72 + pitch * len(values))
-    longest = max(len(method) for method in values)
+    figure = figure_of(1.72 + pitch * len(values))
+    longest = max(len(shortened(method)) for method in values)
     axes = _axes(figure, left=0.3 + 0.086 * longest, right=0.25, top=0.98, bottom=0.62)
 
     everything = [v for vs in values.values() for v in vs]
@@ -358,14 +443,15 @@ def _clients(comparison: Comparison, look: _Scheme) -> Figure:
     axes.grid(visible=False, axis="y")
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    axes.set_yticks(range(len(values)), list(values))
+    axes.set_yticks(range(len(values)), [shortened(method) for method in values])
     axes.xaxis.set_major_locator(_ticks())
     axes.set_xlabel("accuracy of a client on its own test images, last round (%)")
     many = any(len(r) > 1 for r in results.values())
     notes = ["dot: a client" + (" in one seed" if many else ""), "triangle: mean"]
     if any(len(v) >= 4 for v in values.values()):
         notes.append("bar: middle half, line: median")
-    _head(figure, "Accuracy of each client", subject(comparison), " · ".join(notes), look=look)
+    title = "Accuracy of each client" + f": {about}" * bool(about)
+    _head(figure, title, subject(comparison), " · ".join(notes), look=look)
     return figure  # type: ignore[no-any-return]
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import math
-from typing import TYPE_CHECKING
 
 from fastfpl.federation import Sweep
 from fastfpl.report.facts import NONE, count, percent, public, released, subject
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from fastfpl.report.plots import DPI, LIGHT, MARKERS, figure_of, matplotlib_defaults, shortened
+from fastfpl.report.table import Sheet, escaped, markdown_line
 
 __all__ = ["sweep_cells", "sweep_markdown", "sweep_plot", "sweep_table"]
 
@@ -47,36 +46,24 @@ def _about(sweep: Sweep) -> str:
     return "; ".join([about, *dict.fromkeys(lines)])
 
 
-def sweep_table(sweep: Sweep) -> Table:
+def sweep_table(sweep: Sweep) -> Sheet:
     """Lay the sweep out for a terminal."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
     heading, *lines = sweep_cells(sweep)
-    table = Table(
-        title=Text(subject(next(iter(sweep.comparisons.values())))),
-        title_justify="left",
-        caption=Text(_about(sweep)),
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
+    return Sheet(
+        [name.replace("=", "=\n") for name in heading],
+        [[text or NONE for text in line] for line in lines],
+        title=subject(next(iter(sweep.comparisons.values()))),
+        notes=[_about(sweep)],
     )
-    for number, name in enumerate(heading):
-        text = Text(name.replace("=", "=\n"))
-        table.add_column(text, justify="right" if number else "left", vertical="bottom")
-    for line in lines:
-        table.add_row(*(Text(text or NONE) for text in line))
-    return table
 
 
 def sweep_markdown(sweep: Sweep) -> str:
     """Write the sweep as a GitHub table."""
     heading, *lines = sweep_cells(sweep)
     rule = [":--"] + ["--:"] * (len(heading) - 1)
-    text = ["| " + " | ".join(cells) + " |" for cells in (heading, rule, *lines)]
-    return "\n".join([*text, "", f"<sub>{_about(sweep)}.</sub>"]) + "\n"
+    texts = [[escaped(text) for text in line] for line in lines]
+    text = [markdown_line(cells) for cells in ([escaped(t) for t in heading], rule, *texts)]
+    return "\n".join([*text, "", f"<sub>{escaped(_about(sweep))}.</sub>"]) + "\n"
 
 
 def sweep_plot(sweep: Sweep) -> bytes:
@@ -84,19 +71,11 @@ def sweep_plot(sweep: Sweep) -> bytes:
 
     Numbers stand on a logarithmic axis if they are positive and span a factor of eight.
     """
-    import io
-
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    from fastfpl.report.plots import DPI, LIGHT, MARKERS, WIDTH
-
     values = list(sweep.comparisons)
     rows = [one.rows() for one in sweep.comparisons.values()]
     numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
+    with matplotlib_defaults({}):
+        figure = figure_of(4.2, layout="constrained")
         axes = figure.add_subplot()
         places = values if numeric else list(range(len(values)))
         for number, first in enumerate(rows[0]):
@@ -104,7 +83,7 @@ def sweep_plot(sweep: Sweep) -> bytes:
                 places,
                 [100 * found[number]["accuracy"] for found in rows],
                 [100 * (found[number]["std_over_seeds"] or 0.0) for found in rows],
-                label=first["method"],
+                label=shortened(first["method"]),
                 color=LIGHT.lines[number % len(LIGHT.lines)],
                 marker=MARKERS[number % len(MARKERS)],
                 linestyle="-" if numeric else "none",
@@ -112,7 +91,7 @@ def sweep_plot(sweep: Sweep) -> bytes:
             )
         if numeric and min(values) > 0 and max(values) >= 8 * min(values):
             axes.set_xscale("log")
-        axes.set_xticks(places, [public(v) for v in values])
+        axes.set_xticks(places, [shortened(public(v)) for v in values])
         axes.minorticks_off()
         axes.set_xlabel(sweep.key.replace("_", " "))
         axes.set_ylabel("accuracy %, last round")

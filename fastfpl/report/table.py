@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from fastfpl.federation import Comparison
 from fastfpl.report.facts import (
@@ -14,6 +16,8 @@ from fastfpl.report.facts import (
     captions,
     details,
     duration,
+    each,
+    group_names,
     listed,
     percent,
     published,
@@ -23,21 +27,30 @@ from fastfpl.report.facts import (
     subject,
     warnings,
 )
+from fastfpl.terminal import plain
 
 if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions
     from rich.table import Table
 
 __all__ = [
+    "INCOMPLETE",
+    "REFUSAL",
+    "UNEQUAL",
+    "Sheet",
     "cells",
     "csv_table",
     "detail_table",
+    "escaped",
     "headings",
+    "markdown_line",
     "markdown_table",
     "published_table",
     "text_table",
 ]
 
 REFUSAL = "these runs differ in what decides accuracy; do not compare their accuracies"
+INCOMPLETE = "this comparison is not finished; nothing is ranked"
 UNEQUAL = "times, rates and memory were not measured under the same conditions"
 
 
@@ -80,8 +93,140 @@ def cells(comparison: Comparison) -> list[tuple[Row, list[str]]]:
     return out
 
 
-def text_table(comparison: Comparison) -> Table:
-    """Lay the comparison out for a terminal of 80 columns or more.
+@dataclass(frozen=True)
+class Sheet:
+    """A table for a terminal of any width, from which no letter is ever cut.
+
+    Where it is too wide its columns go on below, each part beginning with the first column; where
+    not even two columns fit, a line becomes a list of its figures.
+
+    Attributes
+    ----------
+    titles : sequence of str
+        Of the columns; a line break may stand in one.
+    lines : sequence of sequence of str
+        The first text of each is a name.
+    title : str
+    notes : sequence of str
+        Lines beneath.
+    cautions : sequence of (str, bool)
+        More lines beneath, and whether they are severe.
+    bold : frozenset of int
+        Lines that stand out.
+    words : int
+        So many columns, from the left, are words; figures follow.
+    """
+
+    titles: Sequence[str]
+    lines: Sequence[Sequence[str]]
+    title: str = ""
+    notes: Sequence[str] = ()
+    cautions: Sequence[tuple[str, bool]] = ()
+    bold: frozenset[int] = field(default_factory=frozenset)
+    words: int = 1
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
+        from rich.measure import Measurement
+        from rich.text import Text
+
+        def fits(columns: Sequence[int], fold: bool) -> bool:
+            wanted = Measurement.get(
+                console, options.update(max_width=1 << 30), self._table(columns, fold)
+            )
+            return wanted.maximum <= options.max_width
+
+        every = range(len(self.titles))
+        for fold in (False, True):
+            if fits(every, fold):
+                whole = self._table(every, fold)
+                whole.title, whole.caption = (
+                    _text(self.title) if self.title else None,
+                    self._below(),
+                )
+                yield whole
+                return
+        if self.title:
+            yield Text(plain(self.title), style="bold")
+        if all(fits((0, column), True) for column in every[1:]):
+            rest = list(every[1:])
+            while rest:
+                taken = 1
+                while taken < len(rest) and fits((0, *rest[: taken + 1]), True):
+                    taken += 1
+                yield self._table((0, *rest[:taken]), True)
+                yield ""
+                rest = rest[taken:]
+        else:
+            yield from self._turned()
+        yield self._below(apart=True)
+
+    def _table(self, columns: Sequence[int], fold: bool) -> Table:
+        table = _bare()
+        for column in columns:
+            word = column < self.words
+            table.add_column(
+                _text(self.titles[column]),
+                justify="left" if word else "right",
+                no_wrap=True,
+                overflow="fold",
+                vertical="bottom",
+            )
+        for number, line in enumerate(self.lines):
+            name = line[0].replace("-", "-\n") if fold and len(line[0]) > 12 else line[0]
+            texts = [line[column] if column else name for column in columns]
+            table.add_row(*map(_text, texts), style="bold" if number in self.bold else None)
+        return table
+
+    def _turned(self) -> Iterator[Any]:
+        from rich.table import Table
+        from rich.text import Text
+
+        for number, line in enumerate(self.lines):
+            style = "bold" if number in self.bold else ""
+            yield Text(plain(line[0]), style=style, overflow="fold")
+            grid = Table.grid(padding=(0, 1))
+            for _ in range(2):
+                grid.add_column(overflow="fold")
+            for title, text in zip(self.titles[1:], line[1:], strict=True):
+                grid.add_row(_text("  " + title.replace("\n", " ")), _text(text), style=style)
+            yield grid
+            yield ""
+
+    def _below(self, apart: bool = False) -> Any:
+        from rich.text import Text
+
+        below = Text("\n".join(map(plain, self.notes)), style="dim" if apart else "")
+        for text, severe in self.cautions:
+            style = "not dim bold red" if severe else "not dim yellow"
+            below.append("\n" * bool(below) + plain(text), style=style)
+        return below
+
+
+def _bare() -> Table:
+    from rich import box
+    from rich.table import Table
+
+    return Table(
+        title_justify="left",
+        title_style="bold",
+        caption_justify="left",
+        caption_style="dim",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+
+
+def _text(text: str) -> Any:
+    """Make a text of a terminal's table: never markup, and no control but our line breaks."""
+    from rich.text import Text
+
+    return Text("\n".join(plain(line) for line in text.split("\n")), overflow="fold")
+
+
+def text_table(comparison: Comparison) -> Sheet:
+    """Lay the comparison out for a terminal.
 
     Parameters
     ----------
@@ -90,112 +235,61 @@ def text_table(comparison: Comparison) -> Table:
 
     Returns
     -------
-    rich.table.Table
-        The row with the largest accuracy is bold, unless the runs may not be compared.
+    Sheet
+        For `rich`. The line with the largest accuracy is bold, unless the runs may not be compared.
 
     Raises
     ------
     InputError
         If the comparison holds no result.
     """
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    # names are Text, never markup: a bracket in one must not become a style
-    notes = Text("\n".join([*captions(comparison), _training(comparison)]))
-    for text, severe in _cautions(comparison):
-        notes.append(f"\n{text}", style="not dim bold red" if severe else "not dim yellow")
-    table = Table(
-        title=Text(subject(comparison)),
-        title_justify="left",
-        title_style="bold",
-        caption=notes,
-        caption_justify="left",
-        caption_style="dim",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        collapse_padding=True,
-    )
     # titles of several words stack, so that ten columns fit into 80 characters
     short = {"± seeds": "±\nseed", "images/s": "img/s"}
-    for number, name in enumerate(headings(comparison)):
-        first = number == 0
-        table.add_column(
-            Text(short.get(name, name.replace(" ", "\n"))),
-            justify="left" if first else "right",
-            no_wrap=not first,
-            overflow="fold",
-            vertical="bottom",
-        )
-    for row, texts in cells(comparison):
-        name = texts[0] if len(texts[0]) <= 12 else texts[0].replace("-", "-\n")
-        table.add_row(*(Text(t) for t in (name, *texts[1:])), style="bold" if row.top else None)
-    return table
+    table = cells(comparison)
+    return Sheet(
+        [short.get(name, name.replace(" ", "\n")) for name in headings(comparison)],
+        [_one_line(texts) for _, texts in table],
+        title=subject(comparison),
+        notes=[*captions(comparison), _training(comparison)],
+        cautions=_cautions(comparison),
+        bold=frozenset(n for n, (row, _) in enumerate(table) if row.top),
+    )
 
 
-def detail_table(comparison: Comparison) -> Table | None:
+def detail_table(comparison: Comparison) -> Sheet | None:
     """Lay out the figures beside the headline for a terminal, if there are any."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
     found = details(comparison)
     if found is None:
         return None
     titles, lines, notes = found
-    table = Table(
-        caption=Text("\n".join(notes)),
-        caption_justify="left",
-        caption_style="dim",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        collapse_padding=True,
-    )
-    for number, name in enumerate(titles):
-        text = Text(name.replace(" ", "\n"))
-        table.add_column(text, justify="right" if number else "left", vertical="bottom")
-    for line in lines:
-        table.add_row(*(Text(text) for text in line))
-    return table
+    names = [plain(name).replace(" ", "\n") for name in titles]
+    return Sheet(names, [_one_line(line) for line in lines], notes=notes)
 
 
-def published_table(comparison: Comparison) -> Table | None:
+def published_table(comparison: Comparison) -> Sheet | None:
     """Lay papers' figures beside the measured ones for a terminal, if there are any."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
     found = published(comparison)
     if found is None:
         return None
-    notes = Text("\n".join(found.notes))
-    for text in found.cautions:
-        notes.append(f"\n{text}", style="not dim yellow")
-    table = Table(
-        caption=notes,
-        caption_justify="left",
-        caption_style="dim",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        collapse_padding=True,
+    return Sheet(
+        found.titles,
+        [_one_line(line) for line in found.lines],
+        notes=found.notes,
+        cautions=[(text, False) for text in found.cautions],
+        words=2,
     )
-    for name in found.titles:
-        table.add_column(Text(name), justify="left" if name in ("method", "figure") else "right")
-    for line in found.lines:
-        table.add_row(*(Text(text) for text in line))
-    return table
 
 
-def markdown_table(comparison: Comparison) -> str:
-    """Write the comparison as a GitHub table with its captions beneath.
+def _one_line(texts: Sequence[str]) -> list[str]:
+    return [plain(text) for text in texts]
+
+
+def markdown_table(comparisons: Comparison | Sequence[Comparison]) -> str:
+    """Write a comparison as a GitHub table with its captions beneath; several below headings.
 
     Parameters
     ----------
-    comparison : Comparison
+    comparisons : Comparison or sequence of Comparison
 
     Returns
     -------
@@ -207,44 +301,55 @@ def markdown_table(comparison: Comparison) -> str:
     InputError
         If the comparison holds no result.
     """
+    all_of = each(comparisons)
+    if len(all_of) == 1:
+        return _markdown(all_of[0])
+    named = zip(group_names(all_of), all_of, strict=True)
+    return "\n".join(f"## {escaped(name)}\n\n{_markdown(one)}" for name, one in named)
+
+
+def _markdown(comparison: Comparison) -> str:
     names = headings(comparison)
-    lines = [f"**{_escape(subject(comparison))}**", ""]
+    lines = [f"**{escaped(subject(comparison))}**", ""]
     for text, severe in _cautions(comparison):
-        lines += [f"> {'**Caution.** ' if severe else ''}{_escape(text)}.", ""]
-    lines += [_line(names), _line([":--"] + ["--:"] * (len(names) - 1))]
+        lines += [f"> {'**Caution.** ' if severe else ''}{escaped(text)}.", ""]
+    lines += [markdown_line(names), markdown_line([":--"] + ["--:"] * (len(names) - 1))]
     for row, texts in cells(comparison):
-        shown = [_escape(text) for text in texts]
+        shown = [escaped(text) for text in texts]
         if row.top:
             shown[:2] = [f"**{text}**" for text in shown[:2]]
-        lines.append(_line(shown))
+        lines.append(markdown_line(shown))
     notes = [*captions(comparison), _training(comparison)]
     found = details(comparison)
     if found is not None:
         titles, figures, more = found
-        lines += ["", _line([_escape(title) for title in titles])]
-        lines += [_line([":--"] + ["--:"] * (len(titles) - 1))]
-        lines += [_line([_escape(text) for text in line]) for line in figures]
+        lines += ["", markdown_line([escaped(title) for title in titles])]
+        lines += [markdown_line([":--"] + ["--:"] * (len(titles) - 1))]
+        lines += [markdown_line([escaped(text) for text in line]) for line in figures]
         notes += more
     beside = published(comparison)
     if beside is not None:
-        lines += ["", *(f"> **Caution.** {_escape(text)}.\n" for text in beside.cautions)]
-        lines += [_line(beside.titles), _line([":--", ":--", "--:", "--:", "--:"])]
-        lines += [_line([_escape(text) for text in line]) for line in beside.lines]
+        lines += ["", *(f"> **Caution.** {escaped(text)}.\n" for text in beside.cautions)]
+        lines += [markdown_line(beside.titles), markdown_line([":--", ":--", "--:", "--:", "--:"])]
+        lines += [markdown_line([escaped(text) for text in line]) for line in beside.lines]
         notes += beside.notes
-    lines += ["", *(f"<sub>{_escape(text)}.</sub><br>" for text in notes)]
+    lines += ["", *(f"<sub>{escaped(text)}.</sub><br>" for text in notes)]
     return "\n".join(lines).removesuffix("<br>") + "\n"
 
 
-def _line(texts: list[str]) -> str:
+def markdown_line(texts: Sequence[str]) -> str:
+    """Write a line of a GitHub table."""
     return "| " + " | ".join(texts) + " |"
 
 
-def _escape(text: str) -> str:
+def escaped(text: str) -> str:
+    """Write a text so that Markdown shows it as it is, on one line and inside one cell."""
+    text = plain(text)
     for mark, safe in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("\\", "\\\\")):
         text = text.replace(mark, safe)
-    for mark in "|*_`[]":
+    for mark in "|*_`[]~$":
         text = text.replace(mark, "\\" + mark)
-    return text.replace("\n", " ")
+    return text
 
 
 def _training(comparison: Comparison) -> str:
@@ -259,11 +364,17 @@ def _cautions(comparison: Comparison) -> list[tuple[str, bool]]:
         mine = [w.sentence for w in found if w.decides_accuracy is severe]
         if mine:
             out.append((f"{text}: {' · '.join(mine)}", severe))
+    if comparison.missing:
+        out.insert(0, (f"{INCOMPLETE}: {' · '.join(comparison.missing)}", True))
     return out
 
 
-def csv_table(comparison: Comparison) -> str:
-    """Write the figures unrounded: accuracies in [0, 1], bytes, seconds; empty where none."""
+def csv_table(comparisons: Comparison | Sequence[Comparison]) -> str:
+    """Write the figures unrounded: accuracies in [0, 1], bytes, seconds; empty where none.
+
+    Several comparisons stand below each other, told apart by a first column ``task``. A text that
+    a spreadsheet would take for a formula begins with an apostrophe.
+    """
     columns = (
         "method",
         "seeds",
@@ -280,9 +391,18 @@ def csv_table(comparison: Comparison) -> str:
         "total_up",
         "total_down",
     )
+    all_of = each(comparisons)
+    several = len(all_of) > 1
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(columns)
-    for row in rows(comparison):
-        writer.writerow([getattr(row, column) for column in columns])
+    writer.writerow([*(["task"] * several), *columns])
+    for name, comparison in zip(group_names(all_of), all_of, strict=True):
+        for row in rows(comparison):
+            values = [*([name] * several), *(getattr(row, column) for column in columns)]
+            writer.writerow([_cell(v) if isinstance(v, str) else v for v in values])
     return out.getvalue()
+
+
+def _cell(text: str) -> str:
+    text = plain(text)
+    return "'" + text if text[:1] in ("=", "+", "-", "@") else text

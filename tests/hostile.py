@@ -1,0 +1,160 @@
+"""A card's arithmetic for interpreted kernels: numpy's is better than any card's.
+
+    with card_arithmetic():
+        ...  # kernels launched here compute as a card may
+
+``pytest -p tests.hostile`` does so for a whole session.
+
+What is imitated, in float32 (float64 is as exact on a card as here), by NVIDIA's PTX manual and
+CUDA's table of errors; errors are as large as documented, and the same for the same number:
+
+- exp and exp2 are ex2.approx: exp multiplies by a rounded log2(e) first; subnormal results are 0;
+- log and log2 take subnormal numbers for 0; sqrt and rsqrt are approximate;
+- x / y is div.full: x times a reciprocal within an ulp;
+- products on the matrix units: operands in tf32 or 16 bits, tf32 cut off and not rounded, sums cut
+  off too after every 8 or 16 terms; tf32x3 is three such products of rounded parts;
+- a product of float32 asked for as "ieee" is exact there, and here.
+
+Sums in another order, and what programs do at the same time, are not imitated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+__all__ = ["card_arithmetic", "cut_to_tf32", "pytest_configure", "round_to_tf32"]
+
+_LOG2_E = np.float32(1.4426950408889634)
+_TINY = np.finfo(np.float32).tiny
+_TF32 = np.uint32(0xFFFFE000)
+#: Terms that the units add up before they cut a sum off: of tf32 and of 16 bits.
+_TERMS = {"tf32": 8, "sixteen": 16}
+
+
+def cut_to_tf32(x: np.ndarray) -> np.ndarray:
+    """Drop the 13 last bits of float32, as mma does of operands that it takes for tf32."""
+    return (np.ascontiguousarray(x).view(np.uint32) & _TF32).view(np.float32)
+
+
+def round_to_tf32(x: np.ndarray) -> np.ndarray:
+    """Round to the nearest tf32, ties away from zero: cvt.rna.tf32.f32."""
+    return ((np.ascontiguousarray(x).view(np.uint32) + np.uint32(0x1000)) & _TF32).view(np.float32)
+
+
+def _off(exact: np.ndarray, ulps: float) -> np.ndarray:
+    """Round float64 to float32 with an error of up to ``ulps`` / 2**23 of the number."""
+    exact = np.ascontiguousarray(exact, np.float64)
+    scrambled = (exact.view(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(40)
+    error = scrambled.astype(np.float64) / 2.0**23 - 1
+    return (exact * (1 + error * (ulps * 2.0**-23))).astype(np.float32)
+
+
+def _towards_zero(exact: np.ndarray) -> np.ndarray:
+    near = exact.astype(np.float32)
+    over = np.abs(near.astype(np.float64)) > np.abs(exact)
+    return np.where(over, np.nextafter(near, np.float32(0)), near)
+
+
+def _units(x: np.ndarray, y: np.ndarray, total: np.ndarray, terms: int) -> np.ndarray:
+    """Add x @ y to a sum on the matrix units: products are exact, sums are cut off."""
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    for k in range(0, x.shape[-1], terms):
+        part = np.matmul(x[..., k : k + terms], y[..., k : k + terms, :])
+        total = _towards_zero(total.astype(np.float64) + part)
+    return total
+
+
+def _dot(x: np.ndarray, y: np.ndarray, total: np.ndarray, precision: str) -> np.ndarray:
+    if total.dtype != np.float32 or (x.dtype == np.float32 and precision == "IEEE"):
+        return np.matmul(x, y, dtype=total.dtype) + total
+    if x.dtype != np.float32:
+        return _units(x, y, total, _TERMS["sixteen"])
+    if precision == "TF32":
+        return _units(cut_to_tf32(x), cut_to_tf32(y), total, _TERMS["tf32"])
+    assert precision == "TF32x3", f"a product of float32 in {precision}: not imitated"
+    x_first, y_first = round_to_tf32(x), round_to_tf32(y)
+    x_rest, y_rest = round_to_tf32(x - x_first), round_to_tf32(y - y_first)
+    found = np.zeros_like(total)
+    for a, b in ((x_rest, y_first), (x_first, y_rest), (x_first, y_first)):
+        found = _units(a, b, found, _TERMS["tf32"])
+    return found + total
+
+
+def _exp2(x: np.ndarray) -> np.ndarray:
+    found = _off(np.exp2(x.astype(np.float64)), 2)
+    return np.where(np.abs(found) < _TINY, np.float32(0), found)
+
+
+def _flushed(x: np.ndarray) -> np.ndarray:
+    return np.where(np.abs(x) < _TINY, np.float32(0), x).astype(np.float64)
+
+
+def _divided(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    exact = x / y
+    inverse = 1 / y.astype(np.float64)
+    power_of_two = np.abs(np.frexp(inverse)[0]) == 0.5
+    inverse = np.where(power_of_two | ~np.isfinite(inverse), inverse, _off(inverse, 1))
+    found = (x * inverse.astype(np.float32)).astype(np.float32)
+    # operands are scaled first: nothing is lost to infinities or to 0 on the way
+    return np.where(np.isfinite(found) & (found != 0) & np.isfinite(exact), found, exact)
+
+
+#: Name of a builder's method -> what it computes of float32.
+_ONE = {
+    "create_exp": lambda x: _exp2(x * _LOG2_E),
+    "create_exp2": _exp2,
+    "create_log": lambda x: _off(np.log(_flushed(x)), 1),
+    "create_log2": lambda x: _off(np.log2(_flushed(x)), 1),
+    "create_sqrt": lambda x: _off(np.sqrt(x.astype(np.float64)), 1),
+    "create_rsqrt": lambda x: _off(1 / np.sqrt(x.astype(np.float64)), 1),
+}
+
+
+@contextlib.contextmanager
+def card_arithmetic() -> Iterator[None]:
+    """Let kernels that are interpreted inside the block compute as a card may."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def of_one(plain: Callable[..., Any], card: Callable[..., np.ndarray]) -> Callable[..., Any]:
+        def create(self: Any, x: Any) -> Any:
+            if x.data.dtype != np.float32:
+                return plain(self, x)
+            with np.errstate(all="ignore"):
+                return TensorHandle(card(x.data), x.dtype.scalar)
+
+        return create
+
+    exact_divide = InterpreterBuilder.create_fdiv
+
+    def divide(self: Any, x: Any, y: Any) -> Any:
+        if x.data.dtype != np.float32 or y.data.dtype != np.float32:
+            return exact_divide(self, x, y)
+        with np.errstate(all="ignore"):
+            return TensorHandle(_divided(x.data, y.data), x.dtype.scalar)
+
+    def dot(self: Any, x: Any, y: Any, total: Any, precision: Any, _: Any) -> Any:
+        found = _dot(x.data, y.data, total.data, precision.name)
+        return TensorHandle(found, total.dtype.scalar)
+
+    with contextlib.ExitStack() as stack:
+        for name, card in _ONE.items():
+            plain = getattr(InterpreterBuilder, name)
+            stack.enter_context(mock.patch.object(InterpreterBuilder, name, of_one(plain, card)))
+        stack.enter_context(mock.patch.object(InterpreterBuilder, "create_fdiv", divide))
+        stack.enter_context(mock.patch.object(InterpreterBuilder, "create_dot", dot))
+        yield
+
+
+def pytest_configure(config: Any) -> None:
+    """Compute so for a whole session, which ``-p tests.hostile`` asks for."""
+    import os
+
+    os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported
+    block = card_arithmetic()
+    block.__enter__()
+    config.add_cleanup(lambda: block.__exit__(None, None, None))

@@ -1,0 +1,231 @@
+"""Kernels under a card's arithmetic, by the same judge; and that arithmetic itself."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import fastfpl
+from fastfpl.ops import launch, transport_logits
+from tests import test_attention_kernels, test_gate, test_text_kernels, test_transport_kernels
+from tests.hostile import card_arithmetic, cut_to_tf32, round_to_tf32
+from tests.test_transport_logits import features
+from tests.truth import assert_as_good_as_eager
+
+triton = pytest.importorskip("triton", reason="Triton comes with torch for CUDA only")
+tl = triton.language
+pytestmark = [
+    pytest.mark.skipif(not launch.interpreted(), reason="kernels are compiled here"),
+    # where a GPU computes an infinity in silence, numpy says so
+    *(
+        pytest.mark.filterwarnings(f"ignore:{what}:RuntimeWarning")
+        for what in ("divide by zero", "invalid value", "overflow", "All-NaN slice")
+    ),
+]
+
+
+@pytest.fixture
+def _card():
+    with card_arithmetic():
+        yield
+
+
+# --- the arithmetic -------------------------------------------------------------------------------
+
+
+@triton.jit
+def _functions_kernel(x, y, out, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    a, b = tl.load(x + at), tl.load(y + at)
+    tl.store(out + at, tl.exp(a))
+    tl.store(out + SIZE + at, tl.exp2(a))
+    tl.store(out + 2 * SIZE + at, tl.log(b))
+    tl.store(out + 3 * SIZE + at, tl.log2(b))
+    tl.store(out + 4 * SIZE + at, tl.sqrt(b))
+    tl.store(out + 5 * SIZE + at, tl.rsqrt(b))
+    tl.store(out + 6 * SIZE + at, a / b)
+
+
+@triton.jit
+def _product_kernel(x, y, out, PRECISION: tl.constexpr, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    found = tl.dot(tl.load(x + at), tl.load(y + at), input_precision=PRECISION)
+    tl.store(out + at, found)
+
+
+def functions(x, y):
+    out = torch.empty(7, len(x), dtype=x.dtype)
+    _functions_kernel[(1,)](x, y, out, SIZE=len(x))
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_functions_are_as_good_as_documented(dtype):
+    draw = torch.Generator().manual_seed(0)
+    x = 20 * torch.randn(512, generator=draw).to(dtype)
+    y = torch.rand(512, generator=draw).to(dtype) + 0.01
+    plain = functions(x, y)
+    with card_arithmetic():
+        card = functions(x, y)
+    assert torch.equal(functions(x, y), plain), "nothing is left behind"
+    if dtype == torch.float64:
+        assert torch.equal(card, plain)
+        return
+    a, b = x.double(), y.double()
+    exact = [a.exp(), a.exp2(), b.log(), b.log2(), b.sqrt(), b.rsqrt(), a / b]
+    for row, true in enumerate(exact):
+        # exp's argument is rounded before, 20 log2(e) of 3 sigma to 2**-18
+        near = {0: 2.0**-16.5, 6: 2.5 * 2.0**-23}.get(row, 2.1 * 2.0**-22)
+        error = ((card[row].double() - true) / true).abs().max()
+        assert 2.0**-24 < error <= near
+        assert not torch.equal(card[row], plain[row])
+    assert torch.equal(card[6][y == 0.5], plain[6][y == 0.5])
+
+
+@pytest.mark.usefixtures("_card")
+def test_what_is_subnormal_is_nothing():
+    small = torch.full((16,), 1e-39)
+    found = functions(torch.full((16,), -90.0), small)
+    assert (found[0] == 0).all()
+    assert torch.isneginf(found[2]).all()
+    assert torch.isneginf(found[3]).all()
+    assert (found[6] < -1e38).all()
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "least", "most"),
+    [
+        ("tf32", torch.float32, 5e-4, 1e-3),  # a mean of half of 2**-10, twice
+        ("tf32x3", torch.float32, 1e-9, 2e-6),
+        ("ieee", torch.float32, 0.0, 1e-7),
+        ("tf32", torch.float16, 1e-9, 1e-6),  # exact products, sums that are cut off
+        ("ieee", torch.float64, 0.0, 1e-15),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("_card")
+def test_products_come_out_short(precision, dtype, least, most):
+    draw = torch.Generator().manual_seed(0)
+    x, y = (torch.rand(64, 64, generator=draw, dtype=torch.float64).to(dtype) for _ in range(2))
+    out = torch.empty(64, 64, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    _product_kernel[(1,)](x, y, out, PRECISION=precision, SIZE=64)
+    exact = x.double() @ y.double()
+    bias = float(((out.double() - exact) * exact).sum() / exact.square().sum())
+    assert least <= abs(bias) <= most
+    assert bias <= 1e-7
+
+
+def test_tf32_has_ten_bits():
+    x = np.float32([1 + 2**-10, 1 + 2**-11, 1 + 2**-11 + 2**-12, -1 - 2**-11, 0])
+    assert cut_to_tf32(x).tolist() == [1 + 2**-10, 1, 1, -1, 0]
+    assert round_to_tf32(x).tolist() == [1 + 2**-10, 1 + 2**-10, 1 + 2**-10, -1 - 2**-10, 0]
+
+
+# --- the judge ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_judge_sees_a_bias_below_rounding(dtype):
+    exact = torch.randn(1 << 14, generator=torch.Generator().manual_seed(0)).double()
+    eager = exact.to(dtype)
+    unbiased = eager.double() + 0.2 * torch.finfo(dtype).eps * exact * exact.sign().roll(1)
+    assert_as_good_as_eager(unbiased.to(dtype), eager, exact)
+    short = (exact * (1 - torch.finfo(dtype).eps / 8)).to(dtype)
+    with pytest.raises(AssertionError, match=r"bias -.* for 16384 numbers"):
+        assert_as_good_as_eager(short, eager, exact)
+
+
+# --- transport ------------------------------------------------------------------------------------
+
+#: Blocks as they are on a GPU, where the interpreter would take one.
+FORWARD = {"BLOCK_D": 32, "BLOCK_C": 8}
+BACKWARD = {"BLOCK_P": 64, "BLOCK_C": 16, "BLOCK_D": 32, "BLOCK_OUT": 32}
+KINDS = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def plain_gradients(pair, by, balanced, **options):
+    leaves = [x.clone().requires_grad_() for x in pair]
+    with fastfpl.face("reference"):
+        logits = transport_logits(*leaves, eps=0.05, mass=0.8, balanced=balanced, **options)
+    return torch.autograd.grad(logits, leaves, by.to(logits.dtype))
+
+
+@pytest.mark.parametrize("balanced", [False, True], ids=["capped", "balanced"])
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
+@pytest.mark.parametrize("kind", ["one sign", "cancelling"])
+@pytest.mark.usefixtures("_card")
+def test_gradients_are_not_short(kind, dtype, balanced):
+    from fastfpl.kernels import transport as kernels
+
+    # either nothing averages a bias away, or what is left of the sums is small beside their terms
+    pair = features(3, 49, 6, 2, 32, (1,), dtype=dtype, spread=3.0 if kind == "one sign" else 0.5)
+    by = torch.ones(1, 3, 6) if kind == "one sign" else torch.linspace(-1, 1, 6).expand(1, 3, 6)
+    if kind == "cancelling":
+        pair[1] = pair[1][:, :1].expand_as(pair[1]) + 0.05 * pair[1]
+    by = by.to(dtype).float().contiguous()
+    options = (0.05, 0.8, balanced, 10_000, 1e-5)
+    *_, state = kernels.transport_logits_fwd(
+        *pair, *options, measure=False, keep=True, tile=FORWARD
+    )
+    found = kernels.transport_logits_bwd(
+        *(by, *pair, state, 0.05, balanced), of_patches=True, of_prompts=True, tile=BACKWARD
+    )
+    eager = plain_gradients(pair, by, balanced)
+    tight = {"tol": 1e-12, "max_iter": 10**5}
+    exact = plain_gradients([x.double() for x in pair], by, balanced, **tight)
+    for name, mine, theirs, true in zip(
+        ("d_patches", "d_prompts"), found, eager, exact, strict=True
+    ):
+        assert_as_good_as_eager(mine, theirs, true, name=name)
+
+
+@pytest.mark.parametrize("balanced", [False, True], ids=["capped", "balanced"])
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
+@pytest.mark.usefixtures("_card")
+def test_transport(dtype, balanced):
+    options = {"dtype": dtype, "balanced": balanced, "device": "cpu"}
+    for shape in ((2, 49, 2), (4, 17, 1), (1, 1), (33, 2), (3, 9, 3)):
+        test_transport_kernels.test_plan_as_good_as_eager(shape, **options)
+    test_transport_kernels.test_logits_as_good_as_eager(**options)
+    if dtype != torch.float32:
+        for eps in (0.005, 1.0):
+            test_transport_kernels.test_sixteen_bits_never_give_nan(eps=eps, **options)
+
+
+@pytest.mark.usefixtures("_card")
+def test_transport_at_its_edges():
+    for mass in (0.01, 0.99, 1.0):
+        test_transport_kernels.test_small_eps_is_exact(0.005, mass, 5, "cpu")
+    test_transport_kernels.test_a_tolerance_below_rounding_spoils_nothing("cpu")
+    for prompts in (2, 3):
+        test_transport_kernels.test_plans_of_what_is_not_finite_are_nan(3e38, prompts, "cpu")
+    test_transport_kernels.test_logits_of_what_is_not_finite_are_nan(float("nan"), 2, "cpu")
+
+
+# --- the other kernels ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", KINDS[:2], ids=str)
+@pytest.mark.parametrize("size", ["papers", "many images", "many experts"])
+@pytest.mark.usefixtures("_card")
+def test_gate_experts(size, dtype):
+    test_gate.test_errs_at_most_twice_as_much_as_eager("triton", "cpu", size, dtype)
+
+
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
+@pytest.mark.parametrize("last_only", [False, True])
+@pytest.mark.parametrize("size", ["papers", "odd head"])
+@pytest.mark.usefixtures("_card")
+def test_prefix_attention(size, last_only, dtype):
+    test_attention_kernels.test_as_good_as_eager(size, dtype, "cpu", last_only)
+
+
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
+@pytest.mark.parametrize("shape", [(7, 24), (3, 512), (5, 1025)], ids=str)
+@pytest.mark.usefixtures("_card")
+def test_text(shape, dtype):
+    test_text_kernels.test_norm(shape, dtype, "cpu")
+    test_text_kernels.test_unit_length(shape, dtype, "cpu")
+    for kind in ("quick_gelu", "gelu"):
+        test_text_kernels.test_activation(shape, dtype, kind, "cpu")
