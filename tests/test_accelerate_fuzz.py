@@ -263,7 +263,7 @@ def check(seed: int) -> int:
         torch.optim.SGD([p for p in m.parameters() if p.requires_grad], 0.05) for m in pair
     ]
     done = []
-    for name in ["step", *rng.choices(list(ACTIONS), k=4)]:
+    for name in ["step", *rng.choices(list(ACTIONS), k=3)]:
         done.append(name)
         state, found = generator.get_state(), []
         for m, optimiser in zip(pair, optimisers, strict=True):

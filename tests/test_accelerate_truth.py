@@ -94,7 +94,7 @@ class Between(Encoder):
 
 class Beside(Between):
     def __init__(self, clip):
-        super().__init__(clip, deltas=nn.ParameterList)
+        super().__init__(clip, deltas=lambda rows: nn.ParameterList(list(rows)))
 
 
 class Reversed(torch.autograd.Function):
@@ -409,7 +409,8 @@ def test_forward_mode_is_the_originals():
     tokens, prompts = literal.tokenized_prompts, literal.prompt_learner().detach()
     found = []
     for other in (literal, model):
-        with torch.autograd.forward_ad.dual_level():
+        math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+        with math, torch.autograd.forward_ad.dual_level():
             dual = torch.autograd.forward_ad.make_dual(prompts, torch.ones_like(prompts))
             result = other.text_encoder(dual, tokens)
             found.append(torch.autograd.forward_ad.unpack_dual(result).tangent)
@@ -438,7 +439,7 @@ class Tracing(Encoder):
         COUNT[0] += 1
         type(self).made = self.made + 1
         self.running += 1
-        draws = [random.random(), numpy.random.rand(), DRAWS.random(), torch.rand(1).item()]
+        draws = [random.random(), numpy.random.rand(), DRAWS.random(), torch.rand(1).item()]  # noqa: NPY002
         draws.append(torch.rand(1, generator=self.generator).item())
         self.drawn = draws
         return super().forward(prompts, tokenized_prompts)
