@@ -439,7 +439,7 @@ class Tracing(Encoder):
         COUNT[0] += 1
         type(self).made = self.made + 1
         self.running += 1
-        draws = [random.random(), numpy.random.rand(), DRAWS.random(), torch.rand(1).item()]  # noqa: NPY002
+        draws = [random.random(), numpy.random.rand(), DRAWS.random(), torch.rand(1).item()]  # noqa: NPY002  # noqa: NPY002
         draws.append(torch.rand(1, generator=self.generator).item())
         self.drawn = draws
         return super().forward(prompts, tokenized_prompts)
