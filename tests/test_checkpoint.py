@@ -510,7 +510,7 @@ def test_foreign_tensors_are_refused(play, halted):
         ({"seed": 1}, "seed: 0 then, 1 now"),
         ({"participation": 0.75}, "participation: 0.5 then, 0.75 now"),
         ({"method": "fedprox"}, "method: 'promptfl' then, 'fedprox' now"),
-        ({"dtype": "float64"}, "dtype: 'float32' then, 'float64' now.*weights"),
+        ({"dtype": "float64"}, "dtype: 'float32' then, 'float64' now"),
         ({"n_ctx": 5, "momentum": 0.5}, "n_ctx: 4 then, 5 now, momentum: 0.9 then, 0.5 now"),
     ],
 )

@@ -123,11 +123,11 @@ def run(
         raise InputError("fastfpl.run: out must name the folder to resume; got none")
     holding: contextlib.AbstractContextManager[Held | None] = contextlib.nullcontext()
     if folder is not None:
-        refuse_held(folder, resume)
+        refuse_held(folder, resume=True)  # what holds a run may be another process's
         holding = alone_in(folder)
     with holding as held, threads(chosen.threads), without_autocast():
         if folder is not None:
-            refuse_held(folder, resume)  # one that ended while this one waited for the folder
+            refuse_held(folder, resume)
         store = None if cache is None else Path(cache)
         result = _play(chosen, held, resume, model, store, observer, on_round)
         if origin is not None:
