@@ -14,6 +14,7 @@ from typing import Any
 
 __all__ = [
     "Damaged",
+    "Differs",
     "FastfplError",
     "InputError",
     "KindError",
@@ -48,6 +49,10 @@ class Missing(FastfplError, FileNotFoundError):
 
 class Damaged(FastfplError, RuntimeError):
     """A file that is truncated, changed or not ours."""
+
+
+class Differs(FastfplError, ArithmeticError):
+    """A fast pass and the original gave different numbers; the message names the module."""
 
 
 class NotBuilt(FastfplError, ImportError):

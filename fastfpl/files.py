@@ -159,7 +159,7 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     cure = "or write to another folder"
     with on_disk("fastfpl", "a file's folder", path, cure):
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+        part = _part_of(path)
         write_new(part, b"")
         try:
             write(part)
@@ -169,6 +169,11 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         finally:
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
+
+
+def _part_of(path: Path) -> Path:
+    """Draw a name beside ``path`` that nobody else has."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
 
 
 # -- temporary folders -------------------------------------------------------------------------
@@ -249,11 +254,10 @@ def write_all(contents: Mapping[Path, bytes]) -> None:
     try:
         for path, content in contents.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            parts[path] = path.with_name(f".{path.name}.{os.getpid()}.part")
-            parts[path].unlink(missing_ok=True)  # never written through a link
-            with parts[path].open("xb") as file:
-                file.write(content)
-                file.flush()
+            part = _part_of(path)
+            write_new(part, content)
+            parts[path] = part
+            with part.open("rb") as file:
                 os.fsync(file.fileno())
         for path in parts:
             # a rename onto a folder fails, and would leave the files before it new

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -41,6 +42,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     torch.manual_seed(0)  # torch itself begins with another seed in every process
     if item.get_closest_marker("gpu") and not GPU:
         pytest.skip("needs a CUDA device, and torch sees none")
+
+
+@pytest.fixture
+def _bfloat16_rounds() -> Iterator[None]:
+    """Round to bfloat16 in interpreted kernels, as a card does; the interpreter cuts off."""
+    from tests.hostile import bfloat16_rounds
+
+    with bfloat16_rounds():
+        yield
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -13,7 +13,8 @@ CUDA's table of errors; errors are as large as documented, and the same for the 
 - x / y is div.full: x times a reciprocal within an ulp;
 - products on the matrix units: operands in tf32 or 16 bits, tf32 cut off and not rounded, sums cut
   off too after every 8 or 16 terms; tf32x3 is three such products of rounded parts;
-- a product of float32 asked for as "ieee" is exact there, and here.
+- a product of float32 asked for as "ieee" is exact there, and here;
+- what becomes bfloat16 is rounded, where Triton's interpreter (3.6 to 3.9) cuts it off.
 
 Sums in another order, and what programs do at the same time, are not imitated.
 """
@@ -27,7 +28,7 @@ from unittest import mock
 
 import numpy as np
 
-__all__ = ["card_arithmetic", "cut_to_tf32", "pytest_configure", "round_to_tf32"]
+__all__ = ["bfloat16_rounds", "card_arithmetic", "cut_to_tf32", "pytest_configure", "round_to_tf32"]
 
 _LOG2_E = np.float32(1.4426950408889634)
 _TINY = np.finfo(np.float32).tiny
@@ -115,6 +116,31 @@ _ONE = {
 }
 
 
+def _bfloat16(x: np.ndarray) -> np.ndarray:
+    """Bits of the nearest bfloat16 of float32, ties to even."""
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    near = bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))
+    nan = bits | np.uint32(0x400000)
+    return (np.where(np.isnan(x), nan, near) >> np.uint32(16)).astype(np.uint16)
+
+
+@contextlib.contextmanager
+def bfloat16_rounds() -> Iterator[None]:
+    """Let kernels that are interpreted inside the block round to bfloat16, not cut off."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    plain = InterpreterBuilder.cast_impl
+
+    def cast(self: Any, x: Any, to: Any) -> Any:
+        if x.dtype.scalar == tl.float32 and to.scalar == tl.bfloat16:
+            return TensorHandle(_bfloat16(x.data), tl.bfloat16)
+        return plain(self, x, to)
+
+    with mock.patch.object(InterpreterBuilder, "cast_impl", cast):
+        yield
+
+
 @contextlib.contextmanager
 def card_arithmetic() -> Iterator[None]:
     """Let kernels that are interpreted inside the block compute as a card may."""
@@ -142,6 +168,7 @@ def card_arithmetic() -> Iterator[None]:
         return TensorHandle(found, total.dtype.scalar)
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(bfloat16_rounds())
         for name, card in _ONE.items():
             plain = getattr(InterpreterBuilder, name)
             stack.enter_context(mock.patch.object(InterpreterBuilder, name, of_one(plain, card)))

@@ -18,6 +18,7 @@ from fastfpl.ops import native, prefix_attention
 from fastfpl.ops.attention import FACES
 from tests.truth import assert_as_good_as_eager, assert_fences_hold, fenced
 
+pytestmark = pytest.mark.usefixtures("_bfloat16_rounds")
 COMPILED = [f.name for f in FACES["prefix_attention"] if f.name in ("triton", "cpu")]
 FAST = [*COMPILED, "torch"]
 #: groups, shared, segment lengths, heads, numbers a head

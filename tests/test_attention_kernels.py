@@ -15,6 +15,7 @@ from tests.truth import assert_as_good_as_eager
 pytest.importorskip("triton", reason="Triton comes with torch for CUDA only")
 from fastfpl.kernels.attention import prefix_attention_bwd, prefix_attention_fwd
 
+pytestmark = pytest.mark.usefixtures("_bfloat16_rounds")
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 DEVICES = ["cpu", GPU]
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]

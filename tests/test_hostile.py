@@ -127,7 +127,7 @@ def test_tf32_has_ten_bits():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_the_judge_sees_a_bias_below_rounding(dtype):
-    exact = torch.randn(1 << 14, generator=torch.Generator().manual_seed(0)).double()
+    exact = torch.randn(1 << 14, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     eager = exact.to(dtype)
     unbiased = eager.double() + 0.2 * torch.finfo(dtype).eps * exact * exact.sign().roll(1)
     assert_as_good_as_eager(unbiased.to(dtype), eager, exact)

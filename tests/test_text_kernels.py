@@ -13,6 +13,7 @@ from tests.truth import assert_as_good_as_eager, assert_fences_hold, fenced
 pytest.importorskip("triton", reason="Triton comes with torch for CUDA only")
 from fastfpl.kernels import text
 
+pytestmark = pytest.mark.usefixtures("_bfloat16_rounds")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 #: rows and columns: one, odd, a power of two, more rows than a program has

@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 import fastfpl
 from fastfpl.errors import NotSupported
 from fastfpl.ops import launch, transport_logits, transport_plan
+from fastfpl.ops.faces import recorded_faces
 from fastfpl.ops.transport_gradient import pull_back
 from fastfpl.reference import transport as reference
 from tests.test_transport import FACES, NATIVE, similar, solved
@@ -150,15 +151,22 @@ def test_every_kind_of_derivative_of_logits(face, plan_gradient):
     exact = torch.autograd.functional.jacobian(run, prompts)
     moved = torch.einsum("bcdnk,dnk->bc", exact, step)
     for found, name in [
-        (lambda: forward(step), "forward mode"),
-        (lambda: torch.func.jvp(run, (prompts,), (step,))[1], "a transform of torch.func"),
-        (lambda: (torch.func.jacrev(run)(prompts) * step).sum((2, 3, 4)), "a transform of torch"),
+        (lambda: forward(step), "forward-mode differentiation"),
+        (lambda: torch.func.jvp(run, (prompts,), (step,))[1], "torch.func"),
+        (lambda: (torch.func.jacrev(run)(prompts) * step).sum((2, 3, 4)), "torch.func"),
     ]:
         if face == "reference":
             torch.testing.assert_close(found(), moved, rtol=1e-8, atol=1e-10)
         else:
-            with pytest.raises(NotSupported, match=f"got {name}.*; face.'reference'. takes it"):
+            with pytest.raises(NotSupported, match=f"{face}: {name} cannot look into it"):
                 found()
+
+
+def test_without_a_choice_the_reference_answers_other_derivatives_of_logits():
+    patches, prompts = features(2, 5, 2, 2, 4)
+    with recorded_faces() as seen:
+        torch.func.grad(lambda prompts: transport_logits(patches, prompts).sum())(prompts)
+    assert seen == {"transport_logits": {"reference"}}
 
 
 @NATIVE

@@ -17,7 +17,7 @@ from fastfpl.ops import launch, transport_logits, transport_plan
 from fastfpl.ops.faces import recorded_faces
 from fastfpl.ops.transport import Convergence
 from fastfpl.reference import transport as reference
-from tests.aot import assert_fits
+from tests.aot import CARDS, assert_fits, compiled, record
 from tests.test_transport import DTYPES, ROUNDING, assert_optimal, even, similar
 from tests.test_transport_logits import BOTH, features, weights_of
 from tests.truth import assert_as_good_as_eager, assert_fences_hold, fenced
@@ -735,6 +735,9 @@ def test_sizes_beyond_the_kernels_are_refused_in_sentences():
                 transport_plan(torch.zeros(shape))
             with pytest.raises(NotSupported, match=reason):
                 transport_logits(torch.zeros(1, shape[0], 2), torch.zeros(1, shape[1], 2))
+        for kinds in ((torch.float64, torch.float16), (torch.float32, torch.float64)):
+            with pytest.raises(NotSupported, match="P = 513 patches in float64, at most 512"):
+                transport_logits(*(torch.zeros(1, 513, 2, dtype=k) for k in kinds))
     for face in ("cpu", "reference"):
         with fastfpl.face(face), recorded_faces() as seen:
             transport_plan(torch.zeros(3, 2))
@@ -769,3 +772,25 @@ def launches():
 @pytest.mark.timeout(1800)
 def test_the_kernels_fit_every_card():
     assert_fits(launches)
+
+
+def limits():
+    """What the faces say that they take, at its corners."""
+    from fastfpl.kernels import transport as kernels
+
+    most = kernels.MOST_PATCHES
+    for dtype, patches, prompts in [
+        (torch.float32, most, 1),
+        (torch.float32, 729, 3),
+        (torch.float16, most, kernels.MOST_PROMPTS),
+        (torch.float64, kernels.MOST_PATCHES_DOUBLE, 2),
+    ]:
+        x = torch.empty(1, 2, patches, 768, device="meta", dtype=dtype)
+        t = torch.empty(1, 100, prompts, 768, device="meta", dtype=dtype)
+        kernels.transport_logits_fwd(x, t, 0.1, 0.8, False, 100, 1e-3, measure=True, keep=True)
+
+
+def test_the_largest_problems_can_be_launched_on_the_smallest_cards():
+    for report in compiled(record(limits), (86,)):
+        assert not report.failure, f"{report.launch}: {report.failure}"
+        assert report.shared <= CARDS[report.card], f"{report.launch}: {report.shared} bytes"

@@ -17,6 +17,7 @@ from safetensors.torch import load, save
 
 from fastfpl import __version__
 from fastfpl.errors import Damaged, InputError
+from fastfpl.federation.result_schema import Round
 from fastfpl.federation.shared import DOWNLOADS, TUNED, SharedStates
 from fastfpl.federation.states import CLIENTS, StateFiles
 from fastfpl.files import announce, on_disk, read_file, write_json, write_whole
@@ -93,7 +94,6 @@ class _Strict(BaseModel):
 _Number = Annotated[str, Field(pattern=r"^\d{1,9}$")]
 _Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 _Count = Annotated[int, Field(ge=0, lt=2**40)]
-_Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Client(_Strict):
@@ -118,27 +118,6 @@ class _Volumes(_Strict):
     clients: dict[_Number, _Part]
 
 
-class _Exam(_Strict):
-    accuracy: _Share
-    macro_f1: _Share
-    clients: list[_Share]
-    domains: dict[str, _Share]
-
-
-class _Row(_Strict):
-    round: _Count
-    accuracy: _Share | None
-    clients: list[_Share]
-    exams: dict[str, _Exam]
-    selected: list[_Count]
-    lost: list[_Count]
-    loss: float | None
-    seconds: float
-    images_per_second: float
-    bytes_up: _Count
-    bytes_down: _Count
-
-
 class _Task(_Strict):
     classes: list[str]
     domains: list[str]
@@ -159,7 +138,7 @@ class _Head(_Strict):
     task: _Task
     facts: dict[str, Any]
     faces: dict[str, list[str]]
-    rounds: list[_Row]
+    rounds: list[Round]
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:

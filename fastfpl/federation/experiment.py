@@ -83,7 +83,8 @@ def run(
         Go on from the checkpoint in ``out`` (or start, if there is none). Without it a folder that
         holds a run is refused.
     model : FrozenCLIP, optional
-        A CLIP that is already loaded, in place of ``clip=``.
+        A CLIP that is already loaded, in place of ``clip=``. The settings of the result name it:
+        its name (of a live model the class), ``pretrained`` and dtype.
     cache : path, optional
         Folder of the feature store.
     observer : callable

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastfpl.errors import InputError, KindError
 from fastfpl.ops import launch, native
-from fastfpl.ops.faces import Face, choose
+from fastfpl.ops.faces import Face, choose, transformed
 from fastfpl.ops.precision import as_given
 from fastfpl.ops.transport_checks import (
     LOGITS,
@@ -22,7 +22,6 @@ from fastfpl.ops.transport_checks import (
     check_tensor,
     entropy_of,
     once,
-    refuse_forward,
     refuse_nested,
     refuse_product,
     refuse_similarity,
@@ -309,7 +308,7 @@ def transport_logits(
 
     Notes
     -----
-    Differentiable in: patches, prompts, once, backward; forward mode and ``torch.func`` are for
+    Differentiable in: patches, prompts, once, backward; forward mode and ``torch.func`` go to
     ``face("reference")``, and ``vmap`` is a leading dimension. The plan is a constant as in FedOTP,
     so that d logit / d s = T; with ``plan_gradient`` it is T + T (s - alpha - beta) / eps, the
     derivative of the optimum (see `transport_plan`), except that the reference face differentiates
@@ -356,10 +355,8 @@ def transport_logits(
         *(patches, prompts, float(eps), float(mass)),
         *(balanced or mass == 1, max_iter, float(tol), plan_gradient, info),
     )
-    face = choose("transport_logits", FACES["transport_logits"], *arguments)
     refuse_vmap(LOGITS, patches, prompts)
-    if face.name != "reference":
-        refuse_forward(LOGITS, patches, prompts)
+    face = choose("transport_logits", FACES["transport_logits"], *arguments)
     logits: Tensor
     with as_given(patches.device):
         logits, iterations, residual, entropy = face.run(*arguments)
@@ -504,6 +501,11 @@ def _beyond_kernels(n_patches: int, n_prompts: int) -> list[str]:
     return reasons
 
 
+def _against_torch_logits(*arguments: Any) -> list[str]:
+    seen_by = transformed(*arguments)
+    return [f"{seen_by} cannot look into it: its gradient is backward only"] if seen_by else []
+
+
 def _against_cpu(sim: Tensor, *_: object) -> list[str]:
     return against_cpu("sim", sim, sim.shape[-1])
 
@@ -628,7 +630,7 @@ FACES: dict[str, tuple[Face, ...]] = {
             functools.partial(native.missing, "weigh_plan"),
             _against_cpu_logits,
         ),
-        Face("torch", functools.partial(pieced, TORCH), waits=True),
+        Face("torch", functools.partial(pieced, TORCH), against=_against_torch_logits, waits=True),
         Face("reference", _reference_logits, waits=True),
     ),
 }

@@ -16,7 +16,6 @@ from torch._C._functorch import (
     is_batchedtensor,
     is_functorch_wrapped_tensor,
 )
-from torch.autograd import forward_ad
 
 from fastfpl.errors import InputError, KindError, NotConverged, NotSupported
 
@@ -30,7 +29,6 @@ __all__ = [
     "check_tensor",
     "entropy_of",
     "once",
-    "refuse_forward",
     "refuse_nested",
     "refuse_product",
     "refuse_similarity",
@@ -115,20 +113,6 @@ class _Once(torch.autograd.Function):
             f"{ctx.op}: derivatives must be of first order; got one of a gradient; "
             "face('reference') takes it"
         )
-
-
-def refuse_forward(op: str, *tensors: Tensor) -> None:
-    """Refuse derivatives that are not autograd's backward pass, for faces that have no other."""
-    if torch.compiler.is_compiling():
-        return
-    for tensor in tensors:
-        wrapped = is_functorch_wrapped_tensor(tensor)
-        if wrapped or forward_ad.unpack_dual(tensor).tangent is not None:
-            how = "a transform of torch.func" if wrapped else "forward mode"
-            raise NotSupported(
-                f"{op}: derivatives must be asked for by backward() or torch.autograd.grad; got "
-                f"{how}; face('reference') takes it"
-            )
 
 
 def refuse_unconverged(op: str, iterations: Tensor, residual: Tensor, tol: float) -> NoReturn:
