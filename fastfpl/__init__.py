@@ -52,7 +52,10 @@ _HOME = {
     "run": "fastfpl.federation",
     "sweep": "fastfpl.federation",
 }
-_ROOMS = ("clip", "data", "dropin", "errors", "features", "federation", "methods", "ops", "prompts")
+_ROOMS = (
+    *("clip", "data", "dropin", "errors", "features", "federation", "methods", "ops", "prompts"),
+    "testing",
+)
 
 
 def __getattr__(name: str) -> Any:

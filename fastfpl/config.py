@@ -9,11 +9,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from fastfpl.errors import InputError, Missing, near
+from fastfpl.errors import InputError, cut, near, shown
 from fastfpl.ops.memory import parse_bytes
+from fastfpl.plain_yaml import parse_yaml, read_yaml
 
 __all__ = [
     "PROFILED",
@@ -30,6 +30,10 @@ __all__ = [
     "quirk_names",
 ]
 
+
+# what fits in 64 bits with a sign; and what UTF-8 or a path cannot say
+_LARGEST = 2**63 - 1
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 #: A number of bytes; `make_settings` also reads it from a text such as "2GiB".
 Bytes = Annotated[int, "bytes"]
@@ -66,7 +70,7 @@ class Settings(BaseModel):
         "leave-one-domain-out",
         "multi-domain",
         "cross-dataset",
-    ] = Field("personal", description="what is trained on and what is asked; see the handbook")
+    ] = Field("personal", description="what is trained on and what is asked (docs/protocols.md)")
     target: str | None = Field(
         None, description="the domain left out, or the data set that is only tested on"
     )
@@ -85,7 +89,7 @@ class Settings(BaseModel):
     position: Literal["end", "middle", "front"] = Field(
         "end", description="where the class name stands in the prompt"
     )
-    n_ctx: int | None = Field(None, ge=1, description="context vectors (16)")
+    n_ctx: int | None = Field(None, ge=1, le=10_000, description="context vectors (16)")
     ctx_init: str | None = Field(
         None, min_length=1, description="words that initialise the context; they decide its length"
     )
@@ -99,6 +103,12 @@ class Settings(BaseModel):
         "domain",
         "domain-dirichlet",
     ] = Field("pathological", description="how the data set is dealt to clients")
+    partition_seed: int | None = Field(
+        None,
+        ge=0,
+        description="of the whole deal, the class deal of pathological too; without it a deal is "
+        "the published one where there is one, and of the seed elsewhere",
+    )
     beta: float | None = Field(
         None, gt=0, description="concentration of the Dirichlet partitions and of labeldir100 (0.3)"
     )
@@ -130,7 +140,7 @@ class Settings(BaseModel):
     )
     rounds: int = Field(10, ge=1, description="rounds of download, local training and merge")
     local_epochs: int = Field(5, ge=1, description="epochs of a client in a round")
-    batch_size: int = Field(16, ge=1, description="images of a training step")
+    batch_size: int = Field(16, ge=1, le=1 << 20, description="images of a training step")
     lr: float = Field(0.002, gt=0, description="learning rate of prompts")
     momentum: float = Field(0.9, ge=0, lt=1, description="momentum of SGD, fresh every round")
     weight_decay: float = Field(5e-4, ge=0, description="weight decay of SGD")
@@ -169,6 +179,7 @@ class Settings(BaseModel):
     workers: int | None = Field(
         None,
         ge=0,
+        le=1024,
         description="threads that read, decode and crop images while the image tower is at work; 0 "
         "does it in between; chosen by device and cores if left out; decides speed, not figures",
     )
@@ -182,12 +193,27 @@ class Settings(BaseModel):
     dtype: Literal["float32", "float16", "bfloat16", "float64"] = Field(
         "float32", description="of the frozen CLIP; prompts train in float32 or wider"
     )
-    threads: int | None = Field(None, ge=1, description="CPU threads; all cores if left out")
+    threads: int | None = Field(
+        None, ge=1, le=1024, description="CPU threads; all cores if left out"
+    )
     seed: int = Field(0, ge=0, description="of everything that is drawn")
     as_released: list[str] = Field(
         [], description="quirks of released code to reproduce, separated by commas, or all"
     )
     options: dict[str, Any] = Field(default_factory=dict, description="options of the method")
+
+    @field_validator("*")
+    @classmethod
+    def _bound(cls, value: Any) -> Any:
+        """Refuse numbers that no machine counts to, and texts that no file can hold."""
+        if isinstance(value, int) and value > _LARGEST:
+            raise ValueError(f"input should be at most {_LARGEST}")
+        for text in value if isinstance(value, list) else (value,):
+            if isinstance(text, str) and (_NO_TEXT.search(text) or len(text) > 4096):
+                raise ValueError(
+                    "input should be text of at most 4096 letters without NUL and lone surrogates"
+                )
+        return value
 
     @model_validator(mode="after")
     def _combine(self) -> Settings:
@@ -261,12 +287,19 @@ def make_settings(values: Mapping[str, Any]) -> Settings:
     for key in values:
         if key not in known:
             raise InputError(
-                f"fastfpl.Settings: key must be a known one; got {key!r}" + near(key, known)
+                f"fastfpl.Settings: key must be a known one; got {shown(key)}"
+                + near(cut(str(key)), known)
             )
     clean = dict(values)
-    if clean.get("shots") in ("all", 0):
+    shots = clean.get("shots")
+    if isinstance(shots, int) and shots < 1:
+        raise InputError(
+            "fastfpl.Settings: shots is refused: it must be at least 1, or 'all' for every image; "
+            f"got {shown(shots)}"
+        )
+    if shots == "all":
         clean["shots"] = None
-    none = str(clean.get("resident")) == "0"
+    none = clean.get("resident") in (0, "0") and clean["resident"] is not False
     for key in ("max_memory", "resident"):
         if clean.get(key) is not None and not (none and key == "resident"):
             clean[key] = parse_bytes("fastfpl.Settings", clean[key], key)
@@ -289,7 +322,7 @@ def make_settings(values: Mapping[str, Any]) -> Settings:
             raise InputError(f"fastfpl.Settings: {rule}") from None
         raise InputError(
             f"fastfpl.Settings: {key} is refused: {rule[0].lower() + rule[1:]}; "
-            f"got {first['input']!r}"
+            f"got {shown(first['input'])}"
         ) from None
 
 
@@ -306,24 +339,17 @@ def for_methods(options: Any) -> dict[str, dict[str, Any]]:
     if not good:
         raise InputError(
             "fastfpl.Settings: options in a file must be a mapping from methods to their options; "
-            f"got {options!r}"
+            f"got {shown(options)}"
         )
     return {str(method): dict(mine) for method, mine in options.items()}
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
     """Read settings from a YAML file: one mapping of known keys."""
-    if not path.is_file():
-        raise Missing(f"fastfpl.Settings: the file must exist; got {path}")
-    return _parse(path.read_text(encoding="utf-8"), str(path))
+    return _mapping(read_yaml(path, "fastfpl.Settings"), str(path))
 
 
-def _parse(text: str, name: str) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        line = " ".join(str(error).split())
-        raise InputError(f"fastfpl.Settings: {name} must be YAML; got {line}") from None
+def _mapping(values: Any, name: str) -> dict[str, Any]:
     if not isinstance(values, dict) or not all(isinstance(k, str) for k in values):
         raise InputError(
             f"fastfpl.Settings: {name} must hold one mapping of settings; "
@@ -444,7 +470,7 @@ def parse_preset(name: str, text: str) -> Preset:
     InputError
         If a key is unknown, a setting is refused, or a published figure is none.
     """
-    values = _parse(text, f"preset {name}")
+    values = _mapping(parse_yaml(text, f"fastfpl.Settings: preset {name}"), f"preset {name}")
     about = values.pop("about", None)
     if not isinstance(about, str) or not about:
         raise InputError(

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 from collections.abc import Iterable
+from typing import Any
 
 __all__ = [
     "Damaged",
+    "Differs",
     "FastfplError",
     "InputError",
     "KindError",
@@ -19,7 +22,9 @@ __all__ = [
     "NotBuilt",
     "NotConverged",
     "NotSupported",
+    "cut",
     "near",
+    "shown",
 ]
 
 
@@ -44,6 +49,10 @@ class Missing(FastfplError, FileNotFoundError):
 
 class Damaged(FastfplError, RuntimeError):
     """A file that is truncated, changed or not ours."""
+
+
+class Differs(FastfplError, ArithmeticError):
+    """A fast pass and the original gave different numbers; the message names the module."""
 
 
 class NotBuilt(FastfplError, ImportError):
@@ -92,3 +101,27 @@ def near(name: str, known: Iterable[str]) -> str:
 
 def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def cut(text: str, most: int = 100) -> str:
+    """Shorten a text in its middle."""
+    if len(text) <= most:
+        return text
+    half = most // 2 - 2
+    return f"{text[:half]} ... {text[-half:]}"
+
+
+class _Short(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        """Write a number out unless Python would refuse to."""
+        return repr(x) if x.bit_length() < 400 else f"a number of {x.bit_length()} bits"
+
+
+_SHORT = _Short()
+_SHORT.maxstring = _SHORT.maxother = 100
+_SHORT.maxlevel = 3
+
+
+def shown(value: Any) -> str:
+    """Write a value as Python does, but never more than a line of it."""
+    return cut(_SHORT.repr(value), 300)

@@ -7,10 +7,11 @@ import json
 import logging
 import math
 import os
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ import torch
 from torch import Tensor
 
 from fastfpl import __version__
-from fastfpl.errors import Damaged, InputError, KindError, near
-from fastfpl.files import Growing, sweep_parts
+from fastfpl.errors import Damaged, InputError, KindError, Missing, cut, near
+from fastfpl.files import Growing, on_disk, sweep_parts
 
 __all__ = ["FeatureKey", "FeatureStore", "Features", "TextFeatures", "default_directory"]
 
@@ -37,6 +38,8 @@ _DTYPES: dict[str, tuple[torch.dtype, str, type[np.generic]]] = {
     "float32": (torch.float32, "F32", np.float32),
     "float64": (torch.float64, "F64", np.float64),
 }
+# stems of the files of keys
+_MINE = re.compile(f"(?:{'|'.join(_KINDS)})-[0-9a-f]{{32}}")
 _MOST_HEADER = 1 << 20
 _PIECE = 1 << 26
 # seconds after which half a file goes that nobody can go on with, or that nobody went on with
@@ -48,9 +51,21 @@ _verified_lock = threading.Lock()
 
 
 def default_directory() -> Path:
-    """Return ``$XDG_CACHE_HOME/fastfpl/features``, by default below ``~/.cache``."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return base / "fastfpl" / "features"
+    """Return ``$XDG_CACHE_HOME/fastfpl/features``, by default below ``~/.cache``.
+
+    Raises
+    ------
+    Missing
+        If nobody knows the user's home: HOME is not set and the user has no entry of its own.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    try:
+        return Path(base).expanduser() / "fastfpl" / "features"
+    except RuntimeError:
+        raise Missing(
+            f"fastfpl.features: the folder of image features must have a place; got {base} without "
+            "a home: name it by cache (--cache), or set HOME or XDG_CACHE_HOME"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -168,6 +183,24 @@ class FeatureStore:
         self.directory = default_directory() if directory is None else Path(directory)
         self.chunk = chunk
 
+    def check(self) -> None:
+        """Refuse a directory that is none, or that cannot be made; it is not made yet.
+
+        One that is there may be read only: what it holds serves, and what lacks cannot be kept.
+        """
+        try:
+            there = next(p for p in (self.directory, *self.directory.parents) if p.exists())
+            reason = None if there.is_dir() else f"{there} is a file"
+            if there != self.directory and not os.access(there, os.W_OK | os.X_OK):
+                reason = f"{there} cannot be written to"
+        except (OSError, ValueError) as error:  # too long a name; NUL
+            reason = (isinstance(error, OSError) and error.strerror) or str(error)
+        if reason is not None:
+            raise InputError(
+                "fastfpl.features.FeatureStore: directory (--cache) must be a folder, or one that "
+                f"can be made; got {cut(str(self.directory))!r}: {reason}"
+            )
+
     def get(
         self,
         key: FeatureKey,
@@ -226,7 +259,7 @@ class FeatureStore:
     def _write(self, path: Path, key: FeatureKey, n: int, job: _Job) -> None:
         with _disk(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
-            sweep_parts(self.directory, private=_PRIVATE_FOR, resumable=_RESUMABLE_FOR)
+            sweep_parts(self.directory, _MINE, private=_PRIVATE_FOR, resumable=_RESUMABLE_FOR)
             growing = Growing(path, {**_facts(key, (n,)), "chunk": self.chunk})
         with growing:
             # another process may have ended since this one looked
@@ -342,15 +375,9 @@ def _leave(rows: Tensor, key: FeatureKey) -> _Leaving:
     return _Leaving(hosts[0], hosts[1], event)
 
 
-@contextmanager
-def _disk(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            "fastfpl.features.FeatureStore: directory must be writable and have room; got "
-            f"{type(error).__name__}: {error} at {directory}"
-        ) from error
+def _disk(directory: Path) -> AbstractContextManager[None]:
+    op = "fastfpl.features.FeatureStore"
+    return on_disk(op, "directory", directory, "or name another folder (--cache)")
 
 
 def _raw(leaving: _Leaving, shape: tuple[int, ...], key: FeatureKey) -> memoryview:

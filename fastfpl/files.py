@@ -1,7 +1,11 @@
-"""Files that are whole or not there: written to a temporary name and renamed."""
+"""Files that are whole or not there, that follow no link and take no other file's place.
+
+Every error of a disk becomes a sentence here: `on_disk`.
+"""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import hashlib
@@ -9,29 +13,236 @@ import json
 import os
 import re
 import secrets
+import shutil
+import stat
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-__all__ = ["Growing", "sweep_parts", "write_all", "write_json", "write_text", "write_whole"]
+from fastfpl.errors import FastfplError, InputError
+
+__all__ = [
+    "Growing",
+    "announce",
+    "on_disk",
+    "own_folder",
+    "read_file",
+    "sweep_parts",
+    "temporary_folder",
+    "watched",
+    "write_all",
+    "write_json",
+    "write_new",
+    "write_text",
+    "write_whole",
+]
 
 _JOURNAL = "fastfpl-journal-1"
-_PRIVATE = re.compile(r"-\d+-[0-9a-f]{8}\.part$")
+_PRIVATE = re.compile(r"-\d+-[0-9a-f]{8}$")
+_TEMPORARY = b"fastfpl-temporary-1"
+# other systems lack these flags, and the locks that go with them
+_NOT_LINKED = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+_CURES = {
+    errno.ENOSPC: "free some room there",
+    errno.EDQUOT: "free some of your quota there",
+    errno.EROFS: "it is mounted read-only",
+    errno.EACCES: "give yourself the right to write there",
+    errno.EPERM: "give yourself the right to write there",
+    errno.EIO: "look after the device, which fails",
+    errno.ELOOP: "put no symbolic link there",
+}
+
+
+@contextlib.contextmanager
+def on_disk(
+    op: str, what: str, path: Path, cure: str, *, rule: str = "be writable and have room"
+) -> Iterator[None]:
+    """Turn an error of the disk into a sentence: what, where, and the cure.
+
+    Parameters
+    ----------
+    op, what : str
+        ``op: what must be writable and have room; got ...``.
+    path : Path
+        What was written or read, or the folder it lies in.
+    cure : str
+        What helps beside the cure of the error itself.
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, FastfplError):
+            raise
+        cures = "; ".join(c for c in (_CURES.get(error.errno or 0), cure) if c)
+        raise InputError(
+            f"{op}: {what} must {rule}; got {type(error).__name__}: {error.strerror or error} at "
+            f"{path}; {cures}"
+        ) from error
+
+
+# who is told of files that are about to be made below a folder
+_told: dict[Path, Callable[[Path], None]] = {}
+
+
+@contextlib.contextmanager
+def watched(folder: Path, tell: Callable[[Path], None]) -> Iterator[None]:
+    """Tell of every file and folder that is about to be made below a folder in this process."""
+    _told[folder] = tell
+    try:
+        yield
+    finally:
+        del _told[folder]
+
+
+def announce(path: Path) -> None:
+    """Say that a file or folder is about to be made, or that one is about to go."""
+    for folder, tell in _told.items():
+        if folder in path.parents:
+            tell(path)
+
+
+def write_new(path: Path, content: bytes) -> None:
+    """Write a file of a name that is not taken.
+
+    Raises
+    ------
+    FileExistsError
+        If there is anything of that name, a link included.
+    """
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    announce(path)
+    number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NOT_LINKED, 0o666)
+    try:
+        try:
+            rest = memoryview(content)
+            while rest:
+                rest = rest[os.write(number, rest) :]
+        finally:
+            os.close(number)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        raise
+
+
+def read_file(path: Path) -> bytes:
+    """Read a regular file; a link, a folder or a pipe is an OSError."""
+    number = os.open(path, os.O_RDONLY | _NOT_LINKED)
+    with os.fdopen(number, "rb") as file:
+        if not stat.S_ISREG(os.fstat(number).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return file.read()
+
+
+def own_folder(path: Path) -> None:
+    """Make a folder below one that is there; a link to a folder is an OSError."""
+    with contextlib.suppress(FileExistsError):
+        if not os.path.lexists(path):
+            announce(path)
+        path.mkdir()
+    if not stat.S_ISDIR(path.lstat().st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, "not a folder of its own", str(path))
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write(temporary)`` make a file beside ``path``, flush it to disk and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    """Let ``write(temporary)`` make a file beside ``path``, flush it to disk and rename it.
+
+    Raises
+    ------
+    InputError
+        If the disk is full, read-only, or fails; ``path`` is then as it was.
+    """
+    cure = "or write to another folder"
+    with on_disk("fastfpl", "a file's folder", path, cure):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = _part_of(path)
+        write_new(part, b"")
+        try:
+            write(part)
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+
+
+def _part_of(path: Path) -> Path:
+    """Draw a name beside ``path`` that nobody else has."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+
+
+# -- temporary folders -------------------------------------------------------------------------
+
+# of this process: its number, its folder, and the lock that says so
+_mine: tuple[int, Path, int] | None = None
+
+
+def temporary_folder() -> Path:
+    """Make a folder for files that no run keeps, below one folder of this process.
+
+    That one goes with the process; those of processes that were killed are removed now.
+
+    Raises
+    ------
+    InputError
+        If the system's folder for temporary files cannot be written to.
+    """
+    global _mine
+    where = Path(os.environ.get("TMPDIR") or "the system's folder for temporary files")
+    with on_disk(
+        "fastfpl", "the folder for temporary files", where, "or set TMPDIR to another folder"
+    ):
+        if _mine is None or _mine[0] != os.getpid():
+            where = Path(tempfile.gettempdir())
+            _sweep_temporary(where)
+            folder = Path(tempfile.mkdtemp(prefix="fastfpl-"))
+            number = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            if _lock(number):
+                os.write(number, _TEMPORARY + b"\n")
+            _mine = os.getpid(), folder, number
+            atexit.register(_leave, os.getpid(), folder)
+        return Path(tempfile.mkdtemp(dir=_mine[1]))
+
+
+def _leave(process: int, folder: Path) -> None:
+    # a forked child leaves its parent's alone
+    if os.getpid() == process:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep_temporary(where: Path) -> None:
+    """Remove the folders of processes that are gone, known by their lock and its line."""
+    for folder in where.glob("fastfpl-*"):
+        with contextlib.suppress(OSError):
+            status = folder.lstat()
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+                continue
+            number = os.open(folder / ".lock", os.O_RDWR | _NOT_LINKED)
+            try:
+                regular = stat.S_ISREG(os.fstat(number).st_mode)
+                ours = regular and _lock(number) and os.read(number, 99).startswith(_TEMPORARY)
+                if ours:
+                    shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(number)
+
+
+def _lock(number: int) -> bool:
+    """Lock an open file, if that is possible at once."""
+    if os.name != "posix":
+        return False
+    import fcntl
+
     try:
-        write(part)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def write_all(contents: Mapping[Path, bytes]) -> None:
@@ -43,11 +254,10 @@ def write_all(contents: Mapping[Path, bytes]) -> None:
     try:
         for path, content in contents.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            parts[path] = path.with_name(f".{path.name}.{os.getpid()}.part")
-            parts[path].unlink(missing_ok=True)  # never written through a link
-            with parts[path].open("xb") as file:
-                file.write(content)
-                file.flush()
+            part = _part_of(path)
+            write_new(part, content)
+            parts[path] = part
+            with part.open("rb") as file:
                 os.fsync(file.fileno())
         for path in parts:
             # a rename onto a folder fails, and would leave the files before it new
@@ -113,18 +323,17 @@ class Growing:
         self._named = False
         self.note: Any = None
         file = _hold(self._part)
-        if file is None:
+        journal = None if file is None else _opened(_journal_of(self._part))
+        if file is None or journal is None:
+            if file is not None:
+                file.close()
             private = f".{path.stem}-{os.getpid()}-{secrets.token_hex(4)}.part"
             self._part = path.with_name(private)
             self._file: BinaryIO = self._part.open("x+b")
             return
-        self._file = file
-        try:
-            self._journal = _journal_of(self._part).open("a+b")
-            self._read(self._journal)
-        except BaseException:
-            file.close()
-            raise
+        self._file, self._journal = file, journal
+        self._read(journal)
+        journal.seek(0, os.SEEK_END)
 
     def __enter__(self) -> Growing:
         return self
@@ -183,7 +392,10 @@ class Growing:
             at += size
             whole.append(line)
         self._chunks = len(whole) - 1
-        self._journal.truncate(sum(len(line) + 1 for line in whole))
+        # its last line may lack its end
+        self._journal.seek(0)
+        self._journal.write(b"".join(line + b"\n" for line in whole))
+        self._journal.truncate()
         self._file.truncate(at)
         self._file.seek(at)
 
@@ -195,6 +407,7 @@ class Growing:
         if self._journal is not None:
             head = json.dumps({**self._facts, "note": note}, sort_keys=True)
             self._journal.truncate(0)
+            self._journal.seek(0)
             self._journal.write(head.encode() + b"\n")
             self._journal.flush()
 
@@ -229,41 +442,64 @@ def _hold(part: Path) -> BinaryIO | None:
     """Open and lock a file, made if it is not there; None if it cannot be locked at once."""
     if os.name != "posix":
         return None
-    import fcntl
-
     while True:
         try:
-            file = os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+            file = _opened(part)
         except PermissionError:  # another user's
             return None
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # its last holder may have renamed or removed it after it was opened here
-            if os.path.samestat(os.fstat(file.fileno()), part.stat()):
-                return file
-        except FileNotFoundError:
-            pass
-        except OSError:
+        if file is None:
+            return None
+        if not _lock(file.fileno()):
             file.close()
             return None
+        # its last holder may have renamed or removed it after it was opened here
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), part.stat()):
+                return file
         file.close()
 
 
-def sweep_parts(directory: Path, *, private: float, resumable: float) -> None:
+def _opened(path: Path) -> BinaryIO | None:
+    """Open a file to read and write, made if it is not there; None for a link, pipe or folder."""
+    try:
+        number = os.open(path, os.O_RDWR | os.O_CREAT | _NOT_LINKED, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            return None
+        raise
+    file = os.fdopen(number, "r+b")
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        file.close()
+        return None
+    return file
+
+
+def sweep_parts(
+    directory: Path, mine: re.Pattern[str], *, private: float, resumable: float
+) -> None:
     """Remove what processes that are gone have left behind.
 
     Parameters
     ----------
     directory : Path
+    mine : pattern
+        Of the stems of files that may be removed, without the dot in front; every other file is
+        left alone, and so is every link.
     private, resumable : float
         Seconds since the last write after which a file is removed that nobody will go on with, or
         that somebody could; one that is held stays.
     """
     now = time.time()
     for path in (*directory.glob(".*.part"), *directory.glob(".*.journal")):
-        alone = _PRIVATE.search(path.name) is not None
+        stem = path.stem.removeprefix(".")
+        alone = _PRIVATE.search(stem) is not None
+        if mine.fullmatch(_PRIVATE.sub("", stem)) is None:
+            continue
         with contextlib.suppress(OSError):  # another process was faster, or another user's
-            if path.stat().st_mtime >= now - (private if alone else resumable):
+            status = path.lstat()
+            if not stat.S_ISREG(status.st_mode):
+                continue
+            if status.st_mtime >= now - (private if alone else resumable):
                 continue
             if alone or path.suffix == ".journal":
                 path.unlink()

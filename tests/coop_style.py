@@ -219,3 +219,28 @@ class Mixture(Model):
         mixed = self.gating(query.float(), experts.float()).type(self.dtype)
         gated = torch.einsum("bd,cbd->bc", image, mixed)
         return self.logit_scale.exp() * (0.5 * image @ text.t() + gated)
+
+
+class Conditional(Model):
+    """Contexts that an image's features shift, as CoCoOp: prompts for every image and class."""
+
+    joint = False
+
+    def __init__(self, clip: Any, learner: Learner) -> None:
+        super().__init__(clip, learner)
+        width = learner.ctx.shape[-1]
+        self.meta = nn.Sequential(
+            nn.Linear(clip.text_projection.shape[1], 4), nn.ReLU(), nn.Linear(4, width)
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        image = F.normalize(image.type(self.dtype), dim=-1)
+        contexts = self.prompt_learner.ctx + self.meta(image).unsqueeze(1)
+        prompts = torch.stack([self.prompt_learner.lay_out(ctx) for ctx in contexts])
+        if self.joint:
+            tokens = self.tokenized_prompts.repeat(len(image), 1)
+            text = self.text_encoder(prompts.flatten(0, 1), tokens).unflatten(0, (len(image), -1))
+        else:
+            text = torch.stack([self.text_encoder(p, self.tokenized_prompts) for p in prompts])
+        scores = torch.einsum("bd,bcd->bc", image, F.normalize(text, dim=-1))
+        return self.logit_scale.exp() * scores

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
 import fastfpl
-from fastfpl.cli import _cli
+from fastfpl.cli.entry import group
 from fastfpl.clip import FrozenCLIP, load_clip
 from fastfpl.clip.survey import survey, table
 from fastfpl.clip.tokenizer import adapt_tokenizer
@@ -630,7 +630,7 @@ def test_the_page_is_the_survey() -> None:
 
 
 def test_doctor_says_which_face_takes_a_model() -> None:
-    done = CliRunner().invoke(_cli, ["doctor", "--clip", "ViT-B-16-SigLIP"], terminal_width=500)
+    done = CliRunner().invoke(group, ["doctor", "--clip", "ViT-B-16-SigLIP"], terminal_width=500)
     assert done.exit_code == 0, done.output
     flat = " ".join(done.output.split())
     assert "text pass of ViT-B-16-SigLIP" in flat

@@ -19,8 +19,16 @@ import fastfpl
 import fastfpl.federation.preparation
 from fastfpl.data import load_dataset
 from fastfpl.errors import Damaged, InputError, NotConverged
-from fastfpl.federation.checkpoint import CHECKPOINT, Checkpoint, load_checkpoint, save_checkpoint
+from fastfpl.federation.checkpoint import (
+    CHECKPOINT,
+    Checkpoint,
+    files_of,
+    load_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
 from fastfpl.federation.lock import LOCK, alone_in
+from fastfpl.federation.shared import DOWNLOADS, SharedStates
 from fastfpl.federation.states import CLIENTS, StateFiles
 from tests.worlds import GATE, TINY_RUN, figures, small_clip
 
@@ -90,11 +98,16 @@ def contents(folder):
 
 
 def tensors(folder):
+    """The last state: of the server, of clients, and what they had downloaded."""
     head = json.loads((folder / CHECKPOINT).read_text())
     found = load_file(folder / head["tensors"])
     for client, entry in head["clients"].items():
         path = folder / CLIENTS / f"{int(client):05d}-{entry['version']:05d}.safetensors"
         found |= {f"client.{client}.{name}": t for name, t in load_file(path).items()}
+    kept = read_checkpoint(folder)
+    for what, states in (("down", kept.downloads), ("tuned", kept.tuned)):
+        for client, state in states.items():
+            found |= {f"{what}.{client}.{name}": t for name, t in state.items()}
     return found
 
 
@@ -416,14 +429,14 @@ def assert_refused(play, folder, error, match, **changes):
     assert contents(folder) == before
 
 
-def files_of(folder):
+def parts_of(folder):
     (data,) = folder.glob("checkpoint-*.safetensors")
     return {"json": folder / CHECKPOINT, "tensors": data}
 
 
 @pytest.mark.parametrize("which", ["json", "tensors"])
 def test_a_truncated_checkpoint_is_refused(play, halted, which):
-    path = files_of(halted)[which]
+    path = parts_of(halted)[which]
     data = path.read_bytes()
     for size in (0, 1, 7, len(data) // 2, len(data) - 20, len(data) - 3):
         path.write_bytes(data[:size])
@@ -434,7 +447,7 @@ def test_a_truncated_checkpoint_is_refused(play, halted, which):
 
 @pytest.mark.parametrize("which", ["json", "tensors"])
 def test_a_changed_bit_is_refused(halted, which):
-    path = files_of(halted)[which]
+    path = parts_of(halted)[which]
     data = path.read_bytes()
     facts = json.loads((halted / CHECKPOINT).read_text())["facts"]
     assert load_checkpoint(halted, facts) is not None
@@ -462,7 +475,7 @@ FOREIGN = {
     "another program's": '{"rounds": []}',
     "a list": "[1, 2]",
     "another format": '{"format": "fastfpl-checkpoint-0"}',
-    "no fields": '{"format": "fastfpl-checkpoint-2"}',
+    "no fields": '{"format": "fastfpl-checkpoint-3"}',
     "not text": "\x00\x01",
     "nothing": "",
 }
@@ -482,7 +495,7 @@ def test_not_unicode(play, halted):
 
 
 def test_foreign_tensors_are_refused(play, halted):
-    path = files_of(halted)["tensors"]
+    path = parts_of(halted)["tensors"]
     save_file({"server.ctx": torch.zeros(4, 32)}, path)
     assert_refused(play, halted, Damaged, "its checksum is not the one that was written")
     path.unlink()
@@ -564,7 +577,7 @@ def test_a_folder_in_another_process_is_refused_until_that_one_dies(play, whole,
         finally:
             holder.send_signal(signal.SIGKILL)
     # what it left is a file, and nobody holds it
-    assert (halted / LOCK).read_text() == f"{holder.pid}\n"
+    assert (halted / LOCK).read_text() == f"fastfpl-run-1 {holder.pid}\n"
     play(halted, resume=True)
     assert_ended_alike(halted, whole())
 
@@ -612,7 +625,7 @@ def test_a_lock_that_was_removed_after_it_was_opened_is_taken_again(tmp_path, mo
     monkeypatch.setattr(fcntl, "flock", late)
     with alone_in(tmp_path):
         assert len(opened) == 2
-        assert (tmp_path / LOCK).read_text() == f"{os.getpid()}\n"
+        assert (tmp_path / LOCK).read_text() == f"fastfpl-run-1 {os.getpid()}\n"
         # somebody removes it by hand, and another run takes the folder: its lock stays
         (tmp_path / LOCK).unlink()
         (tmp_path / LOCK).write_text("7\n")
@@ -640,12 +653,22 @@ def test_what_is_saved_comes_back(tmp_path):
         11: {"ctx": torch.randn(3, 4), "gate.w_q": torch.randn(2, 2).T},
         2: {"ctx": torch.tensor([float("nan"), -0.0])},
     }
-    rows = [{"round": 0, "accuracy": 0.1 + 0.2, "clients": [1 / 3, 1.0], "loss": None}]
+    row = {"round": 0, "accuracy": 0.1 + 0.2, "clients": [1 / 3, 1.0], "loss": None}
+    row |= {"exams": {}, "selected": [11], "lost": [], "seconds": 0.1, "images_per_second": 1e5}
+    rows = [{**row, "bytes_up": 0, "bytes_down": 3}]
+    task = {"classes": ["a"], "domains": ["d"], "client_domains": None, "clients": 12}
     facts = {"lr": 0.002, "options": {"mu": 0.5}, "shots": None}
     files = StateFiles(tmp_path / "new" / CLIENTS)
     for client, state in clients.items():
         files.put(client, state)
-    saved = Checkpoint(facts, rows, {"encode_text": ["torch"]}, server, files)
+    shared = SharedStates(tmp_path / "new" / DOWNLOADS)
+    both = torch.randn(2, 3, 4)
+    downs = {3: {"e": both, "k": torch.tensor(7)}, 11: {"e": both.flip(0), "n": both[:0]}}
+    for client, state in downs.items():
+        shared.put(client, state)
+    saved = Checkpoint(
+        facts, rows, {"encode_text": ["torch"]}, server, files, downloads=shared, task=task
+    )
     save_checkpoint(tmp_path / "new", saved)
     found = load_checkpoint(tmp_path / "new", facts)
     assert (found.facts, found.rounds, found.faces) == (facts, rows, saved.faces)
@@ -653,12 +676,16 @@ def test_what_is_saved_comes_back(tmp_path):
     for mine, theirs in (
         (found.server, server),
         *((found.clients[c], clients[c]) for c in clients),
+        *((found.downloads[c], downs[c]) for c in downs),
     ):
         assert set(mine) == set(theirs)
         for name, tensor in theirs.items():
             assert mine[name].dtype == tensor.dtype
             torch.testing.assert_close(mine[name], tensor, rtol=0, atol=0, equal_nan=True)
     assert load_checkpoint(tmp_path, facts) is None
+    # the two contexts of both clients are there once
+    (volume,) = (tmp_path / "new" / DOWNLOADS).iterdir()
+    assert sorted(t.numel() for t in load_file(volume).values()) == [1, 12, 12]
 
 
 def test_only_the_last_checkpoint_is_kept(whole):
@@ -705,6 +732,10 @@ def test_what_a_killed_process_wrote_last_is_no_state(play, whole, tmp_path):
         client, version = path.stem.split("-")
         shutil.copy(path, path.with_name(f"{client}-{int(version) + 1:05d}.safetensors"))
     (folder / CLIENTS / "00077-00000.safetensors").write_bytes(b"half")
+    new = set(files_of(folder)) ^ set((folder / CLIENTS).iterdir())
+    names = [p.relative_to(folder).as_posix() for p in new if p.parent.name == CLIENTS]
+    lines = ["fastfpl-run-1 7", *map(json.dumps, names), '"clients/half a li']
+    (folder / LOCK).write_text("\n".join(lines))
     play(folder, "pfedmoap", resume=True)
     assert_ended_alike(folder, whole("pfedmoap"))
 

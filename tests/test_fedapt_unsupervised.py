@@ -15,6 +15,7 @@ from fastfpl.data import load_dataset
 from fastfpl.errors import InputError
 from fastfpl.federation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fastfpl.federation.cohort import stack
+from fastfpl.federation.models import task_of
 from fastfpl.federation.preparation import prepare
 from fastfpl.federation.states import CLIENTS, StateFiles
 from fastfpl.methods import check_options
@@ -618,7 +619,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(stop, tmp_path):
         files.put(client, state)
     with pytest.raises(InputError, match="the clients of a checkpoint must lie in "):
         save_checkpoint(tmp_path, Checkpoint(facts, part.rounds, {}, part.server, part.clients))
-    save_checkpoint(tmp_path, Checkpoint(facts, part.rounds, {}, part.server, files))
+    task = task_of(part.method.task)
+    save_checkpoint(tmp_path, Checkpoint(facts, part.rounds, {}, part.server, files, task=task))
     found = load_checkpoint(tmp_path, facts)
     again = fresh("fedapt-unsupervised")
     again.server, again.clients, again.rounds = found.server, found.clients, found.rounds

@@ -295,6 +295,8 @@ def test_a_round_depends_on_the_checkpointed_state_only(method, evaluate_every, 
         second.server = {k: v.clone() for k, v in first.server.items()}
         for client, state in first.clients.items():
             second.clients.put(client, state)
+        for client, state in first.downloads.items():
+            second.downloads.put(client, state)
         second.rounds = [dict(row) for row in first.rounds]
         seen = []
         for federation in (first, second):

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # A room imports only from lower floors, or from its own. The ground floor is open to all.
-GROUND = {"errors", "shapes", "seeds", "files", "terminal"}
+GROUND = {"errors", "shapes", "seeds", "files", "terminal", "plain_yaml"}
 FLOORS = (
     GROUND,
     {"reference", "kernels", "_C", "data"},
@@ -20,7 +20,7 @@ FLOORS = (
     {"methods"},
     {"released"},
     {"federation", "config", "presets"},
-    {"report", "flower", "dropin"},
+    {"report", "flower", "dropin", "testing"},
     {"cli"},
 )
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
@@ -215,7 +215,7 @@ def test_every_op_has_its_doors():
 def test_a_planted_import_is_found(tmp_path, file, text, sentence):
     good = {
         "fastfpl/__init__.py": "from fastfpl.cli import main",
-        "fastfpl/cli.py": "import fastfpl.report.page\nfrom fastfpl.errors import near",
+        "fastfpl/cli/x.py": "import fastfpl.report.page\nfrom fastfpl.errors import near",
         "fastfpl/ops/y.py": "from fastfpl.reference import y\ndef f():\n    import fastfpl._C",
         "fastfpl/prompts.py": "from fastfpl.clip import z\nfrom fastfpl import __version__",
         "fastfpl/clip/y.py": "import torch\ndef f():\n    import open_clip, torchvision",

@@ -1,7 +1,9 @@
 """Every algorithm against its literal reference, and the small cases that a hand can compute."""
 
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,15 +11,17 @@ from pydantic import ValidationError
 from torch.nn import functional as F
 
 from fastfpl.errors import InputError
-from fastfpl.federation import cohort
+from fastfpl.federation import cohort, run
 from fastfpl.federation.cohort import stack, train
 from fastfpl.methods import METHODS, check_options
 from fastfpl.methods.base import weighted_mean
+from fastfpl.methods.facts import method_facts, page
 from fastfpl.ops.gate import Gate
 from fastfpl.reference import rounds as reference
 from fastfpl.reference.text import encode_text
-from tests.worlds import NAMES, SIZES, World, batch_of, drawn, random_gate
+from tests.worlds import NAMES, SIZES, World, batch_of, drawn, random_gate, small_clip
 
+ROOT = Path(__file__).resolve().parent.parent
 F32, F64 = torch.float32, torch.float64
 DTYPES = pytest.mark.parametrize("dtype", [F32, F64], ids=["float32", "float64"])
 RELATIVE = {F32: 1e-5, F64: 1e-12}
@@ -564,12 +568,31 @@ def test_a_round_does_not_see_its_own_uploads():
             assert owners == known
             latest = [max(r for r in range(t) if c in SELECTED[r]) for c in known]
             assert versions == latest
-        # clients that sat out are evaluated with the new pool
-        for r, client, owners, _ in seen:
-            if r == t + 1:
-                assert client not in SELECTED[t]
-                after = before | set(SELECTED[t])
-                assert owners == (sorted(after - {client}) if client in after else [])
+        # clients that sat out receive nothing: they answer with the experts that they trained with
+        never = set(range(5)) - before - set(SELECTED[t])
+        assert {client for r, client, *_ in seen if r == t + 1} == never
+
+
+def test_idle_clients_answer_with_the_experts_that_they_trained_with():
+    """Client 0 sits out while its neighbours move: its answers stay, to the last bit."""
+    federation = World("pfedmoap", options=MOAP, settings={"lr": 0.5}).federation()
+    federation.sample = lambda round_: [[0, 1, 2], [0, 1, 2], [1, 2], [1, 2, 3]][round_]
+    held, answers = [], []
+    for t in range(4):
+        federation.round()
+        held.append({name: t.clone() for name, t in federation.downloads[0].items()})
+        answers.append([scores.answers.tolist() for scores in federation.ask(t)[0]])
+    assert held[1]["expert_round"].tolist() == [0, 0]
+    for later in (2, 3):
+        assert all(torch.equal(held[later][name], held[1][name]) for name in held[1])
+        assert answers[later][0] == answers[1][0]
+        assert answers[later][1] != answers[1][1]
+    # with new neighbours it would answer otherwise
+    fresh = federation.method.download(federation.server, 0, 4)
+    assert fresh["expert_round"].tolist() == [3, 3]
+    federation.downloads.put(0, fresh)
+    assert federation.ask(3)[0][0].answers.tolist() != answers[3][0]
+    assert set(federation.downloads) == {0, 1, 2, 3}
 
 
 def test_the_gate_waits_for_the_second_participation():
@@ -765,3 +788,48 @@ def test_clients_in_a_cohort_do_not_see_each_other(method):
     (one, loss), (other, changed) = sent
     same = [c for c in range(5) if torch.equal(one[c], other[c]) and loss[c] == changed[c]]
     assert same == [0, 2, 3, 4]
+
+
+# --- what is said of a method ---------------------------------------------------------------------
+
+
+def test_every_option_and_method_says_what_it_is():
+    for name, method in METHODS.items():
+        facts = method_facts(name)
+        assert facts.about
+        assert re.search(r"\b(19|20)\d\d\b", facts.source), name
+        assert [option.name for option in facts.options] == list(method.Options.model_fields)
+        for option in facts.options:
+            assert option.about, f"{name}.{option.name}"
+            default = method.Options.model_fields[option.name].default
+            # without a value of its own, the meaning ends with what happens
+            assert (option.default != "") == (default is not None)
+            assert option.default or re.search(r"\(.+\)", option.about)
+    assert method_facts("fedprox").options[0].kind == "NUMBER ≥ 0"
+    assert method_facts("fedotp").options[3].kind == "NUMBER > 0, ≤ 1"
+    assert method_facts("pfedmoap").options[1].kind == "nearest|random"
+
+
+def test_the_page_of_methods_is_current():
+    found = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert found == page(), "python -m fastfpl.methods.facts > docs/methods.md"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return {"model": small_clip(), "cache": tmp_path_factory.mktemp("features")}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_said_to_travel_travels(name, small):
+    facts = method_facts(name)
+    result = run(
+        name,
+        **{"dataset": "digits", "clients": 2, "shots": 2, "n_ctx": 2, "rounds": 1},
+        **{"local_epochs": 1, "augment": "views:1" if METHODS[name].paired else "none"},
+        **{"options": {"gate_width": 8, "heads": 2} if name == "pfedmoap" else {}},
+        **small,
+    )
+    (row,) = result.rounds
+    assert (row["bytes_up"] == 0) == (facts.sends == "nothing")
+    assert (row["bytes_down"] == 0) == (facts.receives == "nothing")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastfpl.data import KINDS, base_novel, partition
+from fastfpl.data import KINDS, base_novel, deal_depends_on_seed, partition
 from fastfpl.data.partitions import _empty_clients
 from fastfpl.data.shares import draw_sizes
 from fastfpl.errors import InputError, KindError
@@ -122,6 +122,37 @@ def test_the_pathological_deal_is_the_same_for_every_seed_unless_told():
     assert not same(*own)
     seven = split("pathological", clients=5, seed=1, shots=4, deal_seed=7)[-1]
     assert same(seven, split("pathological", clients=5, seed=7, shots=4, deal_seed=None)[-1])
+
+
+EVERY = {
+    "iid": {"clients": 3},
+    "iid-fewshot": {"clients": 3, "shots": 4},
+    "pathological": {"clients": 5},
+    "dirichlet": {"clients": 2, "beta": 5.0},
+    "labeldir100": {"clients": 4, "classes": 100, "train": 5, "test": 2},
+    "labeluni": {"clients": 5, "classes_per_client": 2},
+    "domain": {"clients": 2, "domains": 2},
+    "domain-dirichlet": {"clients": 4, "domains": 2, "beta": 5.0},
+}
+
+
+@pytest.mark.parametrize("shots", [None, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_deal_is_said_to_owe_to_the_seed_it_does(kind, shots):
+    options = {"shots": shots, **EVERY[kind]}
+    first, second = (split(kind, seed=seed, **options)[-1] for seed in (0, 1))
+    drawn, fixed = deal_depends_on_seed(kind, options["shots"])
+    assert bool(drawn) == (not same(first, second))
+    assert drawn or fixed
+    if kind == "labeldir100" and shots is None:  # the numbering alone
+        lists = [sorted(s.train.tolist() for s in shards) for shards in (first, second)]
+        assert lists[0] == lists[1]
+    if kind.startswith("domain"):  # the domain of a client
+        for a, b in zip(first, second, strict=True):
+            assert set(a.train % 2) == set(b.train % 2)
+            assert len(set(a.train % 2)) == 1
+    with pytest.raises(InputError, match="did you mean 'domain'"):
+        deal_depends_on_seed("domaim")
 
 
 def test_a_class_with_fewer_images_than_shots_gives_all_it_has():

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import fastfpl
 from fastfpl.config import load_preset
 from fastfpl.methods import METHODS
+from fastfpl.testing import check_method
+from tests.worlds import figures, small_clip
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -21,24 +24,23 @@ def test_the_example_method_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     names: dict[str, Any] = {}
     exec(compile(code, "fedper.py", "exec"), names)  # the README's own lines
     monkeypatch.setitem(METHODS, "fedper", names["FedPer"])
-    result = fastfpl.run(
-        "fedper",
-        dataset="digits",
-        clients=2,
-        rounds=2,
-        local_epochs=1,
-        shots=2,
-        n_ctx=4,
-        out=tmp_path / "run",
-        cache=tmp_path / "cache",
-    )
+    same: dict[str, Any] = {"dataset": "digits", "clients": 2, "rounds": 2, "local_epochs": 1}
+    same |= {"shots": 2, "n_ctx": 4}
+    result = fastfpl.run("fedper", **same, out=tmp_path / "run", cache=tmp_path / "cache")
     assert len(result.rounds) == 2
-    assert result.rounds[0]["bytes_up"] == 2 * 4 * 128 * 4
+    # half of four vectors travels, both ways; all else is the library's own method
+    half = 2 * 2 * 128 * 4
+    assert [(r["bytes_up"], r["bytes_down"]) for r in result.rounds] == [(half, half)] * 2
+    own = fastfpl.run("prompt-fedper", **same, out=tmp_path / "own", cache=tmp_path / "cache")
+    assert figures(own) == figures(result)
+    check_method(names["FedPer"], clip=small_clip().to(dtype=torch.float64))
 
 
 def test_every_command_of_the_readme_is_known() -> None:
     commands = set(re.findall(r"^fastfpl (\w+)", README, re.MULTILINE))
-    assert commands <= {"run", "compare", "report", "data", "doctor", "presets", "profile"}
+    assert commands <= {
+        *("run", "compare", "report", "data", "doctor", "presets", "profile", "methods")
+    }
     for name in re.findall(r"--preset (\S+)", README):
         load_preset(name)
 

@@ -346,7 +346,7 @@ def test_while_a_process_holds_the_part_another_one_encodes_for_itself(store, wh
         assert part_of(store)[0] == held
         long_ago = (time.time() - 30 * DAY,) * 2
         os.utime(held, long_ago)
-        files.sweep_parts(store.directory, private=DAY, resumable=7 * DAY)
+        files.sweep_parts(store.directory, features._MINE, private=DAY, resumable=7 * DAY)
         assert held.exists()
         os.utime(held)
         # an interrupted private part leaves nothing
@@ -425,9 +425,10 @@ def test_old_parts_go_and_young_ones_stay(store, whole):
     other = replace(KEY, split="other")
     with pytest.raises(Stop):
         store.get(other, N, Until(truth(), 16))
-    private = store.directory / ".pooled-0123-4567-89abcdef.part"
+    name = f".pooled-{'0123' * 8}"
+    private = store.directory / f"{name}-4567-89abcdef.part"
     private.touch()
-    stray = store.directory / ".pooled-89.journal"
+    stray = store.directory / f"{name}.journal"
     stray.touch()
 
     def age(days, *paths):

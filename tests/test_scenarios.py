@@ -15,6 +15,7 @@ from fastfpl.data import Dataset, Shard, Split, base_novel, load_dataset, partit
 from fastfpl.errors import InputError
 from fastfpl.federation import run, sweep
 from fastfpl.federation.cohort import Scores, stack, train
+from fastfpl.federation.preparation import plan
 from fastfpl.federation.result import Result, summarise
 from fastfpl.federation.rounds import _marks
 from fastfpl.federation.scenarios import arrange
@@ -373,6 +374,48 @@ def test_notes_on_the_images_reach_the_report(store, clip, monkeypatch):
     assert (result.data["skipped"], result.data["notes"]) == (3, ["the split was drawn here"])
     text = markdown_table(Comparison({"zeroshot": [result]}))
     assert "digits: the split was drawn here" in text
+
+
+# --- a deal's own seed ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"partition": "pathological"},
+        {"partition": "pathological", "shots": "all", "repeat_rate": 0.3},
+        {"partition": "iid"},
+        {"partition": "iid-fewshot"},
+        {"partition": "dirichlet", "beta": 5.0, "shots": "all"},
+        {"partition": "labeluni", "classes_per_client": 4},
+        {"partition": "domain", "clients": 1},
+    ],
+    ids=lambda more: "-".join(map(str, more.values())),
+)
+def test_a_partition_seed_decides_the_whole_deal(more):
+    sets = {("digits", None, "refuse"): load_dataset("digits")}
+
+    def dealt(**seeds):
+        values = {"dataset": "digits", "clients": 5, "shots": 4, **more, **seeds}
+        chosen = make_settings({"method": "promptfl", **values})
+        shards = plan(chosen, datasets=sets).scenario.shards
+        return [(s.train.tolist(), s.test.tolist()) for s in shards]
+
+    mine = dealt(seed=0, partition_seed=7)
+    assert mine == dealt(seed=1, partition_seed=7)
+    assert mine != dealt(seed=0, partition_seed=8)
+    assert mine != dealt(seed=0)
+    # left out, a deal is what it was
+    (digits,) = sets.values()
+    train, test = digits.train, digits.test
+    options = {"beta": 0.3, "shots": 4, "clients": 5, **more}
+    options["shots"] = None if options["shots"] == "all" else options["shots"]
+    before = partition(
+        options.pop("partition"),
+        *(train.labels, test.labels, train.domains, test.domains),
+        **{"classes": 10, "seed": 3, **options},
+    )
+    assert dealt(seed=3) == [(s.train.tolist(), s.test.tolist()) for s in before]
 
 
 # --- whole runs -----------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fastfpl.data.base import Dataset, Images, Split, Statistics
 from fastfpl.data.catalogue import open_root
-from fastfpl.data.partitions import KINDS, Shard, base_novel, partition
+from fastfpl.data.partitions import KINDS, Shard, base_novel, deal_depends_on_seed, partition
 from fastfpl.data.subsets import ClassSubset, DomainSubset, Joined, restrict, split_domain
 from fastfpl.errors import InputError, near
 
@@ -33,6 +33,7 @@ __all__ = [
     "Split",
     "Statistics",
     "base_novel",
+    "deal_depends_on_seed",
     "load_dataset",
     "partition",
     "restrict",

@@ -13,7 +13,7 @@ from fastfpl.data.shards import Indices, Shard, by_label, multiples, refuse
 from fastfpl.data.shares import dirichlet, uniform_shares
 from fastfpl.errors import InputError, KindError, near
 
-__all__ = ["KINDS", "Shard", "base_novel", "partition"]
+__all__ = ["KINDS", "Shard", "base_novel", "deal_depends_on_seed", "partition"]
 
 #: Every kind of split that `partition` knows.
 KINDS = (
@@ -240,6 +240,55 @@ def partition(
             for s, source in zip(shards, sources, strict=True)
         ]
     return shards
+
+
+# what of a deal another seed draws anew, and what is the same for every seed
+_DRAWN = {
+    "iid": ("which images a client holds", ""),
+    "iid-fewshot": ("which images a client holds", ""),
+    "pathological": ("", "which classes a client holds, and which images of them"),
+    "dirichlet": ("the share of each class that a client holds, and which images", ""),
+    "labeldir100": ("which client is which number", "the lists of images, which are published"),
+    "labeluni": ("which classes a client holds, and which images of them", ""),
+    "domain": ("", "client u holds domain u"),
+    "domain-dirichlet": (
+        "the share of each class that a client holds, and which images",
+        "the domain of a client",
+    ),
+}
+
+
+def deal_depends_on_seed(kind: str, shots: int | None = None) -> tuple[str, str]:
+    """Say what of a deal is another one with another seed of the run, and what is not.
+
+    Parameters
+    ----------
+    kind : str
+        As for `partition`, whose ``deal_seed`` is left out.
+    shots : int, optional
+        Training images per client and class, if not all.
+
+    Returns
+    -------
+    drawn, fixed : str
+        What depends on the seed and what depends on nothing, as halves of a sentence; empty if
+        there is nothing of the sort. With ``drawn`` empty the lists of all seeds are equal.
+
+    Raises
+    ------
+    InputError
+        If the kind is unknown.
+    """
+    if kind not in _DRAWN:
+        raise InputError(
+            f"fastfpl.data.deal_depends_on_seed: kind must be a kind of split; got {kind!r}"
+            + near(kind, KINDS)
+        )
+    drawn, fixed = _DRAWN[kind]
+    if shots is not None and kind in ("labeldir100", "domain"):
+        few = f"which {shots} training images of a class a client keeps"
+        drawn = f"{drawn}, and {few}" if drawn else few
+    return drawn, fixed
 
 
 def base_novel(classes: int) -> tuple[Indices, Indices]:

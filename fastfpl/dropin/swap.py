@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -42,12 +43,21 @@ class State:
     calls : Counter of str
         ``"fast"``, or the reason why the original ran, and how often.
     memory : dict
-        Of the kind: structure that is checked again at every call.
+        Of the kind: proofs under their keys, structure that is checked again at every call. Copies
+        and files go without it.
+    path : str
+        The module's place in the model.
+    verify : int
+        Every how many calls one is compared with the original; 0 for none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, path: str = "", verify: int = 0) -> None:
         self.calls: Counter[str] = Counter()
         self.memory: dict[Any, Any] = {}
+        self.path, self.verify = path, verify
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "memory": {}}
 
 
 class Kind:
@@ -87,14 +97,31 @@ def register(kind: Kind) -> Kind:
 
 def _run(kind: str, base: type, method: str, module: Any, args: Any, kwargs: Any) -> Any:
     original = functools.partial(getattr(base, method), module)
-    state: State = module.__dict__[_STATE]
-    if torch._C._get_tracing_state() is not None:  # torch.jit.trace
+    state: State | None = module.__dict__.get(_STATE)
+    if state is None:  # a method that somebody kept from before `restore`
         return original(*args, **kwargs)
     try:
+        if _captured():
+            refuse(CAPTURED)
         return _KINDS[kind].run(module, state, original, args, kwargs)
     except Instead as reason:
         state.calls[str(reason)] += 1
         return original(*args, **kwargs)
+
+
+CAPTURED = "the original, while a program is captured"
+_MODES = (
+    torch._C._TorchDispatchModeKey.FAKE,
+    torch._C._TorchDispatchModeKey.PROXY,
+    torch._C._TorchDispatchModeKey.FUNCTIONAL,
+)
+
+
+def _captured() -> bool:
+    """Tell whether torch.export, make_fx or torch.jit.trace records what is done."""
+    if torch._C._get_tracing_state() is not None or torch.compiler.is_exporting():
+        return True
+    return any(torch._C._get_dispatch_mode(mode) is not None for mode in _MODES)
 
 
 @functools.cache
@@ -104,22 +131,24 @@ def _outside_graphs() -> Callable[..., Any]:
     return hidden
 
 
-_call: Callable[..., Any] | None = None
-
-
 @functools.cache
 def _subclass(base: type, kind_name: str) -> type:
-    global _call
-    # looked up as a global, so that torch.compile sees the disabled function itself
-    _call = _outside_graphs()
+    call = _outside_graphs()
+    exporting, compiling = torch.compiler.is_exporting, torch.compiler.is_dynamo_compiling
 
     def exchanged(method: str) -> Any:
-        @functools.wraps(getattr(base, method))
-        def fast(self: Any, *args: Any, **kwargs: Any) -> Any:
-            assert _call is not None
-            return _call(kind_name, base, method, self, args, kwargs)
+        original = getattr(base, method)
 
-        return fast
+        def fast(self: Any, *args: Any, **kwargs: Any) -> Any:
+            # dynamo, when it exports, goes through the original: it would stop at ours
+            if exporting() and compiling():
+                return original(self, *args, **kwargs)
+            return call(kind_name, base, method, self, args, kwargs)
+
+        # torch.jit.script reads the original's source, and its names in our globals
+        space = getattr(original, "__globals__", globals())
+        own = types.FunctionType(fast.__code__, space, method, None, fast.__closure__)
+        return functools.wraps(original)(own)
 
     def reduced(self: Any, protocol: Any) -> Any:
         # the class has no name to be found by: it is made again from its base
@@ -164,9 +193,9 @@ def kind_of(module: nn.Module) -> Kind:
     return _KINDS[type(module)._fastfpl_kind]  # type: ignore[attr-defined]
 
 
-def swap(module: nn.Module, kind: Kind) -> State:
+def swap(module: nn.Module, kind: Kind, path: str = "") -> State:
     """Exchange the class of a module; parameters, buffers, hooks and names stay where they are."""
-    module.__dict__[_STATE] = State()
+    module.__dict__[_STATE] = State(path)
     base: Any = type(module)
     module.__class__ = _subclass(base, kind.name)
     return state_of(module)

@@ -10,29 +10,67 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from fastfpl.dropin import tower as towers
+from fastfpl.dropin.keys import key_of, plain_class
 from fastfpl.dropin.output import lazy_output
-from fastfpl.dropin.sharing import NOTHING, Sharing, note_of, sharing_by_value, still_holds
-from fastfpl.dropin.swap import Kind, State, hooked, refuse, register
+from fastfpl.dropin.sharing import (
+    NOTHING,
+    Sharing,
+    leaves_of,
+    literal_if_watched,
+    proven,
+    sharing_by_value,
+    unwatched,
+)
+from fastfpl.dropin.swap import Instead, Kind, State, hooked, refuse, register
+from fastfpl.dropin.trial import copy_of, near, no_trace, watched
+from fastfpl.errors import Differs
 from fastfpl.ops.embedded import encode_embedded
 from fastfpl.ops.memory import current_limit
 from fastfpl.reference.text import TextTower
 
-__all__ = ["KINDS", "prove"]
+__all__ = ["KINDS", "Text", "proof_of"]
+
+# arguments that a signature gathers: nothing in them is no argument at all
+_GATHERS = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 class Text(Kind):
-    """What all text encoders have in common: a proof by example."""
+    """What all text encoders have in common: a proof by example under every key."""
+
+    family: towers.Family = towers.Resblocks
 
     def fast(self, module: Any, state: State, args: Any, kwargs: Any) -> tuple[Any, str]:
         """Return the result of a call and how it was computed."""
         raise NotImplementedError
 
-    def example(self, module: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """Give arguments for a proof, and the same with other rows behind the EOT."""
+    def example(self, module: Any, count: int) -> tuple[Tensor, ...]:
+        """Draw tensors for a proof with ``count`` texts, then the same with rows behind the EOT."""
         raise NotImplementedError
+
+    def call(self, form: Any, tensors: tuple[Tensor, ...]) -> tuple[tuple[Any, ...], Any]:
+        """Give a call of a form with these tensors: arguments and keywords."""
+        return tensors, {}
+
+    def form(self, module: Any, args: Any, kwargs: Any) -> Any:
+        """Give what a call has beside its tensors; hashable."""
+        return ()
+
+    def forms(self, module: Any) -> list[Any]:
+        """Give the forms to try before there is a call."""
+        return [()]
+
+    def count(self, args: Any, kwargs: Any) -> int:
+        """Count the texts of a call."""
+        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()]
+        return len(tensors[0]) if tensors else 0
+
+    def holder(self, module: Any) -> Any:
+        """Give the module that has the tower's parts."""
+        return module
 
     @staticmethod
     def features(result: Any) -> Tensor:
@@ -48,50 +86,204 @@ class Text(Kind):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Answer a call with the packed pass."""
+        """Answer a call with the packed pass, where its proof holds."""
+        _no_transform()
+        check_proof(self, module, state, args, kwargs)
         result, how = self.fast(module, state, args, kwargs)
         state.calls[how] += 1
+        if state.verify:
+            calls = state.memory["verified"] = state.memory.get("verified", 0) + 1
+            if calls % state.verify == 0:
+                compare(self, module, state, args, kwargs, result)
         return result
 
     def memory(self, module: Any, state: State) -> dict[Any, Any]:
         """Give the place for inspections; replicas of DataParallel keep none."""
         return {} if getattr(module, "_is_replica", False) else state.memory
 
+    def known(self, module: Any) -> tuple[list[Tensor], list[Any]]:
+        """Give the tensors that a text pass reads, and the parameters among them that may learn."""
+        holder = self.holder(module)
+        family = self.family
+        blocks = family.blocks(holder)
+        found: list[Any] = [t for b in blocks for t in family.tensors(b)]
+        norm = family.norm(holder)
+        found += [family.positional(holder), norm.weight, norm.bias]
+        found += [getattr(x, "attn_mask", None) for x in (holder, *blocks)]
+        embeddings = getattr(holder, "embeddings", holder)
+        found.append(getattr(embeddings, "position_ids", None))
+        learn: list[Any] = []
+        projection = getattr(module, "text_projection", None)
+        if isinstance(projection, nn.Module):
+            learn += [*projection.parameters()]
+            found += [*projection.buffers()]
+        else:
+            learn.append(projection)
+        embedding = getattr(embeddings, "token_embedding", None)
+        if isinstance(embedding, nn.Embedding):
+            learn.append(embedding.weight)
+        learn = [t for t in learn if isinstance(t, Tensor)]
+        return [t for t in (*found, *learn) if isinstance(t, Tensor)], learn
 
-def prove(kind: Text, module: Any) -> None:
-    """Compare the fast pass with the original on small random prompts; `Instead` if they differ.
 
-    This holds against whatever a forward may do that its parts do not show.
+# more keys than this, and most of them new, are no switches but a count
+_MOST_KEYS = 32
+
+
+def check_proof(kind: Text, module: Any, state: State, args: Any, kwargs: Any) -> None:
+    """Prove that a call of this form, in the state that the module is in, is a text pass.
+
+    A proof is kept under all that may decide what the module's code does: classes, modes,
+    attributes, whether gradients are wanted. A call of more texts than any before is proven for so
+    many, through one block.
     """
-    original = getattr(type(module), kind.method)
+    memory = state.memory
+    form = kind.form(module, args, kwargs)
+    key = (key_of(module), form, torch.is_grad_enabled())
+    proofs = memory.setdefault("proofs", {})
+    proof = proofs.get(key)
+    asked = memory["asked"] = memory.get("asked", 0) + 1
+    if proof is None:
+        if len(proofs) >= _MOST_KEYS and asked < 4 * len(proofs):
+            refuse("what its code depends on changes with every call")
+        proof = proofs[key] = proof_of(kind, module, form, 3)
+    reason, most = proof
+    count = kind.count(args, kwargs)
+    if not reason and count > most:
+        reason, most = proofs[key] = proof_of(kind, module, form, count)
+    if reason:
+        refuse(reason)
+
+
+def proof_of(
+    kind: Text, module: Any, form: Any, count: int, *, other_mode: bool = False
+) -> tuple[str, int]:
+    """Return why a call is no text pass, or "", and for how many texts that is so."""
+    modes = torch.is_grad_enabled()
+    device = next((p.device.type for p in module.parameters()), "cpu")
+    try:
+        with (
+            no_trace(module),
+            torch.inference_mode(False),
+            torch.set_grad_enabled(modes),
+            torch.autocast(device, enabled=False),
+        ):
+            prove(kind, module, form, count, other_mode)
+    except Instead as reason:
+        return str(reason), count
+    return "", count
+
+
+def prove(kind: Text, module: Any, form: Any, count: int, other_mode: bool) -> None:
+    """Compare the fast pass with the original on random prompts; `Instead` if they differ.
+
+    Both run on a copy whose small parameters are moved from where they begin. Features and, where
+    gradients are wanted, their gradients must agree; the original may read nothing but a text
+    tower's parts. Up to three texts go through all blocks, more through the first.
+    """
+    with torch.no_grad():  # hooks and the like, which a copy has not
+        towers.read(kind.family, kind.holder(module), {}, ())
+    twin = copy_of(module, moved=True)
+    if other_mode:
+        twin.train(not module.training)
+    if count > 3:
+        kind.family.shorten(kind.holder(twin))
+    known, learn = kind.known(twin)
+    for parameter in learn:
+        if isinstance(parameter, nn.Parameter):
+            parameter.requires_grad_(torch.is_grad_enabled())
+    *tensors, other = kind.example(twin, count)
+    leaves = [t for t in (*tensors, *learn) if t.requires_grad]
+    given = kind.call(form, tuple(tensors))
+    laid = tuple(_laid(t) for t in tensors)
+    args, kwargs = kind.call(form, laid)
+    literal_call = functools.partial(getattr(type(twin), kind.method), twin)
+    kind.fast(twin, State(), *given)  # says what its parts lack before the original is asked
+    literal = watched(twin, known, lambda: literal_call(*args, **kwargs), (laid, tensors))
+    fast = kind.fast(twin, State(), args, kwargs)[0]
+    changed_args, changed_kwargs = kind.call(form, (other, *tensors[1:]))
+    try:
+        literal, fast = kind.features(literal), kind.features(fast)
+        with torch.no_grad():
+            changed = kind.features(literal_call(*changed_args, **changed_kwargs))
+    except Exception as error:
+        refuse(f"a trial call of it raised {type(error).__name__}")
+    if not isinstance(literal, Tensor) or literal.shape != fast.shape:
+        refuse("a trial call of it did not return one feature a prompt")
+    if literal.dtype != fast.dtype or not _close(fast, literal):
+        if not _close(changed, literal):
+            refuse(
+                "its text tower is not causal: rows behind the EOT change its features, so "
+                "that neither a shared prefix nor a cut is exact"
+            )
+        refuse("a trial call of it gave other features than CLIP's text pass over its parts")
+    _compare_gradients(fast, literal, leaves, "the trial call")
+
+
+def _forward_of(module: nn.Module) -> Any:
+    return getattr(plain_class(module), "forward")  # noqa: B009 - a class of anybody
+
+
+def _laid(tensor: Tensor) -> Tensor:
+    """Give prompts that share two rows, as a graph has it; ids as they are."""
+    if not tensor.requires_grad:
+        return tensor
+    lead = tensor[:1, :2].expand(len(tensor), -1, -1)
+    return torch.cat((lead, tensor[:, 2:]), dim=1)
+
+
+def _close(got: Tensor, want: Tensor) -> bool:
     with torch.no_grad():
-        args, other = kind.example(module)
-        fast = kind.features(kind.fast(module, State(), args, {})[0])
-        try:
-            literal = kind.features(original(module, *args))
-            changed = kind.features(original(module, *other))
-        except Exception as error:
-            first = str(error).partition("\n")[0]
-            refuse(f"a trial call of it raised {type(error).__name__}: {first}")
-        if not isinstance(literal, Tensor) or literal.shape != fast.shape:
-            refuse("a trial call of it did not return one feature a prompt")
-        # differences of structure are of the order of the features themselves
-        near = torch.finfo(literal.dtype).eps ** 0.5 * float(literal.abs().max())
-        if literal.dtype != fast.dtype or float((literal - fast).abs().max()) > near:
-            if float((literal - changed).abs().max()) > near:
-                refuse(
-                    "its text tower is not causal: rows behind the EOT change its features, so "
-                    "that neither a shared prefix nor a cut is exact"
-                )
-            refuse("a trial call of it gave other features than CLIP's text pass over its parts")
+        return float((got - want).abs().max()) <= near(want)
+
+
+def _compare_gradients(fast: Tensor, literal: Tensor, leaves: list[Tensor], what: str) -> None:
+    if literal.requires_grad != fast.requires_grad:
+        refuse(f"{what} of it does not pass gradients on as CLIP's text pass does")
+    if not literal.requires_grad or not leaves:
+        return
+    generator = torch.Generator().manual_seed(1)
+    loss = torch.randn(literal.shape, generator=generator, dtype=torch.float32).to(literal)
+    want = torch.autograd.grad(literal, leaves, loss, retain_graph=True, allow_unused=True)
+    with unwatched():
+        got = torch.autograd.grad(fast, leaves, loss, retain_graph=True, allow_unused=True)
+    for g, w in zip(got, want, strict=True):
+        if (g is None) != (w is None) or (w is not None and g is not None and not _close(g, w)):
+            refuse(f"{what} of it gave other gradients than CLIP's text pass over its parts")
+
+
+def compare(kind: Text, module: Any, state: State, args: Any, kwargs: Any, result: Any) -> None:
+    """Compare a result with what the original gives on a copy: values, and gradients if wanted."""
+    with no_trace(module):
+        twin = copy_of(module, moved=False)
+        literal = kind.features(getattr(type(twin), kind.method)(twin, *args, **kwargs))
+    fast = kind.features(result)
+    try:
+        if literal.shape != fast.shape or literal.dtype != fast.dtype or not _close(fast, literal):
+            refuse("it gave other features than the original")
+        inputs = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+        graphs = [leaf for t in inputs if t.requires_grad for leaf in leaves_of(t)]
+        learn = [p for p in module.parameters() if p.requires_grad]
+        _compare_gradients(fast, literal, [*graphs, *learn], "this call")
+    except Instead as reason:
+        raise Differs(
+            f"fastfpl.accelerate: {state.path or 'the model'} must give what it gave before; got "
+            f"a call of which it is to be said that {reason}; fastfpl.restore gives it back"
+        ) from None
+
+
+def _no_transform() -> None:
+    """Refuse what can neither look at values nor prove anything."""
+    if torch._C._functorch.maybe_current_level() is not None:
+        refuse("a transform of torch.func is active, which cannot look at values")
+    if forward_ad._current_level >= 0:
+        refuse("derivatives are taken in forward mode, which the pass has not")
 
 
 def _plain(tensor: Tensor, weight: Tensor) -> None:
     """Refuse what only the original code can take."""
     if type(tensor) not in (Tensor, nn.Parameter):
         refuse(f"the input is a {type(tensor).__name__}")
-    if torch._C._functorch.maybe_current_level() is not None:
-        refuse("a transform of torch.func is active, which cannot look at values")
     if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
         refuse("a CUDA graph is being captured, which cannot look at values")
     if current_limit() is not None:
@@ -160,47 +352,91 @@ def _check_mask(module: Any) -> None:
 
 
 class Prompts(Text):
-    """CoOp's text encoder: ``forward(prompts, tokenized_prompts)`` over CLIP's parts."""
+    """CoOp's text encoder: embedded prompts and their tokens over CLIP's parts.
+
+    Which argument is which is told from a call: one tensor of floats, one of token ids, and nothing
+    in any other.
+    """
 
     name = "text encoder of embedded prompts"
     method = "forward"
 
     def examine(self, module: nn.Module) -> bool:
-        """Recognise the parts of a text tower behind a forward of two arguments."""
+        """Recognise the parts of a text tower behind a forward of two arguments or more."""
         if not _has_tower(module) or hasattr(module, "encode_text"):
             return False
         needed = len(_takes(type(module).forward))
-        if needed > 2:
-            refuse(f"its forward takes {needed} arguments, not prompts and tokenized prompts alone")
-        if needed == 2:
+        if needed >= 2:
             _check_mask(module)
-        return needed == 2
+        return needed >= 2
 
-    def example(self, module: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """Draw three prompts with their EOT at different places."""
+    def forms(self, module: Any) -> list[Any]:
+        """Try prompts first or tokens first, and nothing, in two ways, for what else it needs."""
+        names = [p.name for p in _takes(type(module).forward)]
+        orders = [(names[0], names[1]), (names[1], names[0])]
+        empty = [tuple((n, kind) for n in names[2:]) for kind in (type(None), list)]
+        return [(*order, rest) for order in orders for rest in (empty if names[2:] else [()])]
+
+    def form(self, module: Any, args: Any, kwargs: Any) -> Any:
+        """Name the argument of prompts, that of tokens, and the empty ones with their type."""
+        return self._bound(module, args, kwargs)[0]
+
+    def count(self, args: Any, kwargs: Any) -> int:
+        """Count the prompts."""
+        tensors = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
+        return next(len(t) for t in tensors if t.is_floating_point())
+
+    def _bound(self, module: Any, args: Any, kwargs: Any) -> tuple[Any, Tensor, Tensor]:
+        try:
+            bound = inspect.signature(_forward_of(module)).bind(module, *args, **kwargs)
+        except TypeError:
+            refuse("the call does not fit the forward")
+        parameters = bound.signature.parameters
+        prompts: list[tuple[str, Tensor]] = []
+        tokens: list[tuple[str, Tensor]] = []
+        empty = []
+        for name, value in list(bound.arguments.items())[1:]:
+            if isinstance(value, Tensor):
+                (prompts if value.is_floating_point() else tokens).append((name, value))
+            elif value is None or (isinstance(value, list | tuple | dict) and not value):
+                if parameters[name].kind not in _GATHERS:
+                    empty.append((name, type(value)))
+            elif value is not parameters[name].default:
+                refuse(f"the call has the argument {name} beside prompts and tokenized prompts")
+        if len(prompts) != 1 or len(tokens) != 1:
+            refuse("the call has other arguments than prompts and tokenized prompts")
+        form = (prompts[0][0], tokens[0][0], tuple(empty))
+        return form, prompts[0][1], tokens[0][1]
+
+    def call(self, form: Any, tensors: tuple[Tensor, ...]) -> tuple[tuple[Any, ...], Any]:
+        """Give prompts and tokens by name, and nothing of the same type for the rest."""
+        prompts, tokens, empty = form
+        given = dict(zip((prompts, tokens), tensors, strict=True))
+        return (), given | {n: None if t is type(None) else t() for n, t in empty}
+
+    def example(self, module: Any, count: int) -> tuple[Tensor, ...]:
+        """Draw prompts with their EOT at different places."""
         positional = module.positional_embedding
         length, width = positional.shape
         weight = module.transformer.resblocks[0].ln_1.weight
         dtype = getattr(module, "dtype", None)
         dtype = dtype if isinstance(dtype, torch.dtype) else positional.dtype
         generator = torch.Generator().manual_seed(0)
-        prompts = torch.randn(3, length, width, generator=generator, dtype=torch.float32)
+        prompts = torch.randn(count, length, width, generator=generator, dtype=torch.float32)
         prompts = prompts.to(device=weight.device, dtype=dtype)
-        tokens, other = _example_tokens(length, 3), prompts.clone()
+        tokens, other = _example_tokens(length, 3, count), prompts.clone()
         for row, end in zip(other, tokens.argmax(-1).tolist(), strict=True):
             row[end + 1 :] = 1
-        return (prompts, tokens), (other, tokens)
+        if torch.is_grad_enabled():
+            prompts.requires_grad_()
+            other[:, :2] = prompts.detach()[:1, :2]
+        return prompts, tokens, other
 
     def fast(self, module: Any, state: State, args: Any, kwargs: Any) -> tuple[Any, str]:
         """Encode embedded prompts."""
-        try:
-            given = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
-        except TypeError:
-            refuse("the call does not fit the forward")
-        _, prompts, tokens, *more = given.arguments.values()
-        if more or not isinstance(prompts, Tensor) or not isinstance(tokens, Tensor):
-            refuse("the call has other arguments than prompts and tokenized prompts")
-        live = towers.read(towers.Resblocks, module, self.memory(module, state), ())
+        _, prompts, tokens = self._bound(module, args, kwargs)
+        memory = self.memory(module, state)
+        live = towers.read(towers.Resblocks, module, memory, ())
         weight = live.blocks[0].qkv_w
         _plain(prompts, weight)
         if prompts.dim() != 3 or tokens.dim() != 2 or len(tokens) != len(prompts):
@@ -215,33 +451,47 @@ class Prompts(Text):
         _kinds_agree(prompts.to(kind), weight)
         ends = tokens.argmax(dim=-1).tolist()
         limit = max(ends) + 1
-        if torch.is_grad_enabled() and prompts.requires_grad:
-            # equal values do not prove equal gradients: the prompt learner has to answer for them
-            note = note_of(prompts)
-            sharing, why = NOTHING, ", since they do not come straight from a prompt learner"
-            if note is not None:
-                sharing, why = note, ""
-                if not still_holds(note, prompts[:, :limit]):
-                    sharing, why = NOTHING, ", since their values are not equal"
+        how = ""
+
+        def encode(sharing: Sharing, rows: Tensor) -> Tensor:
+            nonlocal how
+            states, how = _states(live, rows.to(kind), ends, sharing)
+            return _project(module, states if dtype is None else states.to(dtype))
+
+        if not (torch.is_grad_enabled() and prompts.requires_grad):
+            return encode(sharing_by_value(prompts[:, :limit]), prompts), how
+        if state.memory.get("looked"):
+            sharing, why = NOTHING, ", since the gradient of single prompts was looked at"
         else:
-            sharing, why = sharing_by_value(prompts[:, :limit]), ""
-        states, how = _states(live, prompts.to(kind), ends, sharing)
-        states = states if dtype is None else states.to(dtype)
-        return _project(module, states), how + why
+            sharing, why = proven(prompts, memory)
+        sharing = sharing._replace(shared=min(sharing.shared, *ends))
+        if not sharing.shared:
+            return encode(NOTHING, prompts), how + why
+        form = self.form(module, args, kwargs)
+
+        def literal(rows: Tensor) -> Tensor:
+            given = self.call(form, (rows, tokens))
+            features: Tensor = _forward_of(module)(module, *given[0], **given[1])
+            return features
+
+        def looked() -> None:
+            state.memory["looked"] = True
+
+        fast = functools.partial(encode, sharing)
+        return literal_if_watched(prompts, fast, literal, looked), how + why
 
 
 class _Tokens(Text):
     """A method that takes token ids, over OpenAI's or open_clip's parts."""
 
-    def example(self, module: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    def example(self, module: Any, count: int) -> tuple[Tensor, ...]:
         """Draw token ids that end at different places."""
         embedding = module.token_embedding
-        count = embedding.num_embeddings
+        size = embedding.num_embeddings
         _, eos = self.pooling(module)
-        end = count - 1 if eos is None else eos
-        return _example_ids(
-            module.positional_embedding.shape[0], count, end, embedding.weight.device
-        )
+        end = size - 1 if eos is None else eos
+        length = module.positional_embedding.shape[0]
+        return _example_ids(length, size, end, embedding.weight.device, count)
 
     def pooling(self, module: Any) -> tuple[str, int | None]:
         """Tell which token's state becomes the feature."""
@@ -288,6 +538,15 @@ class Clip(_Tokens):
         return _pooling(
             getattr(module, "text_pool_type", "argmax"), getattr(module, "text_eos_id", None)
         )
+
+    def form(self, module: Any, args: Any, kwargs: Any) -> Any:
+        """Say whether the features are to be normalised."""
+        normalize = kwargs.get("normalize", args[1] if len(args) > 1 else False)
+        return (bool(normalize),) if normalize else ()
+
+    def call(self, form: Any, tensors: tuple[Tensor, ...]) -> tuple[tuple[Any, ...], Any]:
+        """Ask for normalised features as the form says."""
+        return tensors, {"normalize": form[0]} if form else {}
 
     def fast(self, module: Any, state: State, args: Any, kwargs: Any) -> tuple[Any, str]:
         """Encode token ids, normalised if open_clip's argument asks for it."""
@@ -340,6 +599,7 @@ class Transformers(Text):
 
     name = "transformers text model"
     method = "forward"
+    family = towers.Layers
 
     def examine(self, module: nn.Module) -> bool:
         """Recognise embeddings, encoder.layers and final_layer_norm of a text model."""
@@ -359,19 +619,25 @@ class Transformers(Text):
         pooled: Tensor = result.pooler_output
         return pooled
 
-    def example(self, module: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    def example(self, module: Any, count: int) -> tuple[Tensor, ...]:
         """Draw token ids that end at different places."""
-        embeddings = module.embeddings
-        count, own = embeddings.token_embedding.num_embeddings, int(module.eos_token_id)
+        embeddings = self.holder(module).embeddings
+        size, own = embeddings.token_embedding.num_embeddings, int(self.holder(module).eos_token_id)
         return _example_ids(
             embeddings.position_embedding.num_embeddings,
-            count,
-            count - 1 if own == 2 else own,
+            size,
+            size - 1 if own == 2 else own,
             embeddings.token_embedding.weight.device,
+            count,
         )
 
-    def fast(self, module: Any, state: State, args: Any, kwargs: Any) -> tuple[Any, str]:
-        """Encode token ids; the states of all tokens are computed when somebody looks at them."""
+    def form(self, module: Any, args: Any, kwargs: Any) -> Any:
+        """Refuse calls for more than pooled states; the rest is of one form."""
+        self._given(module, args, kwargs)
+        return ()
+
+    def _given(self, module: Any, args: Any, kwargs: Any) -> tuple[Tensor, Any]:
+        """Return a call's ids and its mask."""
         names = ("input_ids", "attention_mask", "position_ids")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         if len(args) > len(names):
@@ -388,6 +654,11 @@ class Transformers(Text):
             refuse(f"the call has the argument {next(iter(given))}")
         if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
             refuse("the text is not token ids (texts, tokens)")
+        return ids, mask
+
+    def fast(self, module: Any, state: State, args: Any, kwargs: Any) -> tuple[Any, str]:
+        """Encode token ids; the states of all tokens are computed when somebody looks at them."""
+        ids, mask = self._given(module, args, kwargs)
         embedding = module.embeddings.token_embedding
         live = towers.read(towers.Layers, module, self.memory(module, state), [embedding])
         weight = live.blocks[0].qkv_w
@@ -431,9 +702,9 @@ class Projected(Transformers):
         features: Tensor = result.text_embeds
         return features
 
-    def example(self, module: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """Draw token ids as for the text model inside."""
-        return super().example(module.text_model)
+    def holder(self, module: Any) -> Any:
+        """Give the text model inside."""
+        return module.text_model
 
     def fast(self, module: Any, state: State, args: Any, kwargs: Any) -> tuple[Any, str]:
         """Encode token ids and project."""
@@ -483,32 +754,33 @@ def _same_ids(ids: Tensor) -> int:
     return int((ids == ids[:1]).all(0).cumprod(0).sum())
 
 
-def _example_tokens(length: int, end: int) -> Tensor:
-    tokens = torch.zeros(3, length, dtype=torch.int64)
+def _example_tokens(length: int, end: int, count: int) -> Tensor:
+    tokens = torch.zeros(count, length, dtype=torch.int64)
     tokens[:, 0] = end - 1
-    for row, place in zip(tokens, _places(length), strict=True):
+    for row, place in zip(tokens, _places(length, count), strict=True):
         row[place] = end
     return tokens
 
 
-def _places(length: int) -> tuple[int, int, int]:
-    return length // 3, max(1, length - 3), length // 2
+def _places(length: int, count: int) -> list[int]:
+    places = (max(2, length // 3), max(2, length - 3), max(2, length // 2))
+    return [min(length - 1, places[i % 3]) for i in range(count)]
 
 
 def _example_ids(
-    length: int, count: int, end: int, device: torch.device
-) -> tuple[tuple[Tensor], tuple[Tensor]]:
+    length: int, size: int, end: int, device: torch.device, count: int
+) -> tuple[Tensor, Tensor]:
     """Draw ids below ``end``, then pad with 0; the second with other padding."""
-    if not 2 < end < count:
-        refuse(f"it pools at the token {end} of a vocabulary of {count}")
+    if not 2 < end < size:
+        refuse(f"it pools at the token {end} of a vocabulary of {size}")
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1, end, (3, length), generator=generator)
+    ids = torch.randint(1, end, (count, length), generator=generator)
     ids[:, :2] = ids[:1, :2]
     other = ids.clone()
-    for row, padded, place in zip(ids, other, _places(length), strict=True):
+    for row, padded, place in zip(ids, other, _places(length, count), strict=True):
         row[place], padded[place] = end, end
         row[place + 1 :], padded[place + 1 :] = 0, 1
-    return (ids.to(device),), (other.to(device),)
+    return ids.to(device), other.to(device)
 
 
 KINDS: tuple[Text, ...] = (Prompts(), Clip(), TextModule(), Transformers(), Projected())

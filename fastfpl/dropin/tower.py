@@ -20,7 +20,7 @@ from fastfpl.dropin.swap import hooked, refuse
 from fastfpl.errors import FastfplError
 from fastfpl.reference.text import TextTower
 
-__all__ = ["Layers", "Resblocks", "read"]
+__all__ = ["Family", "Layers", "Resblocks", "read"]
 
 
 class Resblocks:
@@ -38,6 +38,11 @@ class Resblocks:
     def containers(holder: Any) -> tuple[nn.Module, ...]:
         """Give the modules whose call a pass replaces as a whole."""
         return holder.transformer, holder.transformer.resblocks
+
+    @staticmethod
+    def shorten(holder: Any) -> None:
+        """Keep the first block alone."""
+        _shorten(holder.transformer.resblocks)
 
     @staticmethod
     def positional(holder: Any) -> Tensor:
@@ -116,6 +121,11 @@ class Layers:
         return holder.encoder, holder.embeddings, holder.embeddings.position_embedding
 
     @staticmethod
+    def shorten(holder: Any) -> None:
+        """Keep the first layer alone."""
+        _shorten(holder.encoder.layers)
+
+    @staticmethod
     def positional(holder: Any) -> Tensor:
         """Give the position embeddings (L, W)."""
         positional: Tensor = holder.embeddings.position_embedding.weight
@@ -180,7 +190,10 @@ def read(family: Family, holder: Any, memory: dict[Any, Any], around: Iterable[A
     blocks = family.blocks(holder)
     norm = family.norm(holder)
     mask = getattr(holder, "attn_mask", None)
-    parts = (*(p for b in blocks for p in family.parts(b)), norm, mask)
+    try:
+        parts = (*(p for b in blocks for p in family.parts(b)), norm, mask)
+    except AttributeError as error:
+        refuse(f"its text blocks are not CLIP's: {error}")
     masks = tuple(p._version for p in parts if isinstance(p, Tensor) and not p.is_inference())
     seen = memory.get("tower")
     if seen is None or seen[1] != masks or not _same(seen[0], parts):
@@ -222,6 +235,11 @@ def read(family: Family, holder: Any, memory: dict[Any, Any], around: Iterable[A
             eot=0,
             **facts,
         )
+
+
+def _shorten(blocks: nn.Module) -> None:
+    for name in list(blocks._modules)[1:]:
+        del blocks._modules[name]
 
 
 def _same(before: tuple[Any, ...], now: tuple[Any, ...]) -> bool:

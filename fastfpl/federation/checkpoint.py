@@ -4,29 +4,42 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 
+from fastfpl import __version__
 from fastfpl.errors import Damaged, InputError
+from fastfpl.federation.result_schema import Round
+from fastfpl.federation.shared import DOWNLOADS, TUNED, SharedStates
 from fastfpl.federation.states import CLIENTS, StateFiles
-from fastfpl.files import write_json, write_whole
+from fastfpl.files import announce, on_disk, read_file, write_json, write_whole
 from fastfpl.methods import State
 
-__all__ = ["CHECKPOINT", "Checkpoint", "load_checkpoint", "save_checkpoint"]
+__all__ = [
+    "CHECKPOINT",
+    "Checkpoint",
+    "check_checkpoint",
+    "files_of",
+    "load_checkpoint",
+    "read_checkpoint",
+    "save_checkpoint",
+]
 
 CHECKPOINT = "checkpoint.json"
-_FORMAT = "fastfpl-checkpoint-2"
+_FORMAT = "fastfpl-checkpoint-3"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything that the next round depends on.
+    """Everything that the next round depends on, and all that the last evaluation saw.
 
     Attributes
     ----------
@@ -42,6 +55,16 @@ class Checkpoint:
         absent.
     trainer : State
         What is handed from client to client, empty unless quirks of released code ask for it.
+    downloads : SharedStates
+        What each client had downloaded for the training that it is evaluated with, in `DOWNLOADS`;
+        empty for methods that evaluate what the client would download now.
+    tuned : SharedStates
+        What clients kept of the fine-tuning before the last round's evaluation, in `TUNED`.
+    settings : mapping
+        All settings, options included.
+    task : mapping
+        ``classes``, ``domains``, ``client_domains`` and ``clients``, as `fastfpl.methods.Task` has
+        them.
     """
 
     facts: Mapping[str, Any]
@@ -50,6 +73,72 @@ class Checkpoint:
     server: State
     clients: StateFiles
     trainer: State = field(default_factory=dict)
+    downloads: SharedStates = field(default_factory=SharedStates)
+    tuned: SharedStates = field(default_factory=SharedStates)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    task: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def files(self) -> set[Path]:
+        """The files of clients that it names."""
+        return self.clients.files | self.downloads.files | self.tuned.files
+
+
+# -- what the JSON must be -----------------------------------------------------------------------
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+_Number = Annotated[str, Field(pattern=r"^\d{1,9}$")]
+_Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+_Count = Annotated[int, Field(ge=0, lt=2**40)]
+
+
+class _Client(_Strict):
+    version: _Count
+    names: list[str]
+    blake2b: _Hash
+
+
+class _Tensor(_Strict):
+    dtype: Annotated[str, Field(pattern=r"^(float|bfloat|int|uint)\d{1,2}$|^bool$")]
+    shape: Annotated[list[_Count], Field(max_length=16)]
+    pieces: list[_Count]
+
+
+class _Part(_Strict):
+    volume: _Count
+    tensors: dict[str, _Tensor]
+
+
+class _Volumes(_Strict):
+    volumes: dict[_Number, _Hash]
+    clients: dict[_Number, _Part]
+
+
+class _Task(_Strict):
+    classes: list[str]
+    domains: list[str]
+    client_domains: list[_Count] | None
+    clients: Annotated[int, Field(ge=1, lt=2**40)]
+
+
+class _Head(_Strict):
+    format: Literal["fastfpl-checkpoint-3"]
+    library: str
+    rounds_done: _Count
+    tensors: Annotated[str, Field(pattern=r"^checkpoint-\d{5}(-\d+)?\.safetensors$")]
+    blake2b: Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
+    clients: dict[_Number, _Client]
+    downloads: _Volumes
+    tuned: _Volumes
+    settings: dict[str, Any]
+    task: _Task
+    facts: dict[str, Any]
+    faces: dict[str, list[str]]
+    rounds: list[Round]
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
@@ -57,18 +146,37 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 
     Of the clients' states only those of clients that trained are new. The JSON's rename is the
     moment at which the checkpoint counts; a process that dies before it leaves the previous one
-    valid.
+    valid. Of what is there, nothing but the previous checkpoint's files is removed.
+
+    Raises
+    ------
+    InputError
+        If the disk is full, read-only or fails: the previous checkpoint is as it was.
     """
-    if checkpoint.clients.folder != folder / CLIENTS:
-        raise InputError(
-            f"fastfpl.run: the clients of a checkpoint must lie in {folder / CLIENTS}; got "
-            f"{checkpoint.clients.folder}"
-        )
+    places: dict[str, StateFiles | SharedStates] = {
+        CLIENTS: checkpoint.clients,
+        DOWNLOADS: checkpoint.downloads,
+        TUNED: checkpoint.tuned,
+    }
+    for name, states in places.items():
+        if states.folder != folder / name and (states or name == CLIENTS):
+            raise InputError(
+                f"fastfpl.run: the {name} of a checkpoint must lie in {folder / name}; got "
+                f"{states.folder}"
+            )
     tensors = {f"server.{name}": tensor for name, tensor in checkpoint.server.items()}
     tensors |= {f"trainer.{name}": tensor for name, tensor in checkpoint.trainer.items()}
     flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     done = len(checkpoint.rounds)
     path = folder / f"checkpoint-{done:05d}.safetensors"
+    again = 0
+    while os.path.lexists(path):  # somebody else's
+        again += 1
+        path = folder / f"checkpoint-{done:05d}-{again}.safetensors"
+    former = _named(folder)
+    if former is not None:
+        announce(former)
+    announce(path)
 
     def write(part: Path) -> None:
         # save_file has a temporary name of its own, which a killed process leaves behind
@@ -77,49 +185,51 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     write_whole(path, write)
     head = {
         "format": _FORMAT,
+        "library": __version__,
         "rounds_done": done,
         "tensors": path.name,
-        "blake2b": _digest(path),
+        "blake2b": hashlib.blake2b(path.read_bytes()).hexdigest(),
         "clients": checkpoint.clients.settle(),
+        "downloads": checkpoint.downloads.settle(),
+        "tuned": checkpoint.tuned.settle(),
+        "settings": dict(checkpoint.settings),
+        "task": dict(checkpoint.task),
         "facts": dict(checkpoint.facts),
         "faces": dict(checkpoint.faces),
         "rounds": checkpoint.rounds,
     }
     write_json(folder / CHECKPOINT, {**head, "checksum": _checksum(head)})
-    _sweep(folder, path)
-    checkpoint.clients.sweep()
+    with on_disk("fastfpl.run", "out", folder, "or name another out"):
+        if former is not None:
+            former.unlink(missing_ok=True)
+        for states in places.values():
+            states.sweep()
 
 
-def load_checkpoint(
-    folder: Path, facts: Mapping[str, Any], device: torch.device | str = "cpu"
-) -> Checkpoint | None:
-    """Read the checkpoint of a folder onto a device, or None if there is none.
+def check_checkpoint(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Read what a folder's checkpoint says, or None if there is none; its tensors stay unread.
 
-    What a killed process left beside a whole checkpoint is removed.
+    ``facts`` are those of the run, or as many of them as are known already.
 
     Raises
     ------
     Damaged
-        If a file is truncated, changed or not a checkpoint of this library.
+        If the file is truncated, changed or not a checkpoint of this library.
     InputError
-        If it belongs to a run with other settings, weights or data.
+        If it belongs to a run with other settings, weights or data, or to another version of this
+        library.
     """
-    path = folder / CHECKPOINT
-    if not path.exists():
+    if not os.path.lexists(folder / CHECKPOINT):
         return None
-    try:
-        head = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise _damaged(path, f"not JSON: {error}") from None
-    if not isinstance(head, dict) or head.get("format") != _FORMAT:
-        got = head.get("format") if isinstance(head, dict) else type(head).__name__
-        raise _damaged(path, f"format {got!r} where {_FORMAT!r} is read")
-    if head.pop("checksum", None) != _checksum(head):
-        raise _damaged(path, "its checksum is not the one that was written")
+    head = _read_head(folder)
+    if head["library"] != __version__:
+        raise InputError(
+            f"fastfpl.run: a run must be resumed by the version that began it; got {folder} of "
+            f"fastfpl {head['library']}, this is {__version__}; use that one or another out"
+        )
+    then = head["facts"]
     different = {
-        key: (head["facts"].get(key), value)
-        for key, value in facts.items()
-        if head["facts"].get(key) != value
+        key: (then.get(key), value) for key, value in facts.items() if then.get(key) != value
     }
     if different:
         shown = ", ".join(f"{k}: {was!r} then, {now!r} now" for k, (was, now) in different.items())
@@ -127,47 +237,135 @@ def load_checkpoint(
             f"fastfpl.run: a resumed run must have the settings of {folder}; got {shown}; "
             "use the same settings or another out"
         )
-    name = str(head["tensors"])
-    tensors_path = folder / Path(name).name
-    if not tensors_path.exists():
-        raise _damaged(path, f"names {name}, which is not there")
-    if _digest(tensors_path) != head["blake2b"]:
-        raise _damaged(tensors_path, "its checksum is not the one that was written")
+    return head
+
+
+def load_checkpoint(
+    folder: Path, facts: Mapping[str, Any], device: torch.device | str = "cpu"
+) -> Checkpoint | None:
+    """Read the checkpoint of a folder onto a device to go on from it, or None if there is none.
+
+    Raises as `check_checkpoint` does, and for tensors that are damaged.
+    """
+    head = check_checkpoint(folder, facts)
+    return None if head is None else _restored(folder, head, device)
+
+
+def read_checkpoint(folder: Path, device: torch.device | str = "cpu") -> Checkpoint:
+    """Read the checkpoint of a folder onto a device, whatever run it belongs to.
+
+    Raises
+    ------
+    Damaged
+        If there is none, or a file is truncated, changed or not a checkpoint of this library.
+    """
+    return _restored(folder, _read_head(folder), device)
+
+
+def files_of(folder: Path) -> set[Path] | None:
+    """Return the files that the checkpoint of a folder names; None if it cannot be read."""
+    if not os.path.lexists(folder / CHECKPOINT):
+        return set()
     try:
-        tensors = load_file(tensors_path)
-    except SafetensorError as error:
-        raise _damaged(tensors_path, str(error)) from None
-    clients = StateFiles(folder / CLIENTS, device)
-    clients.restore(head["clients"])
+        head = _read_head(folder)
+    except Damaged:
+        return None
+    volumes = [(part, v) for part in (DOWNLOADS, TUNED) for v in head[part]["volumes"]]
+    return {
+        folder / head["tensors"],
+        *(
+            folder / CLIENTS / f"{int(client):05d}-{entry['version']:05d}.safetensors"
+            for client, entry in head["clients"].items()
+        ),
+        *(folder / part / f"{int(volume):05d}.safetensors" for part, volume in volumes),
+    }
+
+
+def _read_head(folder: Path) -> dict[str, Any]:
+    """Read the JSON and hold it to its schema."""
+    path = folder / CHECKPOINT
+    try:
+        head = json.loads(read_file(path).decode("utf-8"))
+        checksum = head.pop("checksum", None) if isinstance(head, dict) else None
+        right = checksum == _checksum(head)
+    except OSError as error:
+        raise _damaged(path, f"{type(error).__name__}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"not JSON: {error}") from None
+    if not isinstance(head, dict) or head.get("format") != _FORMAT:
+        got = head.get("format") if isinstance(head, dict) else type(head).__name__
+        raise _damaged(path, f"format {got!r} where {_FORMAT!r} is read")
+    if not right:
+        raise _damaged(path, "its checksum is not the one that was written")
+    try:
+        seen = _Head.model_validate(head)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise _damaged(path, f"{where}: {first['msg']}") from None
+    numbers = [row.round for row in seen.rounds]
+    if numbers != list(range(seen.rounds_done)) or not numbers:
+        raise _damaged(path, f"rounds that are not those from 0 to {seen.rounds_done - 1}")
+    most = seen.task.clients
+    of_clients = (seen.clients, seen.downloads.clients, seen.tuned.clients)
+    if any(int(client) >= most for part in of_clients for client in part):
+        raise _damaged(path, f"a client that is not one of {most}")
+    return head
+
+
+def _restored(folder: Path, head: dict[str, Any], device: torch.device | str) -> Checkpoint:
+    """Read the tensors that a JSON names, after looking at every byte."""
+    path = folder / head["tensors"]
+    try:
+        content = read_file(path)
+    except FileNotFoundError:
+        raise _damaged(folder / CHECKPOINT, f"names {path.name}, which is not there") from None
+    except OSError as error:
+        raise _damaged(path, f"{type(error).__name__}: {error.strerror}") from None
+    if hashlib.blake2b(content).hexdigest() != head["blake2b"]:
+        raise _damaged(path, "its checksum is not the one that was written")
+    try:
+        tensors = load(content)
+    except (SafetensorError, KeyError) as error:
+        raise _damaged(path, str(error)) from None
     sides: dict[str, State] = {"server": {}, "trainer": {}}
     for key, tensor in tensors.items():
         side, _, name = key.partition(".")
+        if side not in sides or not name:
+            raise _damaged(path, f"the tensor {key!r}")
         sides[side][name] = tensor.to(device)
-    _sweep(folder, tensors_path)
+    clients = StateFiles(folder / CLIENTS, device)
+    clients.restore(head["clients"])
+    shared = {name: SharedStates(folder / name, device) for name in (DOWNLOADS, TUNED)}
+    for name, states in shared.items():
+        states.restore(head[name])
     return Checkpoint(
-        head["facts"], head["rounds"], head["faces"], sides["server"], clients, sides["trainer"]
+        head["facts"],
+        head["rounds"],
+        head["faces"],
+        sides["server"],
+        clients,
+        sides["trainer"],
+        shared[DOWNLOADS],
+        shared[TUNED],
+        head["settings"],
+        head["task"],
     )
 
 
-def _sweep(folder: Path, kept: Path) -> None:
-    """Remove earlier tensors and what a killed process had half written."""
-    for old in (*folder.glob("checkpoint-*.safetensors"), *folder.glob(".*.part")):
-        if old != kept:
-            old.unlink(missing_ok=True)
+def _named(folder: Path) -> Path | None:
+    """Return the tensors that the present checkpoint names, if it can be read."""
+    try:
+        path: Path = folder / _read_head(folder)["tensors"]
+    except Damaged:
+        return None
+    return path
 
 
 def _checksum(head: Mapping[str, Any]) -> str:
     """Hash the JSON's content, whatever its white space."""
     text = json.dumps(head, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _digest(path: Path) -> str:
-    total = hashlib.blake2b()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            total.update(chunk)
-    return total.hexdigest()
 
 
 def _damaged(path: Path, reason: str) -> Damaged:

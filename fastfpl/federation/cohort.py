@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from fastfpl.config import Settings
-from fastfpl.errors import NotConverged
+from fastfpl.errors import InputError, NotConverged
 from fastfpl.federation.feeds import Feed, Observer, moved
 from fastfpl.federation.graphs import StepGraphs
 from fastfpl.federation.steps import Cohort
 from fastfpl.methods import Batch, Method, State
+from fastfpl.methods.contract import asked, check_logits, check_states, check_text, furthest
 from fastfpl.ops.memory import current_limit
 from fastfpl.seeds import generator
 
@@ -297,7 +298,7 @@ def train(
     down, own = _rows(down, order), _rows(own, order)
     counts = [len(images[c]) for c in members]
     with torch.no_grad():
-        trained, fixed = method.start(down, own, training=True)
+        trained, fixed = _started(method, down, own, len(members), training=True)
         fixed = dict(fixed)
         if method.surveys(fixed):
             whole = _everything(feed, members, images, counts[0])
@@ -328,8 +329,12 @@ def train(
         mean = cohort.losses(steps)
         where = f"in round {round_}, epoch {epoch}"
         _refuse_losses(mean, members, where, settings.lr)
+        _refuse_values({"trained": cohort.trained}, members, where, settings.lr)
         _refuse_residuals(cohort, members, where)
-    upload, kept = method.finish(cohort.trained, cohort.fixed, own)
+    with asked(method, "finish", trained=cohort.trained, fixed=cohort.fixed, own=own):
+        left = method.finish(cohort.trained, cohort.fixed, own)
+    upload, kept = check_states(method, "finish", left, len(members))
+    _refuse_values({"sent": upload, "kept": kept}, members, f"in round {round_}", settings.lr)
     sides = [upload, kept, cohort.sgd.buffers]
     if graphs is not None:
         # the tensors of a replayed cohort are those of the next one too
@@ -368,6 +373,32 @@ def _refuse_losses(mean: Tensor, members: Sequence[int], where: str, lr: float) 
             f"fastfpl.run: the loss must stay finite; got {mean[u].item()} for client "
             f"{members[u]} {where}; lower lr={lr}"
         )
+
+
+def _refuse_values(
+    states: Mapping[str, State], members: Sequence[int], where: str, lr: float
+) -> None:
+    wrong = furthest(states, len(members))
+    if wrong is not None:
+        what, name, u, value = wrong
+        raise NotConverged(
+            f"fastfpl.run: what is {what} must stay finite, its squares too; got {value:g} in "
+            f"{name!r} of client {members[u]} {where}; lower lr={lr}"
+        )
+
+
+def _started(
+    method: Method, down: State, own: State, clients: int, *, training: bool
+) -> tuple[State, State]:
+    """Let a cohort start, and refuse what has no row for each client."""
+    with asked(method, "start", download=down, own=own):
+        pair = method.start(down, own, training=training)
+    trained, fixed = check_states(method, "start", pair, clients)
+    if training and not trained:
+        raise InputError(
+            f"fastfpl.methods: {method.name}'s start must return what is trained; got nothing"
+        )
+    return trained, fixed
 
 
 def _refuse_residuals(cohort: Cohort, members: Sequence[int], where: str) -> None:
@@ -490,8 +521,10 @@ def score(
     these and the logits, or the limit around (`fastfpl.ops.memory`) if it is lower. A ``trial``
     scores no more than these of every client, to see what it needs.
     """
-    trained, fixed = method.start(down, own, training=False)
+    rows = len(next(iter({**down, **own}.values())))
+    trained, fixed = _started(method, down, own, rows, training=False)
     text = method.text(trained, fixed)
+    check_text(method, text, rows)
     count = _at_once(method, fixed, feed.batch(images[members[0]][None, :1]))
     result = {}
     shared: dict[bytes, Scores] = {}
@@ -509,7 +542,15 @@ def score(
         for start in range(0, len(where), count):
             part = where[start : start + count][None]
             logits = method.logits(text[at : at + 1], mine, constants, feed.batch(part))
-            answers.append(logits.argmax(dim=-1)[0].cpu().numpy())
+            check_logits(method, logits, (1, part.shape[1], len(method.task.classes)))
+            # no class has the number -1
+            finite = logits.isfinite().all(dim=-1)
+            answers.append(torch.where(finite, logits.argmax(dim=-1), -1)[0].cpu().numpy())
+            if (answers[-1] < 0).any():
+                raise NotConverged(
+                    f"fastfpl.run: logits must be finite; got one that is not for client {client} "
+                    f"in an evaluation of {method.name}; lower lr={method.task.lr}"
+                )
         result[client] = Scores(
             np.concatenate(answers), feed.split.labels[where], feed.split.domains[where]
         )

@@ -12,9 +12,11 @@ from typing import Any
 
 from fastfpl.clip import FrozenCLIP
 from fastfpl.config import Settings, load_preset, make_settings
-from fastfpl.errors import InputError, near
-from fastfpl.federation.experiment import RoundObserver, run, unseen
+from fastfpl.data import Dataset
+from fastfpl.errors import InputError, cut, near, shown
+from fastfpl.federation.experiment import RoundObserver, refuse_held, run, unseen
 from fastfpl.federation.feeds import Observer, silent
+from fastfpl.federation.preparation import Plan, load_model, plan, weigh
 from fastfpl.federation.result import Result
 from fastfpl.files import write_json
 from fastfpl.methods import check_options, find_method
@@ -116,6 +118,15 @@ def value_folder(key: str, value: Any) -> str:
     return f"{key}={text}"
 
 
+@dataclass(frozen=True)
+class _Job:
+    """One run of a comparison."""
+
+    settings: Settings
+    folder: Path | None
+    label: str
+
+
 def compare(
     methods: Sequence[str],
     *,
@@ -145,6 +156,20 @@ def compare(
         Fields of `fastfpl.Settings` but ``method``, ``seed`` and ``options``. Of ``as_released``
         every method gets the quirks that are its own.
     """
+    jobs = _jobs(methods, seeds, preset, out, options, settings)
+    _check(jobs, resume, model)
+    return _play(methods, jobs, preset, resume, model, cache, observer, on_round)
+
+
+def _jobs(
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    preset: str | None,
+    out: str | Path | None,
+    options: Mapping[str, Mapping[str, Any]] | None,
+    settings: Mapping[str, Any],
+) -> list[_Job]:
+    """List the runs of a comparison, each with complete settings."""
     op = "fastfpl.compare"
     if not methods or len(set(methods)) != len(methods):
         raise InputError(f"{op}: methods must be one or more, each once; got {list(methods)}")
@@ -156,8 +181,7 @@ def compare(
                 f"{op}: options must belong to one of {', '.join(methods)}; got {name!r}"
             )
     origin = None if preset is None else load_preset(preset)
-    # a mistake in the last method's settings must not show after the first one's hour
-    jobs = []
+    jobs: list[_Job] = []
     asked = found = False
     for name in methods:
         find_method(name)
@@ -169,36 +193,84 @@ def compare(
             one = make_settings({**mine, "seed": seed})
             quirks = share_quirks(one.as_released, name, methods, one.model_dump(), filled)
             asked, found = asked or bool(one.as_released), found or bool(quirks)
-            jobs.append((name, one.model_copy(update={"as_released": quirks}), folder))
+            label = name if len(seeds) == 1 else f"{name}, seed {one.seed}"
+            jobs.append(_Job(one.model_copy(update={"as_released": quirks}), folder, label))
     if asked and not found:
         raise InputError(
             f"{op}: as_released must be left out where no quirk of {', '.join(methods)} would "
             "change something; got 'all'"
         )
-    plan = {"methods": list(methods), "seeds": [int(s) for s in seeds], "rounds": jobs[0][1].rounds}
+    return jobs
+
+
+def _check(jobs: Sequence[_Job], resume: bool, model: FrozenCLIP | None) -> None:
+    """Refuse what can be refused in any run before the first one is played.
+
+    A mistake in the last one must not show after the first one's hour. Without weights: settings,
+    folders, data, deals. Where the runs differ in more than their seeds, prompts and widths too,
+    with each CLIP loaded once.
+    """
+    if len(jobs) < 2:
+        return  # a run checks itself first
+    plans: dict[str, Plan] = {}
+    datasets: dict[tuple[str | None, ...], Dataset] = {}
+    for job in jobs:
+        if job.folder is not None:
+            refuse_held(job.folder, resume)
+        planned = plan(job.settings, model=model, datasets=datasets)
+        # one of each: over seeds only lists of images differ
+        plans[job.settings.model_dump_json(exclude={"seed"})] = planned
+    if len(plans) < 2:
+        return
+    clips: dict[tuple[Any, ...], list[Plan]] = {}
+    for planned in plans.values():
+        s = planned.settings
+        clips.setdefault((s.clip, s.pretrained, s.quick_gelu, s.dtype, s.device), []).append(
+            planned
+        )
+    for same in clips.values():
+        clip = model or load_model(same[0])
+        for planned in same:
+            weigh(planned, clip)
+
+
+def _play(
+    methods: Sequence[str],
+    jobs: Sequence[_Job],
+    preset: str | None,
+    resume: bool,
+    model: FrozenCLIP | None,
+    cache: str | Path | None,
+    observer: Observer,
+    on_round: RoundObserver,
+) -> Comparison:
+    whole = {
+        "methods": list(methods),
+        "seeds": list(dict.fromkeys(job.settings.seed for job in jobs)),
+        "rounds": jobs[0].settings.rounds,
+    }
 
     @lru_cache(maxsize=1)
     def begin() -> None:
         """Say what belongs to the comparison as soon as a round of it is there."""
-        if out is not None:
-            write_json(Path(out) / PLAN, plan)
+        if jobs[0].folder is not None:
+            write_json(jobs[0].folder.parent / PLAN, whole)
 
     results: dict[str, list[Result]] = {name: [] for name in methods}
-    for name, one, folder in jobs:
-        label = name if len(seeds) == 1 else f"{name}, seed {one.seed}"
+    for job in jobs:
 
-        def tell(what: str, done: int, total: int, label: str = label) -> None:
+        def tell(what: str, done: int, total: int, label: str = job.label) -> None:
             observer(f"{label}: {what}", done, total)
 
-        def tell_round(method: str, row: Mapping[str, Any], label: str = label) -> None:
+        def tell_round(method: str, row: Mapping[str, Any], label: str = job.label) -> None:
             begin()
             on_round(label, row)
 
-        results[name].append(
+        results[job.settings.method].append(
             run(
-                one,
+                job.settings,
                 preset=preset,
-                out=folder,
+                out=job.folder,
                 resume=resume,
                 model=model,
                 cache=cache,
@@ -215,7 +287,15 @@ def sweep(
     key: str,
     values: Sequence[Any],
     *,
+    seeds: Sequence[int] = (0,),
+    preset: str | None = None,
     out: str | Path | None = None,
+    resume: bool = False,
+    model: FrozenCLIP | None = None,
+    cache: str | Path | None = None,
+    observer: Observer = silent,
+    on_round: RoundObserver = unseen,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
     **settings: Any,
 ) -> Sweep:
     """Compare methods under several values of one setting.
@@ -229,31 +309,33 @@ def sweep(
         Its values, each once.
     out : path, optional
         Gets one folder ``KEY=VALUE`` a value (`value_folder`).
-    **settings
+    seeds, preset, resume, model, cache, observer, on_round, options, **settings
         As for `compare`.
     """
     op = "fastfpl.sweep"
     known = [name for name in Settings.model_fields if name not in ("method", "seed", "options")]
     if key not in known:
-        raise InputError(f"{op}: key must be a setting; got {key!r}" + near(key, known))
+        raise InputError(f"{op}: key must be a setting; got {shown(key)}" + near(cut(key), known))
     if key in settings:
-        raise InputError(f"{op}: {key} must come from the sweep alone; got {settings[key]!r} too")
+        raise InputError(
+            f"{op}: {key} must come from the sweep alone; got {shown(settings[key])} too"
+        )
     if not values or len({str(value) for value in values}) != len(values):
-        raise InputError(f"{op}: values must be one or more, each once; got {list(values)}")
-    # a mistake in the last value must not show after the first one's hour
-    base = dict(load_preset(settings["preset"]).settings) if settings.get("preset") else {}
-    base.pop("options", None)
-    plain = {k: v for k, v in settings.items() if k in Settings.model_fields and k != "options"}
+        raise InputError(f"{op}: values must be one or more, each once; got {shown(list(values))}")
     for value in values:
-        make_settings({**base, **plain, "method": methods[0], key: value})
-    return Sweep(
-        key,
-        {
-            value: compare(
-                methods,
-                out=None if out is None else Path(out) / value_folder(key, value),
-                **{**settings, key: value},
-            )
-            for value in values
-        },
-    )
+        if not isinstance(value, str | int | float | None):
+            raise InputError(f"{op}: values must be numbers or texts; got {shown(value)}")
+    jobs = {
+        value: _jobs(
+            methods,
+            seeds,
+            preset,
+            None if out is None else Path(out) / value_folder(key, value),
+            options,
+            {**settings, key: value},
+        )
+        for value in values
+    }
+    _check([job for mine in jobs.values() for job in mine], resume, model)
+    how = (preset, resume, model, cache, observer, on_round)
+    return Sweep(key, {value: _play(methods, mine, *how) for value, mine in jobs.items()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,18 +13,21 @@ import torch
 
 from fastfpl.clip import FrozenCLIP
 from fastfpl.config import Settings, load_preset, make_settings
-from fastfpl.errors import InputError
+from fastfpl.errors import Damaged, InputError, cut, shown
 from fastfpl.federation.budget import uncapped
 from fastfpl.federation.checkpoint import (
     CHECKPOINT,
     Checkpoint,
+    check_checkpoint,
+    files_of,
     load_checkpoint,
     save_checkpoint,
 )
 from fastfpl.federation.feeds import Observer, silent
 from fastfpl.federation.graphs import against
-from fastfpl.federation.lock import alone_in
-from fastfpl.federation.preparation import prepare
+from fastfpl.federation.lock import Held, alone_in
+from fastfpl.federation.models import task_of
+from fastfpl.federation.preparation import plan, prepare
 from fastfpl.federation.provenance import provenance
 from fastfpl.federation.result import (
     RESULT,
@@ -35,12 +39,13 @@ from fastfpl.federation.result import (
     summarise,
 )
 from fastfpl.federation.rounds import Federation
+from fastfpl.federation.shared import DOWNLOADS, TUNED, SharedStates
 from fastfpl.federation.states import CLIENTS, StateFiles
 from fastfpl.ops.faces import recorded_faces
 from fastfpl.ops.memory import memory_limit
 from fastfpl.ops.precision import without_autocast
 
-__all__ = ["RoundObserver", "run", "threads", "unseen"]
+__all__ = ["RoundObserver", "refuse_held", "run", "threads", "unseen"]
 
 #: ``on_round(label, row)`` is told of every round that ended.
 RoundObserver = Callable[[str, Mapping[str, Any]], None]
@@ -78,7 +83,8 @@ def run(
         Go on from the checkpoint in ``out`` (or start, if there is none). Without it a folder that
         holds a run is refused.
     model : FrozenCLIP, optional
-        A CLIP that is already loaded, in place of ``clip=``.
+        A CLIP that is already loaded, in place of ``clip=``. The settings of the result name it:
+        its name (of a live model the class), ``pretrained`` and dtype.
     cache : path, optional
         Folder of the feature store.
     observer : callable
@@ -115,26 +121,42 @@ def run(
     folder = None if out is None else Path(out)
     if folder is None and resume:
         raise InputError("fastfpl.run: out must name the folder to resume; got none")
-    held: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    old: list[Path] = []
+    holding: contextlib.AbstractContextManager[Held | None] = contextlib.nullcontext()
     if folder is not None:
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"fastfpl.run: out must be a folder; got the file {folder}")
-        held = alone_in(folder)
-        old = [] if resume else [folder / RESULT, folder / CHECKPOINT]
-    with held, threads(chosen.threads), without_autocast():
-        if any(path.exists() for path in old):
-            raise InputError(
-                f"fastfpl.run: out must not hold a run already; got {folder}; "
-                "go on with it by resume (--resume), or name another folder"
-            )
+        refuse_held(folder, resume)
+        holding = alone_in(folder)
+    with holding as held, threads(chosen.threads), without_autocast():
+        if folder is not None:
+            refuse_held(folder, resume)  # one that ended while this one waited for the folder
         store = None if cache is None else Path(cache)
-        result = _play(chosen, folder, resume, model, store, observer, on_round)
+        result = _play(chosen, held, resume, model, store, observer, on_round)
         if origin is not None:
             result = replace(result, preset=provenance(origin, result, model is not None))
         if folder is not None:
             result.save(folder)
     return result
+
+
+def refuse_held(folder: Path, resume: bool) -> None:
+    """Refuse a folder of results that is none, or that holds a run which is not to go on."""
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"fastfpl.run: out must be a folder; got the file {folder}")
+        old = [] if resume else [folder / RESULT, folder / CHECKPOINT]
+        if any(os.path.lexists(path) for path in old):
+            raise InputError(
+                f"fastfpl.run: out must not hold a run already; got {folder}; "
+                "go on with it by resume (--resume), or name another folder"
+            )
+    except OSError as error:
+        raise InputError(
+            f"fastfpl.run: out must be a folder that can be read; got {cut(str(folder))}: "
+            f"{error.strerror}"
+        ) from None
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"fastfpl.run: out must be a path; got {shown(str(folder))}") from None
 
 
 @contextlib.contextmanager
@@ -152,7 +174,7 @@ def threads(count: int | None) -> Iterator[None]:
 
 def _play(
     chosen: Settings,
-    folder: Path | None,
+    held: Held | None,
     resume: bool,
     model: FrozenCLIP | None,
     cache: Path | None,
@@ -163,41 +185,94 @@ def _play(
     forget_peak_memory()
     # a limit around a run is for passes of the caller
     with recorded_faces() as faces, memory_limit(None), uncapped():
-        federation = prepare(chosen, model=model, cache=cache, observer=observer)
-        facts = federation.facts()
-        if folder is not None:
-            federation.clients = StateFiles(folder / CLIENTS, federation.clip.device)
-            found = load_checkpoint(folder, facts, federation.clip.device) if resume else None
-            if found is None:
-                federation.clients.restore({})
-            else:
-                if federation.method.trains and len(found.rounds) > chosen.rounds:
-                    raise InputError(
-                        f"fastfpl.run: rounds must be at least the {len(found.rounds)} that "
-                        f"{folder} has played; got {chosen.rounds}"
-                    )
-                federation.server, federation.clients = found.server, found.clients
-                federation.trainer.state = found.trainer
-                federation.rounds = found.rounds
-                for op, names in found.faces.items():
-                    faces.setdefault(op, set()).update(names)
-        while not federation.finished:
-            row = federation.round()
-            if folder is not None:
-                used = {op: sorted(names) for op, names in faces.items()}
-                save_checkpoint(
-                    folder,
-                    Checkpoint(
-                        facts,
-                        federation.rounds,
-                        used,
-                        federation.server,
-                        federation.clients,
-                        federation.trainer.state,
-                    ),
+        planned = plan(chosen, model=model)
+        if held is not None and resume:
+            # other settings show before any weights are read
+            head = check_checkpoint(held.folder, planned.facts)
+            if head is not None and planned.kind.trains and head["rounds_done"] > chosen.rounds:
+                raise InputError(
+                    f"fastfpl.run: rounds must be at least the {head['rounds_done']} that "
+                    f"{held.folder} has played; got {chosen.rounds}"
                 )
+        federation = prepare(planned, model=model, cache=cache, observer=observer)
+        if held is not None:
+            _take_up(federation, held.folder, resume, faces)
+            held.sweep(files_of(held.folder) or set())
+        while not federation.finished:
+            if held is None:
+                row = federation.round()
+            else:
+                with _given_up(held):
+                    row = federation.round()
+                    _save(federation, held.folder, faces)
+                held.settle()
             on_round(chosen.method, row)
     return _result(federation, {op: sorted(names) for op, names in faces.items()})
+
+
+@contextlib.contextmanager
+def _given_up(held: Held) -> Iterator[None]:
+    """Remove what a round that fails has written and no checkpoint names."""
+    try:
+        yield
+    except BaseException:
+        named = files_of(held.folder)
+        if named is not None:
+            held.sweep(named)
+        raise
+
+
+def _take_up(
+    federation: Federation, folder: Path, resume: bool, faces: dict[str, set[str]]
+) -> None:
+    """Let a federation keep its state in a folder, and go on from the one that is there."""
+    device = federation.clip.device
+    federation.folder = folder
+    federation.clients = StateFiles(folder / CLIENTS, device)
+    federation.downloads = SharedStates(folder / DOWNLOADS, device)
+    federation.tuned = SharedStates(folder / TUNED, device)
+    found = load_checkpoint(folder, federation.facts(), device) if resume else None
+    if found is None:
+        return
+    for name, tensor in {**federation.server, **found.server}.items():
+        mine = [state.get(name, tensor.new_empty(0)) for state in (federation.server, found.server)]
+        if mine[0].shape != mine[1].shape or mine[0].dtype != mine[1].dtype:
+            raise Damaged(
+                f"fastfpl.run: {folder / CHECKPOINT} must hold the server of "
+                f"{federation.method.name}; got another {name!r}; start again with another out"
+            )
+    federation.server, federation.clients = found.server, found.clients
+    federation.downloads, federation.tuned = found.downloads, found.tuned
+    federation.trainer.state = found.trainer
+    federation.rounds = found.rounds
+    for op, names in found.faces.items():
+        faces.setdefault(op, set()).update(names)
+
+
+def _save(federation: Federation, folder: Path, faces: Mapping[str, set[str]]) -> None:
+    save_checkpoint(
+        folder,
+        Checkpoint(
+            federation.facts(),
+            federation.rounds,
+            {op: sorted(names) for op, names in faces.items()},
+            federation.server,
+            federation.clients,
+            federation.trainer.state,
+            federation.downloads,
+            federation.tuned,
+            _settings(federation),
+            task_of(federation.method.task),
+        ),
+    )
+
+
+def _settings(federation: Federation) -> dict[str, Any]:
+    """Every setting with its value, and every option."""
+    return {
+        **federation.settings.model_dump(),
+        "options": federation.method.options.model_dump(),
+    }
 
 
 def _unreplayed(federation: Federation) -> list[str]:
@@ -208,11 +283,9 @@ def _unreplayed(federation: Federation) -> list[str]:
 
 
 def _result(federation: Federation, faces: dict[str, list[str]]) -> Result:
-    settings = federation.settings.model_dump()
-    settings["options"] = federation.method.options.model_dump()
     return Result(
         method=federation.settings.method,
-        settings=settings,
+        settings=_settings(federation),
         environment={
             **environment(federation.clip.device),
             "cuda_graphs": "; ".join(_unreplayed(federation)) or "steps are replayed",

@@ -1,33 +1,127 @@
-"""One run at a time in a folder, held by a lock that dies with its process."""
+"""One run at a time in a folder, held by a lock that dies with its process and names its files."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import json
 import os
+import re
+import shutil
+import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 
 from fastfpl.errors import InputError
+from fastfpl.files import on_disk, watched
 
-__all__ = ["LOCK", "alone_in"]
+__all__ = ["LOCK", "Held", "alone_in"]
 
 LOCK = ".lock"
+_FORMAT = "fastfpl-run-1"
+# what a run may name as its own; whatever else stands in a lock is no name of ours
+_OURS = re.compile(
+    r"checkpoint-\d{5}(-\d+)?\.safetensors"
+    r"|\.[\w.-]+\.\d+-[0-9a-f]{8}\.part"
+    r"|\.uploads-[0-9a-f]{8}"
+    r"|clients|downloads|tuned"
+    r"|clients/\d{5}-\d{5}\.safetensors"
+    r"|(downloads|tuned)/\d{5}\.safetensors"
+)
+
+
+class Held:
+    """A folder that one run holds, and the files that it has made there and not yet written down.
+
+    A file's name is in the lock before the file is there, until a checkpoint names it: whoever
+    comes after a kill removes what the lock names and no checkpoint does, and nothing else.
+
+    Parameters
+    ----------
+    folder : Path
+    lock : int
+        Descriptor of the open and locked file.
+    """
+
+    def __init__(self, folder: Path, lock: int) -> None:
+        self.folder = folder
+        self._lock = lock
+        self._names = _names(lock)
+        self._begin()
+
+    def claim(self, path: Path) -> None:
+        """Write a name down as one of ours."""
+        name = path.relative_to(self.folder).as_posix()
+        if _OURS.fullmatch(name) is not None and name not in self._names:
+            self._names[name] = None
+            line = json.dumps(name) + "\n"
+            with on_disk("fastfpl.run", "out", self.folder, "or name another out"):
+                os.lseek(self._lock, 0, os.SEEK_END)
+                os.write(self._lock, line.encode())
+
+    def sweep(self, named: Set[Path]) -> None:
+        """Remove what the lock names and ``named`` does not, then forget the names."""
+        folders = []
+        for name in self._names:
+            path = self.folder / name
+            with contextlib.suppress(OSError):
+                # nothing below a link is ours
+                if path in named or path.parent.is_symlink():
+                    continue
+                mode = path.lstat().st_mode
+                if stat.S_ISREG(mode):
+                    path.unlink()
+                elif stat.S_ISDIR(mode) and name.startswith(".uploads-"):
+                    shutil.rmtree(path)
+                elif stat.S_ISDIR(mode):
+                    folders.append(path)
+        for path in folders:
+            with contextlib.suppress(OSError):  # somebody else's files are in it
+                path.rmdir()
+        self.settle()
+
+    def settle(self) -> None:
+        """Forget the names: a checkpoint has them."""
+        self._names.clear()
+        self._begin()
+
+    def release(self, made: list[Path]) -> None:
+        """Let go; the lock's file stays if it still names files."""
+        with contextlib.suppress(OSError):
+            left = any(os.path.lexists(self.folder / name) for name in self._names)
+            # removed while it is held: who opened it before finds that it is no longer there
+            if not left and _in_place(self._lock, self.folder):
+                (self.folder / LOCK).unlink()
+            for path in made:
+                path.rmdir()
+        os.close(self._lock)
+
+    def _begin(self) -> None:
+        """Write the first line, and the names that are left."""
+        lines = [f"{_FORMAT} {os.getpid()}", *map(json.dumps, self._names)]
+        with contextlib.suppress(OSError):  # claims are refused where nothing can be written
+            content = "".join(f"{line}\n" for line in lines).encode()
+            os.lseek(self._lock, 0, os.SEEK_SET)
+            os.write(self._lock, content)
+            os.ftruncate(self._lock, len(content))
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path) -> Iterator[Held]:
     """Hold a folder, made if it is not there, against every other run.
 
     The lock is the operating system's (``flock``), not the file's being there: a process that is
-    killed leaves ``.lock`` behind but holds nothing. The file names its process; it is removed at
-    the end, and with it the folders that were made and stayed empty.
+    killed leaves ``.lock`` behind but holds nothing. The file names its process and the files that
+    no checkpoint names yet (`Held`); it is removed at the end, and with it the folders that were
+    made and stayed empty.
 
     Raises
     ------
     InputError
-        If another run holds the folder, or it cannot be written to.
+        If another run holds the folder, it cannot be written to, or ``.lock`` is a link or
+        something else than a run's.
 
     Notes
     -----
@@ -35,59 +129,88 @@ def alone_in(folder: Path) -> Iterator[None]:
     without ``flock`` gets a warning and no lock.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    lock = _take(folder)
+    held = Held(folder, _take(folder))
     try:
-        yield
+        with watched(folder, held.claim):
+            yield held
     finally:
-        with contextlib.suppress(OSError):
-            # removed while it is held: who opened it before finds that it is no longer there
-            if _in_place(lock, folder):
-                (folder / LOCK).unlink()
-            for path in made:
-                path.rmdir()
-        os.close(lock)
+        held.release(made)
 
 
 def _take(folder: Path) -> int:
-    """Open and lock the folder's file; return its descriptor."""
+    """Open and lock the folder's file; return its descriptor. No foreign file is touched."""
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+            lock = os.open(folder / LOCK, flags, 0o666)
         except OSError as error:
+            if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+                raise _foreign(folder) from None
             raise InputError(
                 f"fastfpl.run: out must be a folder that can be written to; got {folder}: "
                 f"{error.strerror}"
             ) from None
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            # empty if the other process has only just taken it
-            number = os.read(lock, 32).decode("ascii", "replace").strip()
-            holder = f"process {number}" if number else "another process"
+            if not stat.S_ISREG(os.fstat(lock).st_mode):
+                raise _foreign(folder)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise _taken(folder, lock) from None
+            except OSError as error:
+                warnings.warn(
+                    f"fastfpl.run: {folder} cannot be locked ({error.strerror}); start no other "
+                    "run there",
+                    stacklevel=2,
+                )
+            if _in_place(lock, folder):
+                # one that is empty was made by a process that did not get any further
+                first = os.read(lock, len(_FORMAT))
+                if first not in (b"", _FORMAT.encode()):
+                    raise _foreign(folder)
+                return lock
+        except BaseException:
             os.close(lock)
-            raise InputError(
-                f"fastfpl.run: out must be used by one run at a time; got {folder}, where {holder} "
-                "is running; wait for it or name another folder"
-            ) from None
-        except OSError as error:
-            warnings.warn(
-                f"fastfpl.run: {folder} cannot be locked ({error.strerror}); start no other run "
-                "there",
-                stacklevel=2,
-            )
-        if _in_place(lock, folder):
-            with contextlib.suppress(OSError):  # the number is for a sentence only
-                os.ftruncate(lock, 0)
-                os.write(lock, f"{os.getpid()}\n".encode("ascii"))
-            return lock
+            raise
         # its last holder removed it after it was opened here
         os.close(lock)
+
+
+def _names(lock: int) -> dict[str, None]:
+    """Read which files the last holder made and did not write down, in their order."""
+    size = os.fstat(lock).st_size
+    os.lseek(lock, 0, os.SEEK_SET)
+    found: dict[str, None] = {}
+    for line in os.read(lock, size).split(b"\n")[1:]:
+        with contextlib.suppress(ValueError, RecursionError):  # the last one may be half written
+            name = json.loads(line)
+            if isinstance(name, str) and _OURS.fullmatch(name):
+                found[name] = None
+    return found
+
+
+def _taken(folder: Path, lock: int) -> InputError:
+    # empty if the other process has only just taken it
+    first = os.read(lock, 64).split(b"\n")[0].decode("ascii", "replace")
+    number = first.removeprefix(_FORMAT).strip()
+    holder = f"process {number}" if number.isdigit() else "another process"
+    return InputError(
+        f"fastfpl.run: out must be used by one run at a time; got {folder}, where {holder} "
+        "is running; wait for it or name another folder"
+    )
+
+
+def _foreign(folder: Path) -> InputError:
+    return InputError(
+        f"fastfpl.run: out must have no {LOCK} but a run's; got a link or another program's at "
+        f"{folder / LOCK}; remove it or name another out"
+    )
 
 
 def _in_place(lock: int, folder: Path) -> bool:
     """Whether the folder's file is still the one that was opened."""
     try:
-        return os.path.samestat(os.fstat(lock), (folder / LOCK).stat())
+        return os.path.samestat(os.fstat(lock), (folder / LOCK).lstat())
     except FileNotFoundError:
         return False

@@ -15,7 +15,7 @@ from fastfpl.config import PROFILED, Settings
 from fastfpl.data import Shard
 from fastfpl.errors import InputError
 from fastfpl.federation.budget import uncapped
-from fastfpl.federation.experiment import threads
+from fastfpl.federation.experiment import RoundObserver, threads, unseen
 from fastfpl.federation.feeds import Observer, silent
 from fastfpl.federation.preparation import prepare
 from fastfpl.federation.result import forget_peak_memory, peak_memory
@@ -87,6 +87,7 @@ def profile(
     model: FrozenCLIP | None = None,
     cache: Path | None = None,
     observer: Observer = silent,
+    on_round: RoundObserver = unseen,
 ) -> Profile:
     """Profile a round of ``steps`` training steps and its evaluation; write a trace.
 
@@ -107,6 +108,8 @@ def profile(
         Folder of the feature store.
     observer : callable
         Told of long steps.
+    on_round : callable
+        Told of either round.
     """
     if steps < 1:
         raise InputError(f"fastfpl.profile: steps must be at least 1; got {steps}")
@@ -117,7 +120,7 @@ def profile(
         federation = prepare(short, model=model, cache=cache, observer=observer)
         images = steps * short.batch_size
         federation.shards = [Shard(s.train[:images], s.test) for s in federation.shards]
-        federation.round()
+        on_round(short.method, federation.round())
         device = federation.clip.device
         cuda = device.type == "cuda"
         # its messages about libraries of absent GPUs are nobody's
@@ -126,10 +129,11 @@ def profile(
         forget_peak_memory()
         begin = time.perf_counter()
         with recorded_faces() as faces, torch.profiler.profile(activities=activities) as seen:
-            federation.round()
+            row = federation.round()
             if cuda:
                 torch.cuda.synchronize(device)
         seconds = time.perf_counter() - begin
+        on_round(short.method, row)
         peak = peak_memory(device)
     write_whole(out / TRACE, lambda part: seen.export_chrome_trace(str(part)))
     phases, operators = [], []

@@ -33,7 +33,11 @@ def provenance(preset: Preset, result: Result, model_given: bool) -> dict[str, A
         for key, value in expected.items()
         if value != result.settings[key]
     }
+    # a model that was handed over stands for the one that is named
+    named = {k: expected.get(k) for k in ("clip", "pretrained")} if model_given else {}
     if model_given:
+        for key in named:
+            changed.pop(key, None)
         changed["model"] = [expected["clip"], "one that was handed over"]
     options = check_options(
         result.method, preset.settings.get("options", {}).get(result.method, {})
@@ -46,7 +50,9 @@ def provenance(preset: Preset, result: Result, model_given: bool) -> dict[str, A
         "about": preset.about,
         "changed": changed,
         "published": [
-            found for table in preset.published if (found := _figures(table, result)) is not None
+            found
+            for table in preset.published
+            if (found := _figures(table, result, named)) is not None
         ],
     }
 
@@ -63,10 +69,10 @@ def _expected(preset: Preset, run: Mapping[str, Any]) -> dict[str, Any]:
     return expected
 
 
-def _figures(table: Published, result: Result) -> dict[str, Any] | None:
+def _figures(table: Published, result: Result, named: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the table's figures of the run's data set and method, if it has some."""
     found = table.figures.get(result.settings["dataset"], {}).get(result.method)
-    values = {**result.settings, **result.settings["options"]}
+    values = {**result.settings, **result.settings["options"], **named}
     if found is None or any(values.get(k) != v for k, v in table.where.items()):
         return None
     cautions = [table.caution, table.cautions.get(result.method)]

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-__all__ = ["MOST_BYTES", "parse_result"]
+__all__ = ["MOST_BYTES", "Round", "parse_result"]
 
 #: Largest file that is read; a thousand clients in a thousand rounds fill a fifth of it.
 MOST_BYTES = 1 << 28
@@ -34,7 +34,9 @@ class _Exam(_Part):
     domains: dict[_Name, _Share]
 
 
-class _Round(_Part):
+class Round(_Part):
+    """A row of ``rounds``."""
+
     round: _Count
     accuracy: _Share | None
     clients: list[_Share]
@@ -112,7 +114,7 @@ class _Result(_Part):
     settings: _Settings
     environment: dict[_Name, _Text | int | float | bool | None]
     faces: dict[_Name, list[_Name]]
-    rounds: list[_Round] = Field(min_length=1)
+    rounds: list[Round] = Field(min_length=1)
     final: _Final
     peak_memory_bytes: _Count
     data: _Data

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,14 +18,18 @@ from torch.profiler import record_function
 from fastfpl.clip import FrozenCLIP
 from fastfpl.config import Settings
 from fastfpl.data import Dataset, Shard
+from fastfpl.errors import NotConverged
 from fastfpl.federation.budget import Budget
 from fastfpl.federation.cohort import Scores, Share, gather, score, stack, train
 from fastfpl.federation.feeds import Feed, Observer, silent
 from fastfpl.federation.graphs import StepGraphs
-from fastfpl.federation.states import StateFiles, StoredState
+from fastfpl.federation.models import answers_with
+from fastfpl.federation.shared import SharedStates
+from fastfpl.federation.states import StateFiles
 from fastfpl.federation.steps import PHASE
 from fastfpl.federation.turns import InTurn, Together
 from fastfpl.methods import Method, State
+from fastfpl.methods.contract import asked, check_merged, furthest
 from fastfpl.ops.memory import current_limit, memory_limit
 from fastfpl.seeds import generator
 
@@ -78,6 +83,13 @@ class Federation:
     server : State
     clients : StateFiles
         What clients keep, on disk.
+    downloads : SharedStates
+        What clients had downloaded when they last trained, if they are evaluated with it; on disk.
+    tuned : SharedStates
+        What clients kept of the fine-tuning before the last round's evaluation, on disk; only of a
+        run with a folder.
+    folder : Path or None
+        Of the run.
     rounds : list of dict
         Rows of ``result.json``.
     trainer : Together or InTurn
@@ -99,6 +111,9 @@ class Federation:
     observer: Observer
     server: State
     clients: StateFiles = field(default_factory=StateFiles)
+    downloads: SharedStates = field(default_factory=SharedStates)
+    tuned: SharedStates = field(default_factory=SharedStates)
+    folder: Path | None = None
     rounds: list[dict[str, Any]] = field(default_factory=list)
     trainer: Together | InTurn = field(default_factory=Together)
     graphs: StepGraphs | None = None
@@ -106,12 +121,7 @@ class Federation:
 
     def facts(self) -> dict[str, Any]:
         """Say what a checkpoint must agree with: settings that decide figures, weights, data."""
-        loose = {*("rounds", "cohort", "threads", "device", "root"), *("max_memory", "cuda_graphs")}
-        loose |= {"workers", "resident"}
-        if self.settings.schedule == "cosine-rounds":
-            loose.remove("rounds")
-        kept = {k: v for k, v in self.settings.model_dump().items() if k not in loose}
-        kept["options"] = self.method.options.model_dump()
+        kept = settings_facts(self.settings, self.method.options.model_dump())
         return {
             **kept,
             "weights": self.clip.weights_digest,
@@ -170,14 +180,14 @@ class Federation:
             "bytes_up": 0,
             "bytes_down": 0,
         }
-        trained_with: Mapping[int, StoredState] = {}
         if self.train_feed is not None:
             with record_function(PHASE + "training"):
-                trained_with = self._train(round_, self.train_feed, row)
+                self._train(round_, self.train_feed, row)
+        self.tuned.clear()
         last = round_ == settings.rounds - 1 or not method.trains
         if last or (round_ + 1) % settings.evaluate_every == 0:
             with record_function(PHASE + "evaluation"):
-                asked = self._ask(round_, trained_with)
+                asked = self.ask(round_)
             for exam, scores in zip(self.exams, asked, strict=True):
                 row["exams"][exam.name] = _marks(scores, exam.domains)
             headline = row["exams"][self.exams[0].name]
@@ -186,13 +196,13 @@ class Federation:
         self.rounds.append(row)
         return row
 
-    def _train(self, round_: int, feed: Feed, row: dict[str, Any]) -> Mapping[int, StoredState]:
+    def _train(self, round_: int, feed: Feed, row: dict[str, Any]) -> None:
         begin = time.perf_counter()
         method, selected = self.method, self.sample(round_)
         device = method.task.classes.tower.device
         lost = self.lost(round_, selected)
-        # a thousand clients' worth of either does not fit into memory
-        uploads, trained_with = StateFiles(device=device), StateFiles(device=device)
+        # a thousand clients' worth does not fit into memory
+        uploads = StateFiles(device=device, beside=self.folder)
         losses: dict[int, float] = {}
         seen = 0
         for turn in self.trainer.turns(self, feed, round_, selected, lost):
@@ -208,14 +218,30 @@ class Federation:
                     row["bytes_up"] += _size(upload)
                     uploads.put(client, upload)
                 if method.evaluates_download == "trained":
-                    trained_with.put(client, down)
+                    self.downloads.put(client, down)
         counts = {c: len(self.shards[c].train) for c in uploads}
-        self.server = method.merge(self.server, uploads, counts, round_)
+        self.server = self._merged(uploads, counts, round_)
         row["selected"] = selected
         row["lost"] = sorted(lost)
         row["loss"] = sum(losses[c] for c in selected) / len(losses)
         row["images_per_second"] = seen / (time.perf_counter() - begin)
-        return trained_with
+
+    def _merged(
+        self, uploads: StateFiles, counts: Mapping[int, int], round_: int
+    ) -> dict[str, Tensor]:
+        """Merge, and refuse a server that no client could go on from."""
+        method, sent = self.method, dict.fromkeys(n for state in uploads.values() for n in state)
+        with asked(method, "merge", upload=sent, server=self.server):
+            merged = method.merge(self.server, uploads, counts, round_)
+        merged = check_merged(method, self.server, merged)
+        wrong = furthest({"merged": {name: t[None] for name, t in merged.items()}}, 1)
+        if wrong is not None:
+            _, name, _, value = wrong
+            raise NotConverged(
+                f"fastfpl.run: what is merged must stay finite, its squares too; got {value:g} in "
+                f"{name!r} of the server in round {round_}; lower lr={self.settings.lr}"
+            )
+        return merged
 
     def alike(self, clients: Sequence[int]) -> dict[int, int] | None:
         """Say how many training images each client has, if that must be equal in a cohort."""
@@ -286,24 +312,20 @@ class Federation:
         for method in (self.method, *(exam.method for exam in self.exams)):
             method.task.text_features.clear()
 
-    def _ask(self, round_: int, trained_with: Mapping[int, StoredState]) -> list[list[Scores]]:
-        """Put every exam to every client's model; one list of scores an exam."""
+    def ask(self, round_: int) -> list[list[Scores]]:
+        """Put every exam to every client's model after a round; one list of scores an exam."""
         method = self.method
         everyone = list(range(len(self.shards)))
         if not method.personal:
             # one global model serves every client
-            one = method.download(self.server, 0, round_ + 1)
+            one, _ = self._answers_with(0, round_)
             share = self._exam_share(0, one, {})
             with memory_limit(share.text):
                 down = stack([one])
                 return [self._answers(exam, everyone, down, {}) for exam in self.exams]
 
         def states(client: int) -> tuple[State, State]:
-            if client in trained_with:
-                down = dict(trained_with[client])
-            else:
-                down = method.download(self.server, client, round_ + 1)
-            return down, dict(self.clients.get(client, {}))
+            return self._answers_with(client, round_)
 
         def share_of(client: int, down: State, own: State) -> Share:
             share = self._exam_share(client, down, own)
@@ -320,6 +342,8 @@ class Federation:
             with memory_limit(part.share.text):
                 if method.tune_epochs:
                     own = self._tuned(round_, members, part.down, own)
+                    for u, client in enumerate(members if self.folder is not None else ()):
+                        self.tuned.put(client, _row(own, u))
                 for scores, exam in zip(found, self.exams, strict=True):
                     answers = self._answers(exam, members, part.down, own)
                     scores |= dict(zip(members, answers, strict=True))
@@ -329,6 +353,11 @@ class Federation:
                 len(everyone),
             )
         return [[scores[c] for c in everyone] for scores in found]
+
+    def _answers_with(self, client: int, round_: int) -> tuple[State, State]:
+        return answers_with(
+            self.method, self.server, self.clients, self.downloads, client, round_ + 1
+        )
 
     def _exam_share(self, client: int, down: State, own: State) -> Share:
         """Say what the evaluation of clients with states like these may take."""
@@ -377,6 +406,16 @@ class Federation:
     def finished(self) -> bool:
         """True when no round is left; a method that trains nothing has one."""
         return len(self.rounds) >= (self.settings.rounds if self.method.trains else 1)
+
+
+def settings_facts(settings: Settings, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that decide figures, and with them whether a run can be resumed."""
+    loose = {*("rounds", "cohort", "threads", "device", "root"), *("max_memory", "cuda_graphs")}
+    loose |= {"workers", "resident"}
+    if settings.schedule == "cosine-rounds":
+        loose.remove("rounds")
+    kept = {k: v for k, v in settings.model_dump().items() if k not in loose}
+    return {**kept, "options": dict(options)}
 
 
 def _marks(scores: Sequence[Scores], domains: tuple[str, ...]) -> dict[str, Any]:

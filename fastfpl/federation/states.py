@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import shutil
-import tempfile
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,12 +17,28 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from fastfpl.errors import Damaged, InputError
+from fastfpl.errors import Damaged
+from fastfpl.files import announce, on_disk, own_folder, read_file, temporary_folder, write_new
 
-__all__ = ["CLIENTS", "StateFiles", "StoredState"]
+__all__ = ["CLIENTS", "StateFiles", "StoredState", "flush", "scratch"]
 
 #: Folder of the clients' states beside a run's checkpoint.
 CLIENTS = "clients"
+
+
+_READABLE = "be readable and as it was written"
+
+
+def scratch(owner: object, beside: Path | None) -> Path:
+    """Make a folder that goes when ``owner`` does: below a run's folder, or a temporary one."""
+    if beside is None:
+        folder = temporary_folder()
+    else:
+        folder = beside / f".uploads-{secrets.token_hex(4)}"
+        with on_disk("fastfpl.run", "out", folder, "or name another out"):
+            own_folder(folder)
+    weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 class StoredState(Mapping[str, Tensor]):
@@ -43,9 +59,16 @@ class StoredState(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
-        with safe_open(self._path, framework="pt") as file:
-            # a copy: the file's pages are the system's to drop
-            tensor: Tensor = file.get_tensor(name).to(self._device, copy=True)
+        cure = "go on by resume from the last checkpoint"
+        try:
+            with (
+                on_disk("fastfpl.run", "a client's state", self._path, cure, rule=_READABLE),
+                safe_open(self._path, framework="pt") as file,
+            ):
+                # a copy: the file's pages are the system's to drop
+                tensor: Tensor = file.get_tensor(name).to(self._device, copy=True)
+        except SafetensorError as error:
+            raise _damaged(self._path, str(error)) from None
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -66,7 +89,9 @@ class StateFiles(Mapping[int, StoredState]):
     """States by client, in files; in memory is only what says where they are.
 
     A new state is a new file: the former one stays until `sweep`, so that a checkpoint which names
-    it stays whole however a process ends.
+    it stays whole however a process ends. No file takes the place of another one, and none is
+    removed that was not made here or named by a checkpoint. Every byte is verified by `restore`
+    alone; whoever changes a file while the run that wrote it goes on is not noticed.
 
     Parameters
     ----------
@@ -75,14 +100,23 @@ class StateFiles(Mapping[int, StoredState]):
         folder that lives as long as this object, and former files go at once.
     device : torch.device
         Where tensors are read to.
+    beside : Path, optional
+        A run's folder, below which the temporary folder is made.
 
     Attributes
     ----------
     folder : Path or None
     """
 
-    def __init__(self, folder: Path | None = None, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        folder: Path | None = None,
+        device: torch.device | str = "cpu",
+        *,
+        beside: Path | None = None,
+    ) -> None:
         self.folder = folder
+        self._beside = beside
         self._device = torch.device(device)
         self._entries: dict[int, _Entry] = {}
         self._former: list[Path] = []
@@ -113,16 +147,16 @@ class StateFiles(Mapping[int, StoredState]):
         old = self._entries.get(client)
         version = 0 if old is None else old.version + 1
         content = save({name: t.detach().cpu().contiguous() for name, t in state.items()})
-        path = self._path(client, version)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-        except OSError as error:
-            path.unlink(missing_ok=True)
-            raise InputError(
-                "fastfpl.run: the folder of the clients' states must be writable and have room; "
-                f"got {type(error).__name__}: {error}; free some or name another out"
-            ) from error
+        where = self._where()
+        what = "the folder of the clients' states"
+        with on_disk("fastfpl.run", what, where, self._cure):
+            if self.folder is not None:
+                where.parent.mkdir(parents=True, exist_ok=True)
+                own_folder(where)
+            while os.path.lexists(self._path(client, version)):  # somebody else's
+                version += 1
+            path = self._path(client, version)
+            write_new(path, content)
         self._entries[client] = _Entry(version, tuple(state), _digest(content))
         if old is not None:
             self._former.append(self._path(client, old.version))
@@ -135,14 +169,23 @@ class StateFiles(Mapping[int, StoredState]):
 
     def settle(self) -> dict[str, Any]:
         """Flush new files to the disk and say what must be written down to find them again."""
-        for path in self._unsettled:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+        what = "the folder of the clients' states"
+        with on_disk("fastfpl.run", what, self._where(), self._cure):
+            for path in self._unsettled:
+                if path not in self._former:
+                    flush(path)
         self._unsettled.clear()
+        for path in self._former:
+            announce(path)
         return {
             str(client): {"version": e.version, "names": list(e.names), "blake2b": e.digest}
             for client, e in self._entries.items()
         }
+
+    @property
+    def files(self) -> set[Path]:
+        """The files that hold the states."""
+        return {self._path(client, entry.version) for client, entry in self._entries.items()}
 
     def restore(self, written: Mapping[str, Any]) -> None:
         """Take up the files that `settle` told of, after looking at every byte.
@@ -159,7 +202,8 @@ class StateFiles(Mapping[int, StoredState]):
         for client, entry in self._entries.items():
             path = self._path(client, entry.version)
             try:
-                content = path.read_bytes()
+                own_folder(path.parent)
+                content = read_file(path)
             except OSError as error:
                 raise _damaged(path, f"{type(error).__name__}: {error.strerror}") from None
             if _digest(content) != entry.digest:
@@ -171,10 +215,6 @@ class StateFiles(Mapping[int, StoredState]):
                 raise _damaged(path, str(error)) from None
             if names != set(entry.names):
                 raise _damaged(path, f"the tensors {', '.join(sorted(names))}")
-        named = {self._path(client, e.version) for client, e in self._entries.items()}
-        for path in self._where().glob("*.safetensors"):
-            if path not in named:  # what a killed process wrote after its last checkpoint
-                path.unlink(missing_ok=True)
 
     def sweep(self) -> None:
         """Remove the files of former states."""
@@ -182,16 +222,27 @@ class StateFiles(Mapping[int, StoredState]):
             path.unlink(missing_ok=True)
         self._former.clear()
 
+    @property
+    def _cure(self) -> str:
+        if self.folder is None and self._beside is None:
+            return "or set TMPDIR to another folder"
+        return "or name another out"
+
     def _where(self) -> Path:
         if self.folder is not None:
             return self.folder
         if self._temporary is None:
-            self._temporary = Path(tempfile.mkdtemp(prefix="fastfpl-"))
-            weakref.finalize(self, shutil.rmtree, self._temporary, ignore_errors=True)
+            self._temporary = scratch(self, self._beside)
         return self._temporary
 
     def _path(self, client: int, version: int) -> Path:
         return self._where() / f"{client:05d}-{version:05d}.safetensors"
+
+
+def flush(path: Path) -> None:
+    """Let a file reach the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _digest(content: bytes) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from fastfpl.methods import Batch, Method, State
+from fastfpl.methods.contract import check_gradients, check_loss, check_text
 
 __all__ = ["PHASE", "Cohort", "CohortSGD"]
 
@@ -136,15 +137,19 @@ class Cohort:
         constants = {k: v[:live] for k, v in self.fixed.items()}
         with record_function(PHASE + "text"):
             text = self.method.text(leaves, constants)
+        check_text(self.method, text, live)
         with record_function(PHASE + "loss"):
             loss, residual = self.method.measured_loss(text, leaves, constants, batch)
+        check_loss(self.method, loss, live)
         with record_function(PHASE + "gradients"):
-            gradients = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True)
+            found = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True)
+        gradients = dict(zip(leaves, found, strict=True))
+        check_gradients(self.method, gradients)
         with torch.no_grad(), record_function(PHASE + "update"):
             # before the step: the leaves share storage with what SGD moves
             for name, value in self.method.after_step(text, leaves, constants, batch).items():
                 self._own(name)[:live].copy_(value)
-            self.sgd.step(dict(zip(leaves, gradients, strict=True)), live)
+            self.sgd.step(gradients, live)
             self._total[:live] += loss.detach()
             if residual is not None:
                 self._note(live, residual, batch)

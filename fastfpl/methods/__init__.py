@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fastfpl.errors import InputError, near
+from fastfpl.errors import InputError, cut, near, shown
 from fastfpl.methods.base import Batch, Method, Options, State, Task
 from fastfpl.methods.fedapt import FedAPT
 from fastfpl.methods.fedapt_unsupervised import FedAPTUnsupervised
@@ -74,7 +74,7 @@ def find_method(name: str) -> type[Method]:
     """Return the method of that name, or say which names are near."""
     if name not in METHODS:
         raise InputError(
-            f"fastfpl.run: method must be a known one; got {name!r}" + near(name, METHODS)
+            f"fastfpl.run: method must be a known one; got {shown(name)}" + near(cut(name), METHODS)
         )
     return METHODS[name]
 
@@ -86,8 +86,8 @@ def check_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     for key in options:
         if key not in known:
             raise InputError(
-                f"fastfpl.run: option must be one of {method}'s; got {key!r}"
-                + (near(key, known) if known else "; it has none")
+                f"fastfpl.run: option must be one of {method}'s; got {shown(key)}"
+                + (near(cut(str(key)), known) if known else "; it has none")
             )
     try:
         return kind(**dict(options)).model_dump()
@@ -96,5 +96,5 @@ def check_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
         key = ".".join(str(part) for part in first["loc"])
         raise InputError(
             f"fastfpl.run: {method}'s option {key} is refused: {first['msg']}; "
-            f"got {first['input']!r}"
+            f"got {shown(first['input'])}"
         ) from None

@@ -164,13 +164,16 @@ class Method(ABC):
         On the command line.
     summary : str
         One line for people.
+    sends, receives : str
+        What a client that trains uploads and downloads in a round; "nothing" if so.
     trains : bool
         False if there is nothing to train (zero-shot).
     personal : bool
         True if clients are evaluated with different parameters.
     evaluates_download : "merged" or "trained"
-        Whether a client that trained in this round is evaluated with what it would download after
-        the merge, or with what it had downloaded for training.
+        Whether a client is evaluated with what it would download after the merge, or with what it
+        had downloaded when it last trained; the latter is kept with the run. Who never trained is
+        evaluated with what it would download.
     image_kind : "pooled", "raw" or "patches"
         What `logits` and `loss` see of an image, as `Batch.image` says.
     paired : bool
@@ -186,6 +189,8 @@ class Method(ABC):
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    sends: ClassVar[str] = "the context"
+    receives: ClassVar[str] = "the context"
     trains: ClassVar[bool] = True
     personal: ClassVar[bool] = False
     evaluates_download: ClassVar[str] = "merged"

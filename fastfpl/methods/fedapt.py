@@ -58,6 +58,8 @@ class FedAPT(Method):
 
     name = "fedapt"
     summary = "one global prompt scaled by a mixture of domain keys, chosen by each image"
+    sends = "the context and the domain query network"
+    receives = "the context, the domain query network, and which key is its own"
     image_kind = "raw"
 
     class Options(_Options):

@@ -46,6 +46,11 @@ class FedAPTUnsupervised(FedAPT):
 
     name = "fedapt-unsupervised"
     summary = "FedAPT that adapts to images without labels"
+    sends = "the context and the domain query network"
+    receives = (
+        "the context, the domain query network, which key is its own, and the "
+        "phase; once, the context with which the second phase began"
+    )
     paired = True
     supervised = False
 

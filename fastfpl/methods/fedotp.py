@@ -36,6 +36,8 @@ class FedOTP(Method):
 
     name = "fedotp"
     summary = "global and local prompts, transport of image patches"
+    sends = "its global prompts"
+    receives = "the global prompts"
     personal = True
     image_kind = "patches"
     all_first = True

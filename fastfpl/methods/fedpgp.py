@@ -40,6 +40,8 @@ class FedPGP(Method):
 
     name = "fedpgp"
     summary = "global prompt plus personal low-rank change, guided by CLIP's text"
+    sends = "the shared prompt"
+    receives = "the shared prompt"
     personal = True
     all_first = True
 

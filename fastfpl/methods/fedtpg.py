@@ -38,6 +38,8 @@ class FedTPG(Method):
 
     name = "fedtpg"
     summary = "global network that generates the prompt from class names"
+    sends = "the prompt generator"
+    receives = "the prompt generator"
 
     class Options(_Options):
         """Options of FedTPG."""

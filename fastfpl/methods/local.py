@@ -19,6 +19,8 @@ class LocalCoOp(Method):
 
     name = "local"
     summary = "CoOp on every client alone"
+    sends = "nothing"
+    receives = "the context that all clients start from"
     personal = True
 
     def start(self, down: State, own: State, *, training: bool) -> tuple[State, State]:

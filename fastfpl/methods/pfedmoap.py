@@ -33,8 +33,10 @@ class PFedMoAP(Method):
         lambda * tau * <x, t_local> + tau * gate(pool(x), {pool(t_e)})
 
     where pool takes every r-th feature without normalising again. It is evaluated with its own
-    prompt, gate and experts as trained; a client whose gate has not trained yet with its own
-    prompt alone; one that never took part with the global prompt.
+    prompt, gate and experts as trained, in the rounds that it sits out too: the paper's inference
+    uses what the client has stored, so nobody gets neighbours that its gate has never seen (the
+    released code selects them anew from the current pool). A client whose gate has not trained yet
+    answers with its own prompt alone; one that never took part with the global prompt.
 
     A schedule scales the rate of prompts alone. The gate's is constant: the paper gives one number
     for it (0.01), and the released configuration pairs a cosine for prompts with a step of factor 1
@@ -45,6 +47,10 @@ class PFedMoAP(Method):
 
     name = "pfedmoap"
     summary = "mixture of other clients' prompts behind a personal gate"
+    sends = "its prompt"
+    receives = (
+        "the global prompt; from its second participation on the prompts of other clients too"
+    )
     personal = True
     evaluates_download = "trained"
 

@@ -33,6 +33,8 @@ class PromptFedAMP(Method):
 
     name = "prompt-fedamp"
     summary = "personal prompts drawn to those of similar clients"
+    sends = "its prompt"
+    receives = "a cloud prompt of its own, mixed from those of all clients"
     personal = True
 
     class Options(_Options):

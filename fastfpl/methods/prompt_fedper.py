@@ -30,6 +30,8 @@ class PromptFedPer(Method):
 
     name = "prompt-fedper"
     summary = "PromptFL, the last context vectors stay with the client"
+    sends = "the first context vectors"
+    receives = "the first context vectors"
     personal = True
 
     class Options(_Options):

@@ -26,6 +26,8 @@ class PromptFolio(Method):
 
     name = "promptfolio"
     summary = "portfolio of a global and a local prompt"
+    sends = "the global prompt"
+    receives = "the global prompt"
     personal = True
 
     class Options(_Options):

@@ -19,6 +19,8 @@ class ZeroShot(Method):
 
     name = "zeroshot"
     summary = "frozen CLIP, hand-written prompt"
+    sends = "nothing"
+    receives = "nothing"
     trains = False
 
     class Options(_Options):

@@ -277,7 +277,7 @@ class _Plan(torch.autograd.Function):
             for tangent, like in zip(tangents, (plan, rows, columns), strict=False)
         ]
         # the gradient is linear in that of the plan: its transpose goes the other way
-        _, turn = torch.func.vjp(functools.partial(_pull, ctx), torch.zeros_like(plan))
+        turn = torch.func.vjp(functools.partial(_pull, ctx), torch.zeros_like(plan))[1]
         return turn(tuple(moved))[0], None, None
 
     @staticmethod

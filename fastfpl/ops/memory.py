@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from fractions import Fraction
 
-from fastfpl.errors import InputError, KindError
+from fastfpl.errors import InputError, KindError, shown
 
 __all__ = ["current_limit", "memory_limit", "parse_bytes"]
 
@@ -37,12 +37,13 @@ def parse_bytes(op: str, value: int | str, name: str = "max_memory") -> int:
             f"{op}: {name} must be bytes or a text such as '2GiB'; got {type(value).__name__}"
         )
     units = {unit.lower(): factor for unit, factor in _UNITS.items()}
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(value).lower())
+    text = value.lower() if isinstance(value, str) else shown(value)
+    match = re.fullmatch(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([a-z]*)\s*", text)
     if match is None or match[2] not in units:
-        raise InputError(f"{op}: {name} must be bytes or a text such as '2GiB'; got {value!r}")
+        raise InputError(f"{op}: {name} must be bytes or a text such as '2GiB'; got {shown(value)}")
     count = int(Fraction(match[1]) * units[match[2]])
     if count < 1:
-        raise InputError(f"{op}: {name} must be positive; got {value!r}")
+        raise InputError(f"{op}: {name} must be positive; got {shown(value)}")
     return count
 
 

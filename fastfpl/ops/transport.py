@@ -439,7 +439,8 @@ def _project(ctx: Any, by: Tensor) -> Tensor:
     (plan,) = ctx.saved_tensors
     with as_given(plan.device):
         pulled, *_ = pull_back(plan, by, ctx.bound, ctx.tol)
-    return pulled / ctx.eps
+    projected: Tensor = pulled / ctx.eps
+    return projected
 
 
 def _reference(

@@ -292,15 +292,15 @@ def pfedmoap(
     """Play pFedMoAP.
 
     A client that is not in the pool of the previous round trains plain CoOp; one that is receives
-    experts from it and trains context and gate together. A client that trained is evaluated as it
-    trained; one that did not, with what it keeps and experts from the new pool (``pick`` is asked
-    for the next round), without experts if its gate never trained; one that never took part with
+    experts from it and trains context and gate together. A client is evaluated with context, gate
+    and experts as it last trained, whether in this round or before; one that never took part with
     the global context.
 
     Source: Luo et al. 2025 (pFedMoAP, ICLR), Algorithm 1 and equations 6 to 10.
     """
     pool: dict[int, Tensor] = {}
     gates: dict[int, Gate] = {}
+    trained_with: dict[int, list[Tensor]] = {}
     played = []
 
     def encoded(of: Mapping[int, Tensor], chosen: Sequence[int]) -> list[Tensor]:
@@ -309,7 +309,6 @@ def pfedmoap(
 
     for t, plan in enumerate(rounds):
         before = dict(pool)
-        trained_with: dict[int, list[Tensor]] = {}
         sent, losses = {}, {}
         for i, batches in plan.items():
             experts = encoded(before, pick(t, i, before)) if i in before else []
@@ -332,13 +331,7 @@ def pfedmoap(
         pool |= sent
         accuracy = []
         for i, c in enumerate(clients):
-            if i in trained_with:
-                mine, experts = pool[i], trained_with[i]
-            elif i in pool:
-                mine = pool[i]
-                experts = encoded(pool, pick(t + 1, i, pool)) if i in gates else []
-            else:
-                mine, experts = ctx, []
+            mine, experts = pool.get(i, ctx), trained_with.get(i, [])
             with torch.no_grad():
                 logits = logits_of(setup, mine, c.test, experts, gates.get(i), local_weight)
             accuracy.append(accuracy_of(logits, c.test_labels))

@@ -1,0 +1,5 @@
+"""The command line, one file a command."""
+
+from fastfpl.cli.entry import main
+
+__all__ = ["main"]

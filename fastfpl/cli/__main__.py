@@ -1,0 +1,5 @@
+"""`python -m fastfpl.cli`."""
+
+from fastfpl.cli import main
+
+main()

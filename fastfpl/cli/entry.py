@@ -1,0 +1,69 @@
+"""The command `fastfpl`: its commands, and how mistakes end."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from fastfpl import __version__
+from fastfpl.cli.compare import compare
+from fastfpl.cli.data import data
+from fastfpl.cli.doctor import doctor
+from fastfpl.cli.methods import methods
+from fastfpl.cli.presets import presets
+from fastfpl.cli.profile import profile
+from fastfpl.cli.quirks import quirks
+from fastfpl.cli.report import report
+from fastfpl.cli.run import run
+from fastfpl.errors import FastfplError, cut
+from fastfpl.terminal import say, sayable
+
+__all__ = ["group", "main"]
+
+# letters of a sentence: what came may be longer than anyone reads
+_MOST = 1500
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; a user's mistake ends with one sentence and exit code 2."""
+    with sayable():
+        _run(arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> None:
+    try:
+        group.main(args=arguments, prog_name="fastfpl", standalone_mode=False)
+    except FastfplError as error:
+        say(f"error: {cut(str(error), _MOST)}", err=True)
+        sys.exit(2)
+    except BrokenPipeError:
+        # who read has gone, as head does; what is left must not fail at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        where = f" {cut(str(error.filename), 200)!r}" if error.filename else ""
+        say(f"error: fastfpl: the system refused{where}: {error.strerror or error}", err=True)
+        sys.exit(2)
+    except click.ClickException as error:
+        text = cut(error.format_message(), _MOST)
+        click.UsageError(text, getattr(error, "ctx", None)).show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo(
+            "stopped; the rounds that ended are kept, go on with the same command and --resume",
+            err=True,
+        )
+        sys.exit(130)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="fastfpl")
+def group() -> None:
+    """Federated prompt learning of CLIP: exact, tested, fast."""
+
+
+for _command in (run, compare, profile, report, methods, presets, quirks, doctor, data):
+    group.add_command(_command)

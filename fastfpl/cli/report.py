@@ -1,0 +1,43 @@
+"""`fastfpl report`: tables, plots and page of finished runs anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from fastfpl.cli.flags import Place
+from fastfpl.cli.screen import print_tables
+from fastfpl.terminal import say
+
+
+@click.command()
+@click.argument("folders", nargs=-1, required=True, metavar="FOLDER...", type=Place())
+@click.option(
+    "--out",
+    type=Place(),
+    help="folder of the report; by itself FOLDER, and runs/report for several",
+)
+def report(folders: tuple[Path, ...], out: Path | None) -> None:
+    """Print the table and write plots and page of finished runs anew.
+
+    A FOLDER is the --out of a run or of a comparison. Runs on different tasks (data set, scenario,
+    CLIP, partition, shots, views) get tables of their own; runs that are not finished are named.
+    """
+    from fastfpl.report import load_comparisons, write_report
+    from fastfpl.report.facts import group_names
+
+    comparisons = load_comparisons(*folders)
+    folder = out or (folders[0] if len(folders) == 1 else Path("runs") / "report")
+    written: list[Path] = []
+    try:
+        written = write_report(comparisons, folder)
+    finally:
+        for name, comparison in zip(group_names(comparisons), comparisons, strict=True):
+            if name:
+                say(f"== {name}")
+            print_tables(comparison)
+    for path in written:
+        say(str(path))
+    for text in (text for comparison in comparisons for text in comparison.missing):
+        say(f"missing: {text}", err=True)
