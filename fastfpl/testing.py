@@ -245,7 +245,9 @@ class _Proof:
         stacked, strong, labels = [], [], []
         for client in clients:
             draw = generator(1, "images", client)
-            image, other = (torch.randn(shape, generator=draw) for _ in range(2))
+            image, other = (
+                torch.randn(shape, generator=draw, dtype=torch.float32) for _ in range(2)
+            )
             labels.append(torch.randint(len(_NAMES), (count,), generator=draw))
             stacked.append(_unit(image) if kind != "raw" else image)
             strong.append(_unit(other) if kind != "raw" else other)

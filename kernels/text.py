@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastfpl.kernels.rounding import quotient, root
+
 __all__ = [
     "activation_bwd",
     "activation_fwd",
@@ -54,9 +56,9 @@ def _norm_fwd_kernel(
 ):
     row, column, cell, inside = _place(count, WIDTH, ROWS, BLOCK_W)
     value = tl.load(x + cell, mask=inside, other=0.0).to(ACC)
-    middle = tl.sum(value, 1) / WIDTH
+    middle = tl.sum(value, 1) * (1.0 / WIDTH)  # a card's quotient is rounded twice
     off = tl.where(inside, value - middle[:, None], 0.0)
-    scale = 1.0 / tl.sqrt(tl.sum(off * off, 1) / WIDTH + EPS)
+    scale = 1.0 / tl.sqrt(tl.sum(off * off, 1) * (1.0 / WIDTH) + EPS)
     w = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(ACC)
     b = tl.load(bias + column, mask=column < WIDTH, other=0.0).to(ACC)
     out = off * scale[:, None] * w[None, :] + b[None, :]
@@ -89,8 +91,8 @@ def _norm_bwd_kernel(
     unit = tl.where(inside, (value - middle[:, None]) * scale[:, None], 0.0)
     w = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(ACC)
     d_unit = tl.load(d_h + cell, mask=inside, other=0.0).to(ACC) * w[None, :]
-    along = tl.sum(d_unit * unit, 1) / WIDTH
-    level = tl.sum(d_unit, 1) / WIDTH
+    along = tl.sum(d_unit * unit, 1) * (1.0 / WIDTH)
+    level = tl.sum(d_unit, 1) * (1.0 / WIDTH)
     step = (d_unit - level[:, None] - unit * along[:, None]) * scale[:, None]
     total = tl.load(d_x + cell, mask=inside, other=0.0).to(ACC) + step
     tl.store(d_x + cell, total.to(d_x.dtype.element_ty), mask=inside)
@@ -145,8 +147,12 @@ def _activation_bwd_kernel(
     b = tl.load(bias + column, mask=column < WIDTH, other=0.0).to(ACC)
     x = tl.load(u + cell, mask=inside, other=0.0).to(ACC) + b[None, :]
     if QUICK:
-        gate = 1.0 / (1.0 + tl.exp(-1.702 * x))
-        slope = gate * (1.0 + 1.702 * x * (1.0 - gate))
+        # the gate and what is left of 1, the smaller of both without a difference
+        e = tl.exp(-1.702 * tl.abs(x))
+        large = 1.0 / (1.0 + e)
+        small = e * large
+        gate = tl.where(x > 0, large, small)
+        slope = gate * (1.0 + 1.702 * x * tl.where(x > 0, small, large))
     else:
         # 1 / sqrt(2 pi) and 1 / sqrt(2)
         density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
@@ -168,9 +174,10 @@ def _unit_fwd_kernel(
 ):
     row, _, cell, inside = _place(count, WIDTH, ROWS, BLOCK_W)
     value = tl.load(y + cell, mask=inside, other=0.0).to(ACC)
-    length = tl.sqrt(tl.sum(value * value, 1))
+    length = root(tl.sum(value * value, 1))
     length = tl.where(row < count, length, 1.0)
-    tl.store(f + cell, (value / length[:, None]).to(f.dtype.element_ty), mask=inside)
+    unit = value * quotient(1.0, length)[:, None]
+    tl.store(f + cell, unit.to(f.dtype.element_ty), mask=inside)
     tl.store(norm + row, length, mask=row < count)
 
 
@@ -191,7 +198,7 @@ def _unit_bwd_kernel(
     unit = tl.load(f + cell, mask=inside, other=0.0).to(ACC)
     step = tl.load(d_f + cell, mask=inside, other=0.0).to(ACC)
     along = tl.sum(step * unit, 1)
-    out = (step - unit * along[:, None]) / length[:, None]
+    out = (step - unit * along[:, None]) * quotient(1.0, length)[:, None]
     tl.store(d_y + cell, out.to(d_y.dtype.element_ty), mask=inside)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastfpl.kernels.rounding import quotient
 from fastfpl.kernels.transport_pair import plus
 
 __all__ = ["entries", "solve_many"]
@@ -68,4 +69,4 @@ def solve_many(
         new, new_low = plus(g, g_low, gap)
         g = tl.where(tl.expand_dims(running, ON), new, g)
         g_low = tl.where(tl.expand_dims(running, ON), new_low, g_low)
-    return g, g_low, mass / N / column, miss, passes
+    return g, g_low, quotient(mass, N * column), miss, passes

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastfpl.kernels.rounding import quotient
+
 __all__ = ["plan_of_pair", "plus", "solve_pair"]
 
 
@@ -240,10 +242,10 @@ def solve_pair(
 
     g1, g1_low = plus(best_level, best_level_low + best_share_low * 0.5, best_share * 0.5)
     g2, g2_low = plus(best_level, best_level_low - best_share_low * 0.5, best_share * -0.5)
-    v1 = mass / N / best_first
+    v1 = quotient(mass * (1.0 / N), best_first)  # 1 / N is exact
     v2 = v1
     if N == 2:
-        v2 = mass / N / best_second
+        v2 = quotient(mass * (1.0 / N), best_second)
     return g1, g1_low, g2, g2_low, v1, v2, best, passes
 
 

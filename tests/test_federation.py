@@ -587,10 +587,11 @@ ELSEWHERE = {
     *("method", "options", "evaluate_every", "cohort", "dtype", "threads", "device"),
     *("max_memory", "cuda_graphs"),  # test_memory, test_graphs
     *("workers", "resident", "feature_dtype"),  # test_images
-    "split_test",
+    *("split_test", "partition_seed"),  # the seed in test_scenarios
     *("on_corrupt", "statistics"),  # test_scenarios
     "as_released",  # test_released
     *("dataset", "root", "clip", "pretrained"),
+    "quick_gelu",  # test_clip
     *("scenario", "target", "target_root", "sampling", "dropout"),  # test_scenarios
     "transductive",  # test_fedapt_unsupervised
 }

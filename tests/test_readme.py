@@ -38,7 +38,9 @@ def test_the_example_method_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_every_command_of_the_readme_is_known() -> None:
     commands = set(re.findall(r"^fastfpl (\w+)", README, re.MULTILINE))
-    assert commands <= {"run", "compare", "report", "data", "doctor", "presets", "profile"}
+    assert commands <= {
+        *("run", "compare", "report", "data", "doctor", "presets", "profile", "methods")
+    }
     for name in re.findall(r"--preset (\S+)", README):
         load_preset(name)
 

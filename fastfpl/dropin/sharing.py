@@ -226,7 +226,7 @@ def leaves_of(prompts: Tensor) -> tuple[Tensor, ...]:
 _CHECKING = threading.local()
 with torch.inference_mode(False), torch.enable_grad():
     # a node that is in nobody's graph: only a plain backward pass would run it
-    _ELSEWHERE: Any = torch.zeros(1, requires_grad=True).clone().grad_fn
+    _ELSEWHERE: Any = torch.zeros(1, requires_grad=True, dtype=torch.float32).clone().grad_fn
 
 
 @contextmanager

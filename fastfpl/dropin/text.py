@@ -243,7 +243,7 @@ def _compare_gradients(fast: Tensor, literal: Tensor, leaves: list[Tensor], what
     if not literal.requires_grad or not leaves:
         return
     generator = torch.Generator().manual_seed(1)
-    loss = torch.randn(literal.shape, generator=generator).to(literal)
+    loss = torch.randn(literal.shape, generator=generator, dtype=torch.float32).to(literal)
     want = torch.autograd.grad(literal, leaves, loss, retain_graph=True, allow_unused=True)
     with unwatched():
         got = torch.autograd.grad(fast, leaves, loss, retain_graph=True, allow_unused=True)
@@ -422,7 +422,7 @@ class Prompts(Text):
         dtype = getattr(module, "dtype", None)
         dtype = dtype if isinstance(dtype, torch.dtype) else positional.dtype
         generator = torch.Generator().manual_seed(0)
-        prompts = torch.randn(count, length, width, generator=generator)
+        prompts = torch.randn(count, length, width, generator=generator, dtype=torch.float32)
         prompts = prompts.to(device=weight.device, dtype=dtype)
         tokens, other = _example_tokens(length, 3, count), prompts.clone()
         for row, end in zip(other, tokens.argmax(-1).tolist(), strict=True):
