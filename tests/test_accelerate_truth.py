@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastfpl
+from fastfpl.dropin import outside
 from fastfpl.errors import Differs, InputError
-from tests.coop_style import Conditional, Encoder, Learner, Model
+from tests.coop_style import Conditional, Encoder, Learner, Model, StackedLearner, Transport
 from tests.test_accelerate import COUNTS, assert_same, coop, how, images, openai_clip, step
 from tests.test_clip import make_open_clip
 
@@ -195,7 +196,7 @@ def test_more_prompts_than_in_the_proof_are_proven():
     literal, model = pair(Late)
     both(literal, model)
     assert how(model) == [
-        "the trial call of it gave other gradients than CLIP's text pass over its parts"
+        "a trial call of it gave other gradients than CLIP's text pass over its parts"
     ]
 
 
@@ -479,7 +480,7 @@ def test_verify_finds_what_no_key_shows():
     with pytest.raises(Differs, match="text_encoder must give what it gave before"):
         model(images())
     every(images())  # the second of three
-    with pytest.raises(Differs, match="other features"):
+    with pytest.raises(Differs, match="other features than the original's"):
         every(images())
     fastfpl.accelerate(every)
     assert every.text_encoder.__dict__["_fastfpl"].verify == 3, "it stays as it was asked for"
@@ -496,6 +497,18 @@ def _seen(model):
     with torch.no_grad():
         model(images())
     return model.text_encoder.__dict__["_fastfpl"].memory["tower"]
+
+
+def test_verify_watches_the_diagonals(monkeypatch):
+    clip = openai_clip()
+    torch.manual_seed(1)
+    model = Transport(clip, StackedLearner(clip, COUNTS))
+    patches = torch.randn(3, 9, 40, generator=torch.Generator().manual_seed(4))
+    fastfpl.accelerate(model, verify="always")
+    model(patches)
+    monkeypatch.setattr(outside.Diagonal, "factor", lambda self, other, dim: 2.0)
+    with pytest.raises(Differs, match="the model must give what it gave before"):
+        model(patches)
 
 
 @pytest.mark.parametrize("verify", [0, -1, 1.5, "often", True])

@@ -54,7 +54,12 @@ class State:
     def __init__(self, path: str = "", verify: int = 0) -> None:
         self.calls: Counter[str] = Counter()
         self.memory: dict[Any, Any] = {}
-        self.path, self.verify = path, verify
+        self.path, self.verify, self.compared = path, verify, 0
+
+    def due(self) -> bool:
+        """Count a fast call, and tell whether it is one to compare with the original."""
+        self.compared += 1
+        return bool(self.verify) and self.compared % self.verify == 0
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "memory": {}}

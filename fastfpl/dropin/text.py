@@ -26,8 +26,7 @@ from fastfpl.dropin.sharing import (
     unwatched,
 )
 from fastfpl.dropin.swap import Instead, Kind, State, hooked, refuse, register
-from fastfpl.dropin.trial import copy_of, near, no_trace, watched
-from fastfpl.errors import Differs
+from fastfpl.dropin.trial import copy_of, differs, near, no_trace, watched
 from fastfpl.ops.embedded import encode_embedded
 from fastfpl.ops.memory import current_limit
 from fastfpl.reference.text import TextTower
@@ -91,10 +90,8 @@ class Text(Kind):
         check_proof(self, module, state, args, kwargs)
         result, how = self.fast(module, state, args, kwargs)
         state.calls[how] += 1
-        if state.verify:
-            calls = state.memory["verified"] = state.memory.get("verified", 0) + 1
-            if calls % state.verify == 0:
-                compare(self, module, state, args, kwargs, result)
+        if state.due():
+            compare(self, module, state, args, kwargs, result)
         return result
 
     def memory(self, module: Any, state: State) -> dict[Any, Any]:
@@ -217,7 +214,7 @@ def prove(kind: Text, module: Any, form: Any, count: int, other_mode: bool) -> N
                 "that neither a shared prefix nor a cut is exact"
             )
         refuse("a trial call of it gave other features than CLIP's text pass over its parts")
-    _compare_gradients(fast, literal, leaves, "the trial call")
+    _compare_gradients(fast, literal, leaves)
 
 
 def _forward_of(module: nn.Module) -> Any:
@@ -237,9 +234,10 @@ def _close(got: Tensor, want: Tensor) -> bool:
         return float((got - want).abs().max()) <= near(want)
 
 
-def _compare_gradients(fast: Tensor, literal: Tensor, leaves: list[Tensor], what: str) -> None:
+def _compare_gradients(fast: Tensor, literal: Tensor, leaves: list[Tensor]) -> None:
+    other = "a trial call of it gave other gradients than CLIP's text pass over its parts"
     if literal.requires_grad != fast.requires_grad:
-        refuse(f"{what} of it does not pass gradients on as CLIP's text pass does")
+        refuse(other)
     if not literal.requires_grad or not leaves:
         return
     generator = torch.Generator().manual_seed(1)
@@ -249,7 +247,7 @@ def _compare_gradients(fast: Tensor, literal: Tensor, leaves: list[Tensor], what
         got = torch.autograd.grad(fast, leaves, loss, retain_graph=True, allow_unused=True)
     for g, w in zip(got, want, strict=True):
         if (g is None) != (w is None) or (w is not None and g is not None and not _close(g, w)):
-            refuse(f"{what} of it gave other gradients than CLIP's text pass over its parts")
+            refuse(other)
 
 
 def compare(kind: Text, module: Any, state: State, args: Any, kwargs: Any, result: Any) -> None:
@@ -260,16 +258,13 @@ def compare(kind: Text, module: Any, state: State, args: Any, kwargs: Any, resul
     fast = kind.features(result)
     try:
         if literal.shape != fast.shape or literal.dtype != fast.dtype or not _close(fast, literal):
-            refuse("it gave other features than the original")
+            refuse("other features than the original's")
         inputs = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
         graphs = [leaf for t in inputs if t.requires_grad for leaf in leaves_of(t)]
         learn = [p for p in module.parameters() if p.requires_grad]
-        _compare_gradients(fast, literal, [*graphs, *learn], "this call")
+        _compare_gradients(fast, literal, [*graphs, *learn])
     except Instead as reason:
-        raise Differs(
-            f"fastfpl.accelerate: {state.path or 'the model'} must give what it gave before; got "
-            f"a call of which it is to be said that {reason}; fastfpl.restore gives it back"
-        ) from None
+        raise differs(state, str(reason)) from None
 
 
 def _no_transform() -> None:

@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastfpl.dropin.keys import Reader, key_of, plain_class, saver, tensors_in
-from fastfpl.dropin.swap import HOOKS, Instead, refuse
+from fastfpl.dropin.swap import HOOKS, Instead, State, refuse
+from fastfpl.errors import Differs
 
-__all__ = ["copy_of", "near", "no_trace", "watched"]
+__all__ = ["copy_of", "differs", "near", "no_trace", "watched"]
 
 # parameters of at most so many numbers are moved: norms, biases, positions, adapters, projections
 _SMALL = 1 << 18
@@ -233,6 +234,15 @@ def _random_states(module: nn.Module) -> Any:
         elif hasattr(generator, "bit_generator"):
             states.append(repr(generator.bit_generator.state))
     return states
+
+
+def differs(state: State, what: str) -> Differs:
+    """Make the error of a call that was not what the original gives."""
+    place = state.path or "the model"
+    return Differs(
+        f"fastfpl.accelerate: {place} must give what it gave before; got a call that has "
+        f"{what}. fastfpl.restore gives the original back"
+    )
 
 
 def near(literal: Tensor) -> float:
