@@ -48,6 +48,7 @@ from unittest import mock
 
 __all__ = [
     "CARDS",
+    "FIGURES",
     "MOST_SPILLED",
     "SAYS",
     "TRIED",
