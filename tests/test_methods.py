@@ -333,7 +333,7 @@ def test_default_options_are_the_papers():
 @pytest.mark.parametrize(
     ("method", "options", "sentence"),
     [
-        ("fedprox", {"nu": 1}, "fedprox's; got 'nu'; did you mean 'mu'"),
+        ("fedprox", {"nu": 1}, "fedprox's; got 'nu'; known: mu"),
         ("promptfl", {"mu": 1}, "promptfl's; got 'mu'; it has none"),
         ("fedprox", {"mu": -1.0}, "option mu is refused"),
         ("pfedmoap", {"selection": "closest"}, "option selection is refused"),
