@@ -125,7 +125,8 @@ def test_tf32_has_ten_bits():
 # --- the judge ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+# in float32 a bias below rounding is what one shared factor brings
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_the_judge_sees_a_bias_below_rounding(dtype):
     exact = torch.randn(1 << 14, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     eager = exact.to(dtype)
