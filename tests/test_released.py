@@ -793,7 +793,7 @@ def test_a_comparison_gives_every_method_its_own(play):
     for line in about:
         assert line in page
         assert line in table
-        assert line in str(text_table(found).caption)
+        assert line in text_table(found).notes
     assert "as_released=shared-optimiser, fedprox-no-gradient" in page
     assert not [w for w in warnings(found) if w.decides_accuracy]
     # one of them clean: their figures may not be read side by side

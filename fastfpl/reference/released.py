@@ -183,6 +183,7 @@ def pfedmoap(
     gates: dict[int, Gate] = {}
     common = model.saved_gate()
     played = []
+    trained_with: dict[int, list[Tensor]] = {}
 
     def encoded(of: Mapping[int, Tensor], chosen: Sequence[int]) -> list[Tensor]:
         with torch.no_grad():
@@ -190,7 +191,6 @@ def pfedmoap(
 
     for t, plan in enumerate(rounds):
         before = dict(pool)
-        trained_with: dict[int, list[Tensor]] = {}
         sent, losses = {}, {}
         for i, batches in plan.items():
             seen = pool if pool_in_round else before
@@ -209,13 +209,7 @@ def pfedmoap(
         pool |= sent
         accuracy = []
         for i, c in enumerate(clients):
-            if i in trained_with:
-                mine, experts = pool[i], trained_with[i]
-            elif i in pool:
-                mine = pool[i]
-                experts = encoded(pool, pick(t + 1, i, pool)) if i in gates else []
-            else:
-                mine, experts = ctx, []
+            mine, experts = (pool[i], trained_with[i]) if i in pool else (ctx, [])
             with torch.no_grad():
                 logits = logits_of(setup, mine, c.test, experts, gates.get(i), local_weight)
             accuracy.append(accuracy_of(logits, c.test_labels))
