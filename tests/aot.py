@@ -48,7 +48,6 @@ from unittest import mock
 
 __all__ = [
     "CARDS",
-    "FIGURES",
     "MOST_SPILLED",
     "SAYS",
     "TRIED",

@@ -9,7 +9,6 @@ import torch
 
 from tests.aot import (
     CARDS,
-    FIGURES,
     MOST_SPILLED,
     SAYS,
     TRIED,
@@ -173,9 +172,9 @@ def test_a_figure_that_left_its_row_is_said():
     )
 
 
-@pytest.mark.skipif(not FIGURES.exists(), reason="no figures yet; nox -s compiled makes them")
 def test_no_row_spills_more_than_the_bound():
     rows = figures()
+    assert {"3.6.0", "3.8.0", "3.9.0"} <= set(rows)
     kernels = [set(version) for version in rows.values()]
     assert all(names == kernels[0] for names in kernels), "a version lacks kernels of another"
     for version, names in rows.items():
