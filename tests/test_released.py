@@ -22,7 +22,8 @@ from fastfpl.reference import released as reference
 from fastfpl.released import QUIRKS, Visits, as_released, choose_quirks, disturbed, visits_of
 from fastfpl.released.fedotp import TEST_BATCH, stopped_together
 from fastfpl.report import html_page, markdown_table, text_table
-from fastfpl.report.facts import released, warnings
+from fastfpl.report.agreement import warnings
+from fastfpl.report.facts import released
 from fastfpl.seeds import generator
 from tests.proofs import F32, F64, assert_near, assert_same_rounds, first_images, one_thread
 from tests.test_fedapt_unsupervised import PairedWorld
