@@ -12,10 +12,11 @@ from fastfpl.config import Settings
 from fastfpl.data import load_dataset
 from fastfpl.errors import Damaged, InputError, Missing
 from fastfpl.federation.checkpoint import CHECKPOINT, _checksum
-from fastfpl.federation.cohort import score, stack
 from fastfpl.federation.models import load_models
 from fastfpl.federation.preparation import prepare
 from fastfpl.methods import METHODS
+from fastfpl.training.gathering import stack
+from fastfpl.training.scoring import score
 from tests.worlds import GATE, TINY_RUN, small_clip
 
 # everybody but the last few trains in no round but the first: idle clients of every kind

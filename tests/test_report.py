@@ -40,9 +40,9 @@ from fastfpl.report import (
 )
 from fastfpl.report.agreement import warnings
 from fastfpl.report.facts import augmentation, rows
+from fastfpl.report.plots import _DARK, LIGHT, _colours, _round_ticks, curve, spread, swarm
 from fastfpl.report.runs import group_names
 from fastfpl.report.words import duration, percent, public, rate, size
-from fastfpl.report.plots import _DARK, LIGHT, _colours, _round_ticks, curve, spread, swarm
 
 EVIL = '<script>alert("x")</script>'
 
