@@ -18,6 +18,7 @@ from fastfpl.data import load_dataset
 from fastfpl.errors import InputError, NotConverged
 from fastfpl.features import TextFeatures
 from fastfpl.federation.result import summarise
+from fastfpl.federation.turns import Together
 from fastfpl.methods import METHODS
 from fastfpl.ops import gate, text, transport
 from fastfpl.training.cohort import learning_rate
@@ -93,6 +94,30 @@ def uploads_of(server, clients):
 
 
 # --- the laws of a round --------------------------------------------------------------------------
+
+
+@ALL
+def test_the_servers_side_is_a_value(method):
+    """Whoever drives it: the same uploads make the same next round, and the old one stays."""
+    federation = world_of(method, dropout=0.3).federation()
+    for number in range(3):
+        now, call = federation.now, federation.sampling.call(number)
+        before = {name: tensor.clone() for name, tensor in now.server.items()}
+        sent = {}
+        for turn in Together().turns(federation.trainer, now, call, federation.clients):
+            uploads = unstack(turn.outcome.upload, len(turn.members))
+            sent |= {c: u for c, u in zip(turn.members, uploads, strict=True) if u}
+        sent = {c: state for c, state in sent.items() if c not in call.lost}
+        images = {c: len(federation.trainer.images[c]) for c in sent}
+        ways = [now.after(federation.method, sent, images, now.handed) for _ in range(2)]
+        federation.round()
+        assert federation.now is not now
+        for way in (*ways, federation.now):
+            assert way.number == number + 1
+            assert set(way.server) == set(federation.server)
+            assert all(torch.equal(way.server[n], t) for n, t in federation.server.items())
+        assert now.number == number
+        assert all(torch.equal(now.server[n], t) for n, t in before.items())
 
 
 @ALL
