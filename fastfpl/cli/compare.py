@@ -44,6 +44,7 @@ def compare(
 
     The scenario leave-one-domain-out without --target leaves out every domain in turn.
     """
+    from fastfpl.data import short_name
     from fastfpl.federation import compare as play
     from fastfpl.federation import sweep as play_each
     from fastfpl.report import sweep_table, write_report, write_sweep
@@ -58,7 +59,7 @@ def compare(
     if "seed" in values:
         raise InputError("fastfpl compare: seed must be left out; seeds are given by --seeds")
     whole = {**(load_preset(preset).settings if preset else {}), **values}
-    folder = out or Path("runs") / f"compare-{whole.get('dataset', 'glyphs')}"
+    folder = out or Path("runs") / f"compare-{short_name(whole.get('dataset', 'glyphs'))}"
     chosen = _swept(sweep, whole)
     with progress() as (observer, on_round):
         shared = {
@@ -99,7 +100,8 @@ def _swept(text: str | None, values: Mapping[str, Any]) -> tuple[str, list[Any]]
     if values.get("scenario") == "leave-one-domain-out" and values.get("target") is None:
         from fastfpl.data import load_dataset
 
-        root = values.get("root")
-        dataset = load_dataset(values.get("dataset", "glyphs"), root and Path(root))
+        root, own = values.get("root"), ("layout", "digest")
+        how = {name: values[name] for name in own if values.get(name) is not None}
+        dataset = load_dataset(values.get("dataset", "glyphs"), root and Path(root), **how)
         return "target", list(dataset.domains)
     return None

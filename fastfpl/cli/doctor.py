@@ -28,7 +28,7 @@ def doctor(clip: str | None) -> None:
     import torch
     from rich.table import Table
 
-    from fastfpl.data import DATASETS
+    from fastfpl.data import dataset_names
     from fastfpl.federation.result import environment
     from fastfpl.methods import METHODS
     from fastfpl.ops import all_faces
@@ -42,7 +42,7 @@ def doctor(clip: str | None) -> None:
     for key, value in machine_facts().items():
         facts.add_row(key, value)
     facts.add_row("methods", " ".join(METHODS))
-    facts.add_row("data sets", " ".join(DATASETS))
+    facts.add_row("data sets", " ".join(dataset_names()))
     facts.add_row("feature store", _store())
     shown.print(facts)
     faces = table("op", "face", "answers here")

@@ -33,8 +33,8 @@ _Command = Callable[..., None]
 #: The settings as people look for them in the help.
 GROUPS = {
     "Data": (
-        *("dataset", "root", "on_corrupt", "statistics", "scenario", "target", "target_root"),
-        "transductive",
+        *("dataset", "root", "layout", "columns", "digest", "on_corrupt", "statistics"),
+        *("scenario", "target", "target_root", "transductive"),
     ),
     "Clients": (
         *("clients", "partition", "partition_seed", "beta", "classes_per_client", "repeat_rate"),
@@ -125,6 +125,8 @@ class Place(click.Path):
 _METAVARS = {
     "root": "FOLDER",
     "target_root": "FOLDER",
+    "layout": "split/domain/class|...",
+    "columns": "path=NAME,...",
     "pretrained": "TAG|FILE|random",
     "ctx_init": "WORDS",
     "augment": "none|views:V|fresh",
@@ -132,6 +134,7 @@ _METAVARS = {
 }
 _NAMES = {
     "dataset": "dataset",
+    "layout": "layout",
     "target": "target",
     "clip": "clip",
     "as_released": "quirk",

@@ -20,9 +20,15 @@ def _methods() -> Iterable[tuple[str, str]]:
 
 
 def _datasets() -> Iterable[tuple[str, str]]:
-    from fastfpl.data import DATASETS
+    from fastfpl.data import dataset_names
 
-    return ((name, "") for name in DATASETS)
+    return ((name, "") for name in dataset_names())
+
+
+def _layouts() -> Iterable[tuple[str, str]]:
+    from fastfpl.data.layouts import LAYOUTS
+
+    return ((name, "") for name in LAYOUTS)
 
 
 def _targets() -> Iterable[tuple[str, str]]:
@@ -55,6 +61,7 @@ def _quirks() -> Iterable[tuple[str, str]]:
 _KNOWN: dict[str, Callable[[], Iterable[tuple[str, str]]]] = {
     "method": _methods,
     "dataset": _datasets,
+    "layout": _layouts,
     "target": _targets,
     "preset": _presets,
     "clip": _clips,

@@ -17,6 +17,7 @@ from safetensors.torch import load, save
 
 from fastfpl import __version__
 from fastfpl.config import Settings
+from fastfpl.data import scheme_of
 from fastfpl.errors import Damaged, InputError
 from fastfpl.federation.result_schema import Row
 from fastfpl.federation.shared import DOWNLOADS, TUNED, SharedStates
@@ -150,6 +151,9 @@ def settings_facts(settings: Settings, options: Mapping[str, Any]) -> dict[str, 
     if settings.schedule == "cosine-rounds":
         loose.remove("rounds")
     kept = {k: v for k, v in settings.model_dump().items() if k not in loose}
+    # of one's own images the content counts, which is compared, and not where they lie
+    for key in ("dataset", "target"):
+        kept[key] = scheme_of(kept[key] or "") or kept[key]
     return {**kept, "options": dict(options)}
 
 

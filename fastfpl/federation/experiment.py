@@ -9,10 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastfpl.clip import FrozenCLIP
 from fastfpl.config import Settings, load_preset, make_settings
+from fastfpl.data import Dataset
 from fastfpl.errors import Damaged, InputError, cut, shown
 from fastfpl.federation.checkpoint import (
     CHECKPOINT,
@@ -24,7 +26,7 @@ from fastfpl.federation.checkpoint import (
 )
 from fastfpl.federation.lock import Held, alone_in
 from fastfpl.federation.models import task_of
-from fastfpl.federation.preparation import plan, prepare
+from fastfpl.federation.preparation import known_as, name_dataset, plan, prepare
 from fastfpl.federation.provenance import provenance
 from fastfpl.federation.result import (
     RESULT,
@@ -36,6 +38,7 @@ from fastfpl.federation.result import (
     summarise,
 )
 from fastfpl.federation.rounds import Federation
+from fastfpl.federation.scenarios import client_names
 from fastfpl.federation.server import Round
 from fastfpl.federation.shared import DOWNLOADS, TUNED, SharedStates
 from fastfpl.federation.states import CLIENTS, StateFiles
@@ -66,6 +69,7 @@ def run(
     cache: str | Path | None = None,
     observer: Observer = silent,
     on_round: RoundObserver = unseen,
+    dataset: str | Path | Dataset | None = None,
     **settings: Any,
 ) -> Result:
     """Run one federated experiment.
@@ -92,6 +96,11 @@ def run(
         ``observer(what, done, total)`` is told of every long step.
     on_round : callable
         ``on_round(method, row)`` is told of every round that ended, with its row of ``rounds``.
+    dataset : str, path or Dataset, optional
+        A name or ``folder:``, ``manifest:``, ``hf:`` and a place, as the setting has it; the path
+        of a folder, zip file or manifest; or a data set at hand, as `fastfpl.data.from_arrays`
+        makes it. The settings of the result then call it ``live:`` and its name, and a resumed run
+        must be given one of the same images.
     **settings
         Fields of `fastfpl.Settings`.
 
@@ -111,6 +120,11 @@ def run(
     default dtype decides nothing.
     """
     origin = None if preset is None else load_preset(preset)
+    live = None
+    if dataset is not None:
+        name, live = name_dataset("fastfpl.run", dataset)
+        if not isinstance(method, Settings) or name != method.dataset:
+            settings["dataset"] = name
     if isinstance(method, Settings):
         if settings:
             raise InputError("fastfpl.run: settings must come alone or as keywords; got both")
@@ -130,7 +144,7 @@ def run(
         if folder is not None:
             refuse_held(folder, resume)
         store = None if cache is None else Path(cache)
-        result = _play(chosen, held, resume, model, store, observer, on_round)
+        result = _play(chosen, live, held, resume, model, store, observer, on_round)
         if origin is not None:
             result = replace(result, preset=provenance(origin, result, model is not None))
         if folder is not None:
@@ -175,6 +189,7 @@ def threads(count: int | None) -> Iterator[None]:
 
 def _play(
     chosen: Settings,
+    live: Dataset | None,
     held: Held | None,
     resume: bool,
     model: FrozenCLIP | None,
@@ -186,7 +201,7 @@ def _play(
     forget_peak_memory()
     # a limit around a run is for passes of the caller
     with recorded_faces() as faces, memory_limit(None), uncapped():
-        planned = plan(chosen, model=model)
+        planned = plan(chosen, model=model, datasets=known_as(chosen, live))
         if held is not None and resume:
             # other settings show before any weights are read
             head = check_checkpoint(held.folder, planned.facts)
@@ -285,6 +300,7 @@ def _unreplayed(federation: Federation) -> list[str]:
 
 def _result(federation: Federation, faces: dict[str, list[str]]) -> Result:
     exams, budget = federation.examiner.exams, federation.trainer.budget
+    names = client_names(federation.settings, federation.dataset)
     return Result(
         method=federation.settings.method,
         settings=_settings(federation),
@@ -309,5 +325,10 @@ def _result(federation: Federation, faces: dict[str, list[str]]) -> Result:
             "weights": federation.clip.weights_digest,
             "activation": federation.clip.text.activation,
             "deal": deal(federation.shards),
+            "training": {
+                "used": len(np.unique(np.concatenate([s.train for s in federation.shards]))),
+                "there": len(federation.dataset.train),
+            },
+            **({"clients": list(names)} if names else {}),
         },
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,11 +19,16 @@ from fastfpl.data import (
     base_novel,
     load_dataset,
     restrict,
+    scheme_of,
     split_domain,
 )
 from fastfpl.errors import InputError
 
-__all__ = ["Question", "Scenario", "arrange", "personal"]
+__all__ = ["Question", "Scenario", "arrange", "client_names", "listed_clients", "personal"]
+
+# whose files have a digest
+_DATED = ("folder", "manifest")
+_LOG = logging.getLogger("fastfpl")
 
 Indices = npt.NDArray[np.int64]
 
@@ -72,6 +79,39 @@ class Scenario:
         if any(len(domains) != 1 for domains in found):
             return None
         return tuple(int(domains[0]) for domains in found)
+
+    def noted(self, settings: Settings) -> Scenario:
+        """Say in the data set's notes which clients are asked nothing.
+
+        Raises
+        ------
+        InputError
+            If nobody is asked a question, or a client would train on test images that it lacks.
+        """
+        notes = list(self.dataset.notes)
+        for question in self.questions:
+            lacking = [u for u, images in enumerate(question.images) if not len(images)]
+            if not lacking:
+                continue
+            who = listed_clients(lacking, client_names(settings, self.dataset))
+            if len(lacking) == len(question.images):
+                raise InputError(
+                    "fastfpl.run: a client must have a test image to be asked about "
+                    f"{question.about}; got none of {len(lacking)} clients: test on more images"
+                )
+            if settings.transductive:
+                raise InputError(
+                    "fastfpl.run: every client must have test images to train on with "
+                    f"transductive=true; got none for {who}"
+                )
+            notes.append(
+                f"{who} {'has' if len(lacking) == 1 else 'have'} no test images of "
+                f"{'its' if len(lacking) == 1 else 'their'} own, left out of the mean"
+                + (f" of {question.name}" if len(self.questions) > 1 else "")
+            )
+        for note in notes[len(self.dataset.notes) :]:
+            _LOG.warning("fastfpl.run: %s", note)
+        return replace(self, dataset=replace(self.dataset, notes=tuple(notes)))
 
     def transductive(self) -> Scenario:
         """Return the scenario in which every client trains on its own test images."""
@@ -140,10 +180,25 @@ def arrange(
     if kind == "cross-dataset":
         assert settings.target is not None
         root = None if settings.target_root is None else Path(settings.target_root)
-        other = load_dataset(settings.target, root, on_corrupt=settings.on_corrupt)
+        how: dict[str, Any] = {}
+        if settings.digest is not None and scheme_of(settings.target) in _DATED:
+            how["digest"] = settings.digest
+        other = load_dataset(settings.target, root, on_corrupt=settings.on_corrupt, **how)
         target = _all("target", f"all test images of {settings.target}", other, shards)
         return Scenario(dataset, shards, [target, own])
     return plain
+
+
+def client_names(settings: Settings, dataset: Dataset) -> tuple[str, ...]:
+    """Return what the data set calls the clients of a run; empty if they are but numbers."""
+    return dataset.clients if settings.partition == "given" else ()
+
+
+def listed_clients(clients: Sequence[int], names: Sequence[str]) -> str:
+    """Write clients for a sentence, the first ten."""
+    said = [names[u] if names else str(u) for u in clients[:10]]
+    more = f" and {len(clients) - 10} more" if len(clients) > 10 else ""
+    return f"client{'s' * (len(clients) > 1)} {', '.join(said)}{more}"
 
 
 def personal(dataset: Dataset, shards: list[Shard]) -> Scenario:
