@@ -70,7 +70,7 @@ def rebuilt(folder, clip, cache):
     """Compute every client's accuracy from the folder: nothing of the run but its test images."""
     models = load_models(folder)
     method = models.method(clip)
-    (exam,) = prepare(models.settings, model=clip, cache=cache).exams
+    (exam,) = prepare(models.settings, model=clip, cache=cache).examiner.exams
     found = []
     for client in range(models.clients):
         down, own = models.states(method, client)
