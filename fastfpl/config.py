@@ -29,6 +29,7 @@ __all__ = [
     "parse_preset",
     "preset_names",
     "quirk_names",
+    "renamed",
 ]
 
 
@@ -352,7 +353,7 @@ def make_settings(values: Mapping[str, Any]) -> Settings:
         if isinstance(clean.get(key), bool):
             clean[key] = on if clean[key] else off
     if isinstance(clean.get("columns"), str):
-        clean["columns"] = _renamed(clean["columns"])
+        clean["columns"] = renamed(clean["columns"])
     clean["as_released"] = quirk_names(clean.get("as_released", []))
     for key, value in clean.items():
         if isinstance(value, Path):
@@ -371,7 +372,7 @@ def make_settings(values: Mapping[str, Any]) -> Settings:
         ) from None
 
 
-def _renamed(text: str) -> dict[str, str]:
+def renamed(text: str) -> dict[str, str]:
     """Read names of columns from ``path=file,label=kind``."""
     pairs = [part.partition("=") for part in text.split(",")]
     names = {key.strip(): value.strip() for key, _, value in pairs}

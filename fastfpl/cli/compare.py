@@ -47,6 +47,7 @@ def compare(
     from fastfpl.data import short_name
     from fastfpl.federation import compare as play
     from fastfpl.federation import sweep as play_each
+    from fastfpl.methods import method_name
     from fastfpl.report import sweep_table, write_report, write_sweep
 
     try:
@@ -55,6 +56,7 @@ def compare(
         raise InputError(
             f"fastfpl compare: seeds must be whole numbers separated by commas; got {shown(seeds)}"
         ) from None
+    methods = tuple(method_name(method, "fastfpl compare") for method in methods)
     values = gather(methods, config, options, flags)
     if "seed" in values:
         raise InputError("fastfpl compare: seed must be left out; seeds are given by --seeds")

@@ -13,6 +13,7 @@ from fastfpl.cli.compare import compare
 from fastfpl.cli.data import data
 from fastfpl.cli.doctor import doctor
 from fastfpl.cli.methods import methods
+from fastfpl.cli.new import new
 from fastfpl.cli.presets import presets
 from fastfpl.cli.profile import profile
 from fastfpl.cli.quirks import quirks
@@ -65,5 +66,5 @@ def group() -> None:
     """Federated prompt learning of CLIP: exact, tested, fast."""
 
 
-for _command in (run, compare, profile, report, methods, presets, quirks, doctor, data):
+for _command in (run, compare, profile, report, methods, presets, quirks, doctor, data, new):
     group.add_command(_command)

@@ -282,8 +282,9 @@ def settings_of(
 ) -> Settings:
     """Put a run's settings together from preset, file and flags."""
     from fastfpl.config import make_settings
-    from fastfpl.methods import find_method
+    from fastfpl.methods import find_method, method_name
 
+    method = method_name(method)
     find_method(method)
     values = gather([method], config, options, flags)
     values["options"] = values["options"].get(method, {})

@@ -10,13 +10,18 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from fastfpl.errors import FastfplError
+
 __all__ = ["Name", "option_keys"]
 
 
 def _methods() -> Iterable[tuple[str, str]]:
-    from fastfpl.methods import METHODS
+    from fastfpl.methods import METHODS, method_names
 
-    return ((name, method.summary) for name, method in METHODS.items())
+    # a shell waits for no package to be imported
+    return (
+        (name, METHODS[name].summary if name in METHODS else "installed") for name in method_names()
+    )
 
 
 def _datasets() -> Iterable[tuple[str, str]]:
@@ -100,9 +105,10 @@ class Name(click.ParamType):  # type: ignore[type-arg]
 
 def option_keys(method: str) -> Iterable[tuple[str, str]]:
     """Give the options of a method with what they mean; none if it is unknown."""
-    from fastfpl.methods import METHODS
+    from fastfpl.methods import find_method, method_name
 
-    if method not in METHODS:
+    try:
+        fields = find_method(method_name(method)).Options.model_fields
+    except FastfplError:
         return ()
-    fields = METHODS[method].Options.model_fields
     return ((key, field.description or "") for key, field in fields.items())

@@ -58,7 +58,7 @@ def profile(
     from fastfpl.federation.profiling import profile as measure
 
     settings = settings_of(method, preset, config, options, flags)
-    folder = out or Path("runs") / f"profile-{method}-{short_name(settings.dataset)}"
+    folder = out or Path("runs") / f"profile-{settings.method}-{short_name(settings.dataset)}"
     with progress() as (observer, on_round):
         seen = measure(
             settings, folder, steps=steps, cache=cache, observer=observer, on_round=on_round

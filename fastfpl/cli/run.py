@@ -44,6 +44,7 @@ def run(
     from fastfpl.federation import run as play
 
     settings = settings_of(method, preset, config, options, flags)
+    method = settings.method
     folder = out or Path("runs") / f"{method}-{short_name(settings.dataset)}-seed{settings.seed}"
     with progress() as (observer, on_round):
         result = play(

@@ -23,12 +23,14 @@ from fastfpl.federation.result_schema import Row
 from fastfpl.federation.shared import DOWNLOADS, TUNED, SharedStates
 from fastfpl.federation.states import CLIENTS, StateFiles
 from fastfpl.files import announce, on_disk, read_file, write_json, write_whole
-from fastfpl.methods import State
+from fastfpl.methods import State, method_source
 
 __all__ = [
     "CHECKPOINT",
+    "METHOD_SOURCE",
     "Checkpoint",
     "check_checkpoint",
+    "check_source",
     "files_of",
     "load_checkpoint",
     "read_checkpoint",
@@ -37,6 +39,8 @@ __all__ = [
 ]
 
 CHECKPOINT = "checkpoint.json"
+#: Under this name facts say where a method from outside came from.
+METHOD_SOURCE = "method_source"
 _FORMAT = "fastfpl-checkpoint-3"
 
 
@@ -154,7 +158,12 @@ def settings_facts(settings: Settings, options: Mapping[str, Any]) -> dict[str, 
     # of one's own images the content counts, which is compared, and not where they lie
     for key in ("dataset", "target"):
         kept[key] = scheme_of(kept[key] or "") or kept[key]
-    return {**kept, "options": dict(options)}
+    source = method_source(settings.method)
+    return {
+        **kept,
+        "options": dict(options),
+        **({} if source is None else {METHOD_SOURCE: source}),
+    }
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
@@ -244,6 +253,7 @@ def check_checkpoint(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any] |
             f"fastfpl {head['library']}, this is {__version__}; use that one or another out"
         )
     then = head["facts"]
+    check_source("fastfpl.run", folder, head, facts.get(METHOD_SOURCE))
     different = {
         key: (then.get(key), value) for key, value in facts.items() if then.get(key) != value
     }
@@ -254,6 +264,28 @@ def check_checkpoint(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any] |
             "use the same settings or another out"
         )
     return head
+
+
+def check_source(
+    op: str, folder: Path, head: Mapping[str, Any], source: Mapping[str, str] | None
+) -> None:
+    """Refuse a method from outside that is not the one which a checkpoint was made with.
+
+    ``source`` is what `fastfpl.methods.method_source` says of the method of the checkpoint's name.
+    """
+    then, method = head["facts"].get(METHOD_SOURCE), head["facts"].get("method")
+    if then == source or then is None:
+        return
+    was, now = (
+        "the library's"
+        if one is None
+        else f"{one.get('class')} of {one.get('module')}, source {str(one.get('blake2b'))[:12]}"
+        for one in (then, source)
+    )
+    raise InputError(
+        f"{op}: {method} must be the one that {folder} was made with, {was}; got {now}: put its "
+        "source back, or use another out"
+    )
 
 
 def load_checkpoint(

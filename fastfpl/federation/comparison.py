@@ -25,7 +25,7 @@ from fastfpl.federation.preparation import (
 )
 from fastfpl.federation.result import Result
 from fastfpl.files import write_json
-from fastfpl.methods import check_options, find_method
+from fastfpl.methods import Method, check_options, find_method, method_name
 from fastfpl.released import share_quirks
 from fastfpl.training.feeds import Observer, silent
 from fastfpl.training.preparation import load_model
@@ -136,7 +136,7 @@ class _Job:
 
 
 def compare(
-    methods: Sequence[str],
+    methods: Sequence[str | type[Method]],
     *,
     seeds: Sequence[int] = (0,),
     preset: str | None = None,
@@ -154,8 +154,8 @@ def compare(
 
     Parameters
     ----------
-    methods : sequence of str
-        Names, each once.
+    methods : sequence of str or type of Method
+        Each once, by name or as in `run`.
     seeds : sequence of int
     preset, out, resume, model, cache, observer, on_round
         As in `run`; ``out`` gets one folder a method and seed, and ``comparison.json``, which says
@@ -168,9 +168,10 @@ def compare(
         every method gets the quirks that are its own.
     """
     live = _named("fastfpl.compare", dataset, settings)
-    jobs = _jobs(methods, seeds, preset, out, options, settings)
+    names = [method_name(method, "fastfpl.compare") for method in methods]
+    jobs = _jobs(names, seeds, preset, out, options, settings)
     _check(jobs, live, resume, model)
-    return _play(methods, jobs, live, preset, resume, model, cache, observer, on_round)
+    return _play(names, jobs, live, preset, resume, model, cache, observer, on_round)
 
 
 def _named(op: str, dataset: str | Path | Dataset | None, settings: dict[str, Any]) -> Any:
@@ -312,7 +313,7 @@ def _play(
 
 
 def sweep(
-    methods: Sequence[str],
+    methods: Sequence[str | type[Method]],
     key: str,
     values: Sequence[Any],
     *,
@@ -332,7 +333,7 @@ def sweep(
 
     Parameters
     ----------
-    methods : sequence of str
+    methods : sequence of str or type of Method
     key : str
         Field of `fastfpl.Settings` but ``method``, ``seed`` and ``options``.
     values : sequence
@@ -356,9 +357,10 @@ def sweep(
         if not isinstance(value, str | int | float | None):
             raise InputError(f"{op}: values must be numbers or texts; got {shown(value)}")
     live = _named(op, dataset, settings)
+    names = [method_name(method, op) for method in methods]
     jobs = {
         value: _jobs(
-            methods,
+            names,
             seeds,
             preset,
             None if out is None else Path(out) / value_folder(key, value),
@@ -369,4 +371,4 @@ def sweep(
     }
     _check([job for mine in jobs.values() for job in mine], live, resume, model)
     how = (live, preset, resume, model, cache, observer, on_round)
-    return Sweep(key, {value: _play(methods, mine, *how) for value, mine in jobs.items()})
+    return Sweep(key, {value: _play(names, mine, *how) for value, mine in jobs.items()})

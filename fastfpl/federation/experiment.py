@@ -42,6 +42,7 @@ from fastfpl.federation.scenarios import client_names
 from fastfpl.federation.server import Round
 from fastfpl.federation.shared import DOWNLOADS, TUNED, SharedStates
 from fastfpl.federation.states import CLIENTS, StateFiles
+from fastfpl.methods import Method, method_name, method_source
 from fastfpl.ops.faces import recorded_faces
 from fastfpl.ops.memory import memory_limit
 from fastfpl.ops.precision import without_autocast
@@ -60,7 +61,7 @@ def unseen(label: str, row: Mapping[str, Any]) -> None:
 
 
 def run(
-    method: str | Settings,
+    method: str | Settings | type[Method],
     *,
     preset: str | None = None,
     out: str | Path | None = None,
@@ -76,8 +77,9 @@ def run(
 
     Parameters
     ----------
-    method : str or Settings
-        Name of the algorithm, or complete settings.
+    method : str, Settings or type of Method
+        Name of the algorithm, or complete settings; of one from outside the library its class, or
+        ``path/to/mine.py:MyMethod`` or ``package.module:MyMethod``.
     preset : str, optional
         A paper's settings by name; ``settings`` come on top. With complete settings, the preset
         that they came from. The result says what differs from it and what the paper reports.
@@ -130,9 +132,9 @@ def run(
             raise InputError("fastfpl.run: settings must come alone or as keywords; got both")
         chosen = method
     elif origin is not None:
-        chosen = make_settings(origin.on_top(method, settings))
+        chosen = make_settings(origin.on_top(method_name(method), settings))
     else:
-        chosen = make_settings({**settings, "method": method})
+        chosen = make_settings({**settings, "method": method_name(method)})
     folder = None if out is None else Path(out)
     if folder is None and resume:
         raise InputError("fastfpl.run: out must name the folder to resume; got none")
@@ -301,6 +303,7 @@ def _unreplayed(federation: Federation) -> list[str]:
 def _result(federation: Federation, faces: dict[str, list[str]]) -> Result:
     exams, budget = federation.examiner.exams, federation.trainer.budget
     names = client_names(federation.settings, federation.dataset)
+    source = method_source(federation.settings.method)
     return Result(
         method=federation.settings.method,
         settings=_settings(federation),
@@ -330,5 +333,6 @@ def _result(federation: Federation, faces: dict[str, list[str]]) -> Result:
                 "there": len(federation.dataset.train),
             },
             **({"clients": list(names)} if names else {}),
+            **({} if source is None else {"method_source": source}),
         },
     )

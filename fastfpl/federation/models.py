@@ -17,8 +17,22 @@ from fastfpl.clip import FrozenCLIP
 from fastfpl.config import Settings
 from fastfpl.errors import Damaged, InputError, Missing
 from fastfpl.features import TextFeatures
-from fastfpl.federation.checkpoint import CHECKPOINT, Checkpoint, read_checkpoint
-from fastfpl.methods import Method, State, Task, check_options, find_method
+from fastfpl.federation.checkpoint import (
+    CHECKPOINT,
+    METHOD_SOURCE,
+    Checkpoint,
+    check_source,
+    read_checkpoint,
+)
+from fastfpl.methods import (
+    Method,
+    State,
+    Task,
+    check_options,
+    find_method,
+    method_names,
+    method_source,
+)
 from fastfpl.released import as_released
 from fastfpl.training.preparation import make_task
 
@@ -139,6 +153,8 @@ def load_models(folder: str | Path, device: torch.device | str = "cpu") -> Model
         If there is no checkpoint.
     Damaged
         If a file is truncated, changed, or of another version of the format.
+    InputError
+        If the run's method came from outside the library and is not known, or is another one now.
     """
     folder = Path(folder)
     if not os.path.lexists(folder / CHECKPOINT):
@@ -146,6 +162,7 @@ def load_models(folder: str | Path, device: torch.device | str = "cpu") -> Model
             f"fastfpl.load_models: folder must hold a run; got {folder} without {CHECKPOINT}"
         )
     found = read_checkpoint(folder, device)
+    _check_method(folder, found)
     try:
         settings = Settings.model_validate_json(json.dumps(found.settings))
         check_options(settings.method, settings.options)
@@ -154,6 +171,20 @@ def load_models(folder: str | Path, device: torch.device | str = "cpu") -> Model
             f"fastfpl.load_models: {folder / CHECKPOINT} must hold a run's settings; got {error}"
         ) from None
     return Models(settings, found)
+
+
+def _check_method(folder: Path, found: Checkpoint) -> None:
+    """Refuse a method from outside that is not known here, or is another one."""
+    then, name = found.facts.get(METHOD_SOURCE), str(found.facts.get("method"))
+    if then is None:
+        return
+    if name not in method_names():
+        raise InputError(
+            f"fastfpl.load_models: the method of {folder}, {name}, must be known; it came from "
+            f"{then.get('class')} of {then.get('module')}: hand its class or "
+            "path/to/file.py:Class to fastfpl.methods.method_name before"
+        )
+    check_source("fastfpl.load_models", folder, {"facts": found.facts}, method_source(name))
 
 
 def task_of(task: Task) -> dict[str, Any]:

@@ -158,8 +158,11 @@ def plan(
 
 def place_of(settings: Settings) -> Place:
     """Say which data set settings name, and how it is read: equal for one that is loaded once."""
-    how = (settings.layout, repr(settings.columns), settings.digest, settings.partition == "given")
-    return settings.dataset, settings.root, settings.on_corrupt, *how
+    place = settings.dataset, settings.root, settings.on_corrupt
+    if scheme_of(settings.dataset) is None:
+        return place
+    given = settings.partition == "given"
+    return *place, settings.layout, repr(settings.columns), settings.digest, given
 
 
 def name_dataset(op: str, dataset: str | Path | Dataset) -> tuple[str, Dataset | None]:
