@@ -79,6 +79,14 @@ class Grouped(click.Command):
             with formatter.section(title):
                 formatter.write_dl(records)
 
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the methods, those of installed packages too."""
+        from fastfpl.methods import method_names
+
+        with formatter.section("Methods"):
+            formatter.write_text(f"{', '.join(method_names())}; or your own, as")
+            formatter.write_text("path/to/mine.py:MyMethod or package.module:MyMethod")
+
 
 class Count(click.ParamType):  # type: ignore[type-arg]
     """A whole number, or ``all`` where the setting takes it."""

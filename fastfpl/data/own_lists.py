@@ -366,8 +366,8 @@ def _drawn(
         drawn.update(mixed[:number])
     if not drawn:
         raise Damaged(
-            f"{op}: {where} must hold two images of a class, of which one is tested on; got one of "
-            f"each of {counted(len(groups), 'class', 'classes')}"
+            f"{op}: {where} must hold two images of a class (of one domain and client), of which "
+            "one is tested on; got no two of any"
         )
     notes.append(
         "no test split: 80 % of the images of each class are trained on and 20 % are tested on, "
