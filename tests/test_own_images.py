@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import unicodedata
@@ -31,6 +32,7 @@ from fastfpl.data import (
     load_dataset,
 )
 from fastfpl.data.check import check_own
+from fastfpl.data.layouts import LAYOUTS
 from fastfpl.errors import FastfplError, InputError, Missing
 from fastfpl.federation.preparation import plan
 from fastfpl.report import load_comparisons, write_report
@@ -881,6 +883,7 @@ def test_a_dataset_of_another_kind_is_refused():
         fastfpl.run("promptfl", dataset=dataset, layout="class")
 
 
+@pytest.mark.filterwarnings("ignore")  # the library's own, at work with pickles
 def test_a_set_of_the_datasets_library_is_a_data_set(tmp_path):
     datasets = pytest.importorskip("datasets")
     features = datasets.Features(
@@ -914,3 +917,37 @@ def test_without_the_datasets_library_there_is_a_cure(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(Missing, match=r"pip install fastfpl\[hf\]"):
         load_dataset("hf:somebody/something")
+
+
+# -- the guide -------------------------------------------------------------------------------------
+
+GUIDE = (Path(__file__).resolve().parent.parent / "docs/own_images.md").read_text(encoding="utf-8")
+
+
+def test_the_guide_does_what_it_says(tmp_path, monkeypatch, capsys):
+    """Every command and the program, on what the guide says lies there; short, for time's sake."""
+    folder = vendors(tmp_path / "emoji", each=20)
+    paths = sorted(path.relative_to(folder) for path in folder.rglob("*.png"))
+    rows = [
+        {"file": path.as_posix(), "what": path.parts[1], "vendor": path.parts[0]} for path in paths
+    ]
+    table(folder / "list.csv", rows)
+    (tmp_path / "lists").mkdir()
+    table(tmp_path / "lists/mine.tsv", [{"path": r["file"], "label": r["what"]} for r in rows])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    blocks = re.findall(r"```bash\n(.*?)```", GUIDE, re.DOTALL)
+    commands = [line for block in blocks for line in block.splitlines()]
+    assert len(commands) == 6
+    for number, command in enumerate(commands):
+        name, *arguments = shlex.split(command, comments=True)
+        assert name == "fastfpl"
+        if arguments[0] != "data":
+            arguments += [*SHORT, "--out", f"out{number}"]
+        main(arguments)
+    assert "no problem found" in capsys.readouterr().out
+    (program,) = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
+    exec(compile(program, "own_images.md", "exec"), {})  # the guide's own lines
+    assert re.match(r"\{'apple': [01]\.\d*, 'google'", capsys.readouterr().out)
+    (line,) = re.findall(r"\| layout \|.*\n\|.*\n((?:\|.*\n)+)", GUIDE)
+    assert set(re.findall(r"`((?:\w+/)*class)`", line)) <= set(LAYOUTS)

@@ -149,9 +149,8 @@ def _lists(
     wanted = [column for column in columns if column is not None]
     values: dict[str, list[Any]] = {column: [] for column in wanted}
     for part in parts.values():
-        table = part.select_columns(wanted)
         for column in wanted:
-            values[column] += list(table[column])
+            values[column] += list(part[column])
     return rows, values
 
 
