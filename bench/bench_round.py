@@ -33,13 +33,17 @@ from fastfpl.config import Settings
 from fastfpl.data import Shard, Split
 from fastfpl.data.loader import Workers, choose_workers
 from fastfpl.features import Features
-from fastfpl.federation.budget import Budget, Living
-from fastfpl.federation.feeds import Encoder, Eye, Feed, silent
-from fastfpl.federation.graphs import step_graphs
+from fastfpl.federation.exams import Examiner
 from fastfpl.federation.rounds import Federation
+from fastfpl.federation.sampling import Sampling
+from fastfpl.federation.server import Round
 from fastfpl.methods import State
 from fastfpl.ops.faces import recorded_faces
 from fastfpl.ops.memory import parse_bytes
+from fastfpl.training.budget import Budget, Living
+from fastfpl.training.feeds import Encoder, Eye, Feed, silent
+from fastfpl.training.graphs import step_graphs
+from fastfpl.training.trainer import Trainer
 
 IMAGES, CLASSES, PATCHES, CLIENTS = 32, 100, 196, 16
 METHODS = ["promptfl", "pfedmoap", "fedotp", "fedpgp", "fedapt"]
@@ -103,7 +107,7 @@ def images(dtype: torch.dtype) -> Feed:
     return feed
 
 
-class Round:
+class SecondRound:
     """The second round of a federation, again and again from the same state."""
 
     def __init__(
@@ -122,24 +126,27 @@ class Round:
             evaluate_every=10, augment="fresh" if feed.random else "none",
         )  # fmt: skip
         shards = [Shard(np.arange(c * IMAGES, (c + 1) * IMAGES), None) for c in range(clients)]
-        self.federation = Federation(
-            settings=settings, clip=None, dataset=None, shards=shards, method=method,
-            train_feed=feed, exams=[], client_domains=None,
-            observer=lambda what, done, total: None, server=method.server_init(),
+        trainer = Trainer(
+            settings, method, feed, {c: shard.train for c, shard in enumerate(shards)},
             graphs=step_graphs(settings, method, torch.device(DEVICE)), budget=budget,
         )  # fmt: skip
+        self.federation = Federation(
+            clip=None, dataset=None, shards=shards, trainer=trainer,
+            examiner=Examiner(trainer, [], clients), sampling=Sampling(settings, clients),
+            now=Round.first(method),
+        )  # fmt: skip
         self.federation.round()
-        self.begin = dict(self.federation.server)
+        self.begin = self.federation.now
         self.kept: dict[int, State] = {c: dict(s) for c, s in self.federation.clients.items()}
 
     def __call__(self) -> Tensor:
         """Play it and return how the shared prompt, or what clients keep, has moved."""
         federation = self.federation
-        federation.server, federation.rounds = dict(self.begin), federation.rounds[:1]
+        federation.now, federation.rounds = self.begin, federation.rounds[:1]
         for client, state in self.kept.items():
             federation.clients.put(client, state)
         federation.round()
-        moved = federation.server["ctx"] - self.begin["ctx"]
+        moved = federation.server["ctx"] - self.begin.server["ctx"]
         return (moved / moved.double().norm()).flatten().cpu()
 
     @property
@@ -151,7 +158,7 @@ class Round:
 def exact(name: str, kind: str, clients: int) -> Tensor:
     """The round in float64, one client after another."""
     feed = features(name, torch.float64) if kind == "features" else images(torch.float64)
-    found = Round(name, torch.float64, 1, feed, clients)()
+    found = SecondRound(name, torch.float64, 1, feed, clients)()
     features.cache_clear()
     gc.collect()
     return found
@@ -188,7 +195,7 @@ def bench_round(benchmark, name, cohort):
     row = {"op": f"round of {name}", "from": "features", "B": IMAGES, "C": CLASSES, "T": SLOTS}
     row |= {"dtype": "float32", "threads": torch.get_num_threads(), "device": DEVICE}
     truth = exact(name, "features", clients)
-    run = Round(name, torch.float32, cohort, features(name, torch.float32), clients)
+    run = SecondRound(name, torch.float32, cohort, features(name, torch.float32), clients)
     with recorded_faces() as faces:
         way = f"cohort of {min(cohort, clients)}"
         checked(benchmark, run, truth, LIMIT, rounds=3, **row, face=way)
@@ -221,7 +228,7 @@ def bench_round_from_images(benchmark, cohort):
     row = {"op": "round of promptfl", "from": "images", "B": IMAGES, "C": CLASSES, "T": SLOTS}
     row |= {"dtype": "float32", "threads": torch.get_num_threads(), "device": DEVICE}
     truth = exact("promptfl", "images", 4)
-    run = Round("promptfl", torch.float32, cohort, images(torch.float32), 4)
+    run = SecondRound("promptfl", torch.float32, cohort, images(torch.float32), 4)
     way = f"cohort of {cohort}"
     checked(benchmark, run, truth, LIMIT, rounds=2, **row, face=way)
     note(benchmark, run.row, 4)
@@ -237,7 +244,7 @@ def bench_thousand_classes(benchmark, name, limit, request):
     device = torch.device(DEVICE)
     budget = Budget(parse_bytes("bench", limit), device)
     feed = features(name, torch.float32)
-    run = Round(name, torch.float32, 2, feed, 2, 1000, budget)
+    run = SecondRound(name, torch.float32, 2, feed, 2, 1000, budget)
     gc.collect()
     with Living() as living:
         peak = peak_bytes(run, device)

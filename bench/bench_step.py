@@ -24,7 +24,6 @@ from bench.bench_text import BEFORE, NAMES, SLOTS, WIDTH, operations, tower
 from bench.bench_transport import published
 from bench.clock import checked
 from fastfpl.features import TextFeatures
-from fastfpl.federation.steps import CohortSGD
 from fastfpl.methods import Batch, Method, State, Task, find_method
 from fastfpl.ops.faces import recorded_faces
 from fastfpl.ops.text import encode_text
@@ -33,6 +32,7 @@ from fastfpl.prompts import ClassPrompts
 from fastfpl.reference import rounds as literal_rounds
 from fastfpl.reference import text as literal_text
 from fastfpl.reference.gate import Gate
+from fastfpl.training.steps import CohortSGD
 
 IMAGES, CLASSES, PATCHES, CLIENTS = 32, 100, 196, 10
 RATE, MOMENTUM, DECAY = 0.002, 0.9, 5e-4

@@ -24,7 +24,7 @@ from fastfpl.data.catalogue import FACTS
 from fastfpl.data.listing import Item, Listing
 from fastfpl.data.loader import Workers
 from fastfpl.features import FeatureStore
-from fastfpl.federation.feeds import Eye, silent, training_feed
+from fastfpl.training.feeds import Eye, silent, training_feed
 
 
 def photographs(folder: Path, count: int) -> Listing:

@@ -125,7 +125,7 @@ def assert_same_rounds(
     ``server(outcome)`` and ``kept(outcome)`` say which tensors the library must hold. Something
     must move by the given share of a tensor's length.
     """
-    federation.sample = lambda round_: selected[round_]
+    federation.sampling.sample = lambda round_: selected[round_]
     begin = {name: t.clone() for name, t in federation.server.items()}
     for t, exact in enumerate(outcomes):
         row = federation.round()

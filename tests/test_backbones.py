@@ -28,13 +28,13 @@ from fastfpl.clip.survey import survey, table
 from fastfpl.clip.tokenizer import adapt_tokenizer
 from fastfpl.dropin import accelerate, explain
 from fastfpl.errors import InputError, Missing, NotSupported
-from fastfpl.federation import budget
 from fastfpl.ops.embedded import encode_embedded
 from fastfpl.ops.faces import face, recorded_faces
 from fastfpl.ops.memory import memory_limit
 from fastfpl.ops.text import encode_text
 from fastfpl.prompts import ClassPrompts, encode_prompts
 from fastfpl.reference.text import TextTower
+from fastfpl.training import budget
 from tests.test_clip import scramble
 from tests.test_text import NAMES, WordsClip, agree, both, living, random_tower, relative
 

@@ -9,11 +9,12 @@ import torch
 import fastfpl
 from fastfpl.data import load_dataset
 from fastfpl.errors import InputError
-from fastfpl.federation import budget, preparation, rounds, turns
-from fastfpl.federation.budget import Budget, Living
-from fastfpl.federation.cohort import Share
+from fastfpl.federation import exams, preparation
 from fastfpl.federation.states import StateFiles
 from fastfpl.methods import METHODS
+from fastfpl.training import budget, trainer
+from fastfpl.training.budget import Budget, Living
+from fastfpl.training.gathering import Share
 from tests.test_memory import OPTIONS
 from tests.worlds import TINY_RUN, figures, small_clip
 
@@ -68,14 +69,14 @@ def watched(monkeypatch):
                 return plain(method, members, *arguments, trial=True, **more)
             with Living() as living:
                 result = plain(method, members, *arguments, **more)
-            seen[name].append((len(members), living.most))
+            part = "tuning" if more.get("stream") == "tune" else name
+            seen[part].append((len(members), living.most))
             return result
 
         return pass_
 
-    monkeypatch.setattr(turns, "train", around("training", turns.train))
-    monkeypatch.setattr(rounds, "train", around("tuning", rounds.train))
-    monkeypatch.setattr(rounds, "score", around("evaluation", rounds.score))
+    monkeypatch.setattr(trainer, "train", around("training", trainer.train))
+    monkeypatch.setattr(exams, "score", around("evaluation", exams.score))
     return seen
 
 

@@ -258,7 +258,7 @@ def test_interrupted_while_images_are_encoded(clips, whole, tmp_path):
 
 
 def test_a_diverged_run_keeps_its_last_checkpoint(play, whole, tmp_path, monkeypatch):
-    from fastfpl.federation import cohort
+    from fastfpl.training import cohort
 
     right = cohort.learning_rate
     monkeypatch.setattr(

@@ -29,12 +29,14 @@ from fastfpl.config import (
     preset_names,
 )
 from fastfpl.errors import InputError, Missing
-from fastfpl.federation import comparison, experiment, preparation, rounds
+from fastfpl.federation import comparison, experiment, rounds
+from fastfpl.federation import preparation as preparing
 from fastfpl.methods import METHODS
 from fastfpl.ops import all_faces, launch
 from fastfpl.ops.faces import Face
 from fastfpl.plain_yaml import parse_yaml
 from fastfpl.report import machine
+from fastfpl.training import preparation
 
 QUICK = (
     *("--dataset", "digits", "--clients", "2", "--rounds", "2", "--local-epochs", "1"),
@@ -674,7 +676,7 @@ def test_chance_values_of_settings_end_in_a_sentence(
     def stop(*arguments: object) -> None:
         raise Enough
 
-    monkeypatch.setattr(preparation, "load_model", stop)
+    monkeypatch.setattr(preparing, "load_model", stop)
     monkeypatch.setattr(comparison, "load_model", stop)
     monkeypatch.chdir(tmp_path)
     hostile = ["", " ", "0", "-1", 5000 * "9", "1e-3", "1e999", "nan", "-inf", "null", "~", "true"]

@@ -15,9 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import fastfpl
-from fastfpl import features as module
 from fastfpl.errors import Damaged, InputError, KindError
 from fastfpl.features import FeatureKey, FeatureStore, TextFeatures, default_directory
+from fastfpl.features import file as module
 
 KEY = FeatureKey("w0", "d0", "train", "none", "pooled", "float32")
 N = 37
@@ -237,8 +237,8 @@ def test_another_number_of_images_is_noticed(store, warned):
 def test_the_checksum_is_computed_once_per_process_and_file(store, monkeypatch):
     store.get(KEY, N, Encoder(truth()))
     counted = []
-    real = module._digest
-    monkeypatch.setattr(module, "_digest", lambda *a: counted.append(a) or real(*a))
+    real = module.digest_of
+    monkeypatch.setattr(module, "digest_of", lambda *a: counted.append(a) or real(*a))
     store.get(KEY, N, Encoder(truth()))
     assert counted == []
     path = only_file(store)

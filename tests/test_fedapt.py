@@ -13,12 +13,12 @@ import fastfpl.federation.preparation
 import fastfpl.methods.fedapt as module
 from fastfpl.config import make_settings
 from fastfpl.data import Dataset, Split, load_dataset
-from fastfpl.federation.cohort import stack
 from fastfpl.federation.preparation import prepare
 from fastfpl.methods import check_options
 from fastfpl.methods.fedapt import key_weights
 from fastfpl.prompts import ClassPrompts
 from fastfpl.reference import fedapt as reference
+from fastfpl.training.gathering import stack
 from tests.worlds import NAMES, SIZES, World, batch_of, drawn, small_clip
 
 F32, F64 = torch.float32, torch.float64
@@ -66,12 +66,14 @@ class RawWorld(World):
         if DOMAINS[self.of] is None:
             task = replace(federation.method.task, client_domains=None)
             method = type(federation.method)(task, self.options)
-            federation.method = method
-            federation.exams = [replace(exam, method=method) for exam in federation.exams]
-            federation.server = {
+            federation.trainer.method = method
+            examiner = federation.examiner
+            examiner.exams = [replace(exam, method=method) for exam in examiner.exams]
+            server = {
                 n: t.to(self.dtype) if t.is_floating_point() else t
                 for n, t in method.server_init().items()
             }
+            federation.now = replace(federation.now, server=server)
         return federation
 
     @property
@@ -133,7 +135,7 @@ def test_rounds_equal_the_reference(of, position, specific, dtype):
     begin = {n: federation.server[n].clone() for n in ("ctx", "query")}
     keys = federation.method.keys.clone()
     outcomes = played(world, federation)
-    federation.sample = lambda round_: SELECTED[round_]
+    federation.sampling.sample = lambda round_: SELECTED[round_]
     for t, exact in enumerate(outcomes):
         row = federation.round()
         assert_near(federation.server["ctx"], exact.ctx, dtype, f"round {t}, ctx")
@@ -156,7 +158,7 @@ def test_local_epochs_equal_the_reference(epochs, dtype):
     federation = world.federation()
     everyone = [list(range(len(SIZES)))]
     (exact,) = played(world, federation, everyone)
-    federation.sample = lambda round_: everyone[round_]
+    federation.sampling.sample = lambda round_: everyone[round_]
     row = federation.round()
     assert_near(federation.server["ctx"], exact.ctx, dtype, "ctx")
     assert_near(federation.server["query"], exact.query, dtype, "query")
@@ -542,7 +544,7 @@ def test_default_options_are_the_papers():
 
 def test_bytes_that_travel():
     federation = world_of(F32).federation()
-    federation.sample = lambda round_: [0, 2, 3]
+    federation.sampling.sample = lambda round_: [0, 2, 3]
     row = federation.round()
     sent = 4 * (6 * 3 * 32 + 2 * 16)
     assert row["bytes_up"] == 3 * sent
@@ -639,7 +641,7 @@ def test_a_run_learns_which_domain_an_image_is_of(cache):
         make_settings({"method": "fedapt", **settings}), model=small_clip(), cache=cache
     )
     assert len(federation.method.keys) == 3
-    feed, test = federation.exams[0].feed, np.arange(120)
+    feed, test = federation.examiner.exams[0].feed, np.arange(120)
 
     def right():
         scores = federation.method.domain_scores(federation.server, feed.batch(test))
@@ -661,7 +663,7 @@ def test_a_domain_that_is_left_out_has_no_key(target, method, cache):
     federation = prepare(
         make_settings({"method": method, **settings}), model=small_clip(), cache=cache
     )
-    assert federation.client_domains == (0, 0, 1, 1)
+    assert federation.sampling.client_domains == (0, 0, 1, 1)
     assert len(federation.method.keys) == len(federation.server["query"]) == 2
     for _ in range(2):
         row = federation.round()

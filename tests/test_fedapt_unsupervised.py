@@ -14,14 +14,15 @@ from fastfpl.config import make_settings
 from fastfpl.data import load_dataset
 from fastfpl.errors import InputError
 from fastfpl.federation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from fastfpl.federation.cohort import stack
 from fastfpl.federation.models import task_of
 from fastfpl.federation.preparation import prepare
+from fastfpl.federation.server import Round
 from fastfpl.federation.states import CLIENTS, StateFiles
 from fastfpl.methods import check_options
 from fastfpl.reference import fedapt_unsupervised as reference
 from fastfpl.reference.rounds import encode_tokens
 from fastfpl.seeds import generator
+from fastfpl.training.gathering import stack
 from tests.test_fedapt import RELATIVE, RawWorld, assert_near, one_thread  # noqa: F401  # a fixture
 from tests.worlds import NAMES, SIZES, Feed, batch_of, drawn, figures, small_clip
 
@@ -68,7 +69,7 @@ class PairedWorld(RawWorld):
 
     def federation(self):
         federation = super().federation()
-        federation.train_feed.__class__ = Paired
+        federation.trainer.feed.__class__ = Paired
         return federation
 
     def steps(self, selected):
@@ -130,7 +131,7 @@ class PairedWorld(RawWorld):
 
 
 def play(federation, selected=SELECTED, rounds=None):
-    federation.sample = lambda round_: selected[round_]
+    federation.sampling.sample = lambda round_: selected[round_]
     for _ in range(len(selected) if rounds is None else rounds):
         federation.round()
     return federation
@@ -165,7 +166,7 @@ def test_rounds_equal_the_reference(of, specific, options, dtype):
     federation = world.federation()
     begin = {n: federation.server[n].clone() for n in ("ctx", "query")}
     outcomes = world.played(federation)
-    federation.sample = lambda round_: SELECTED[round_]
+    federation.sampling.sample = lambda round_: SELECTED[round_]
     seen = set()
     for t, exact in enumerate(outcomes):
         row = federation.round()
@@ -581,8 +582,8 @@ def test_a_client_that_sends_nothing_changes_nothing(method):
 def test_a_lost_upload_keeps_its_bank():
     """What a client remembers does not depend on what arrives; it is not sent the past twice."""
     federation = fresh("fedapt-unsupervised")
-    federation.sample = lambda round_: SELECTED[round_]
-    federation.lost = lambda round_, selected: {4} if round_ == 2 else set()
+    federation.sampling.sample = lambda round_: SELECTED[round_]
+    federation.sampling.lost = lambda round_, selected: {4} if round_ == 2 else set()
     for _ in range(3):
         federation.round()
     assert 4 in federation.clients
@@ -623,7 +624,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(stop, tmp_path):
     save_checkpoint(tmp_path, Checkpoint(facts, part.rounds, {}, part.server, files, task=task))
     found = load_checkpoint(tmp_path, facts)
     again = fresh("fedapt-unsupervised")
-    again.server, again.clients, again.rounds = found.server, found.clients, found.rounds
+    again.now = Round(len(found.rounds), found.server)
+    again.clients, again.rounds = found.clients, found.rounds
     play(again, rounds=5 - stop)
     assert_same_state(whole, again)
     assert [r["loss"] for r in whole.rounds] == [r["loss"] for r in again.rounds]
@@ -693,7 +695,7 @@ def test_a_transductive_run_adapts_to_the_test_images(cache):
         cache=cache,
     )
     test = load_dataset("digits").test
-    assert federation.train_feed.split.fingerprint == test.fingerprint
+    assert federation.trainer.feed.split.fingerprint == test.fingerprint
     for shard in federation.shards:
         assert np.array_equal(shard.train, shard.test)
     usual = fastfpl.run(

@@ -17,11 +17,13 @@ from fastfpl.config import Settings, make_settings
 from fastfpl.data import load_dataset
 from fastfpl.errors import InputError, NotConverged
 from fastfpl.features import TextFeatures
-from fastfpl.federation.cohort import Share, gather, learning_rate, stack, unstack
 from fastfpl.federation.result import summarise
-from fastfpl.federation.steps import CohortSGD
+from fastfpl.federation.turns import Together
 from fastfpl.methods import METHODS
 from fastfpl.ops import gate, text, transport
+from fastfpl.training.cohort import learning_rate
+from fastfpl.training.gathering import Share, gather, stack, unstack
+from fastfpl.training.steps import CohortSGD
 from tests.worlds import GATE, TINY_RUN, Feed, World, drawn, figures, small_clip
 
 F32, F64 = torch.float32, torch.float64
@@ -57,7 +59,7 @@ def world_of(method, dtype=F32, **settings):
 
 def play(federation, rounds=4, selected=SELECTED):
     if selected is not None:
-        federation.sample = lambda round_: selected[round_]
+        federation.sampling.sample = lambda round_: selected[round_]
     for _ in range(rounds):
         federation.round()
     return federation
@@ -92,6 +94,30 @@ def uploads_of(server, clients):
 
 
 # --- the laws of a round --------------------------------------------------------------------------
+
+
+@ALL
+def test_the_servers_side_is_a_value(method):
+    """Whoever drives it: the same uploads make the same next round, and the old one stays."""
+    federation = world_of(method, dropout=0.3).federation()
+    for number in range(3):
+        now, call = federation.now, federation.sampling.call(number)
+        before = {name: tensor.clone() for name, tensor in now.server.items()}
+        sent = {}
+        for turn in Together().turns(federation.trainer, now, call, federation.clients):
+            uploads = unstack(turn.outcome.upload, len(turn.members))
+            sent |= {c: u for c, u in zip(turn.members, uploads, strict=True) if u}
+        sent = {c: state for c, state in sent.items() if c not in call.lost}
+        images = {c: len(federation.trainer.images[c]) for c in sent}
+        ways = [now.after(federation.method, sent, images, now.handed) for _ in range(2)]
+        federation.round()
+        assert federation.now is not now
+        for way in (*ways, federation.now):
+            assert way.number == number + 1
+            assert set(way.server) == set(federation.server)
+            assert all(torch.equal(way.server[n], t) for n, t in federation.server.items())
+        assert now.number == number
+        assert all(torch.equal(now.server[n], t) for n, t in before.items())
 
 
 @ALL
@@ -140,7 +166,7 @@ def test_a_cohort_of_one_equals_a_cohort_of_many(method, dtype, augmented):
     for cohort in (None, 1, 2):
         federation = world_of(method, dtype, cohort=cohort).federation()
         if augmented:
-            federation.train_feed.__class__ = Views
+            federation.trainer.feed.__class__ = Views
         federations.append(play(federation))
     tolerance = {F32: 1e-4, F64: 1e-11}[dtype]
     for other in federations[1:]:
@@ -164,7 +190,7 @@ def test_augmentation_draws_anew_each_time(method):
     def watched(selected):
         seen.clear()
         federation = world_of(method).federation()
-        federation.train_feed.__class__ = Spy
+        federation.trainer.feed.__class__ = Spy
         play(federation, 2, selected)
         return list(seen)
 
@@ -198,7 +224,7 @@ def test_a_client_that_sends_nothing_changes_nothing(method):
 def test_clients_that_do_not_train_are_left_alone(method):
     federation = play(world_of(method).federation(), 2)
     kept = {c: {k: v.clone() for k, v in s.items()} for c, s in federation.clients.items()}
-    federation.sample = lambda round_: [2]
+    federation.sampling.sample = lambda round_: [2]
     federation.round()
     for c, state in kept.items():
         if c != 2:
@@ -219,7 +245,7 @@ def ranges(tensors):
 @ALL
 def test_no_two_clients_share_storage(method, cohort):
     federation = world_of(method, cohort=cohort).federation()
-    federation.sample = lambda round_: SELECTED[round_]
+    federation.sampling.sample = lambda round_: SELECTED[round_]
     for _ in range(4):
         old = federation.server, {k: v.clone() for k, v in federation.server.items()}
         federation.round()
@@ -259,7 +285,7 @@ def test_cached_text_features_equal_uncached_after_optimiser_steps():
         federation = world_of("pfedmoap", F64).federation()
         cache = TextFeatures(size, verify=True)
         federation.method.task = replace(federation.method.task, text_features=cache)
-        federation.sample = lambda round_: SELECTED[round_]
+        federation.sampling.sample = lambda round_: SELECTED[round_]
         caches.append(cache)
         federations.append(federation)
     for _ in range(4):
@@ -292,7 +318,8 @@ def test_a_round_depends_on_the_checkpointed_state_only(method, evaluate_every, 
     first = world_of(method, evaluate_every=evaluate_every).federation()
     for done in range(4):
         second = world_of(method, evaluate_every=evaluate_every).federation()
-        second.server = {k: v.clone() for k, v in first.server.items()}
+        server = {k: v.clone() for k, v in first.server.items()}
+        second.now = replace(first.now, server=server)
         for client, state in first.clients.items():
             second.clients.put(client, state)
         for client, state in first.downloads.items():
@@ -386,23 +413,24 @@ def test_learning_rates():
 )
 def test_how_many_clients_train(share, clients, count):
     federation = World(settings={"participation": share}).federation()
-    federation.shards = federation.shards[:1] * clients
-    drawn_ = [federation.sample(round_) for round_ in range(20)]
+    federation.sampling.clients = clients
+    drawn_ = [federation.sampling.sample(round_) for round_ in range(20)]
     for members in drawn_:
         assert members == sorted(set(members))
         assert len(members) == count
         assert set(members) <= set(range(clients))
-    assert drawn_ == [federation.sample(round_) for round_ in range(20)]
+    assert drawn_ == [federation.sampling.sample(round_) for round_ in range(20)]
     if 1 < count < clients:
         assert len({tuple(m) for m in drawn_}) > 5
     other = World(settings={"participation": share, "seed": 1}).federation()
-    other.shards = other.shards[:1] * clients
-    assert ([other.sample(r) for r in range(20)] == drawn_) == (count == clients)
+    other.sampling.clients = clients
+    assert ([other.sampling.sample(r) for r in range(20)] == drawn_) == (count == clients)
 
 
 def test_every_client_is_sampled_equally_often():
     federation = World(settings={"participation": 0.4}).federation()
-    counts = np.bincount(np.concatenate([federation.sample(r) for r in range(500)]), minlength=5)
+    drawn_ = [federation.sampling.sample(round_) for round_ in range(500)]
+    counts = np.bincount(np.concatenate(drawn_), minlength=5)
     assert counts.sum() == 1000
     assert counts.min() > 160
     assert counts.max() < 240

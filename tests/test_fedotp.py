@@ -10,13 +10,14 @@ import torch
 import fastfpl
 from fastfpl.clip import FrozenCLIP
 from fastfpl.errors import InputError, NotConverged
-from fastfpl.federation.cohort import stack, train
 from fastfpl.methods import METHODS, check_options
 from fastfpl.methods.base import cross_entropy
 from fastfpl.ops import native, transport_plan
 from fastfpl.prompts import ClassPrompts
 from fastfpl.reference import fedotp as reference
 from fastfpl.reference.rounds import Client
+from fastfpl.training.cohort import train
+from fastfpl.training.gathering import stack
 from tests.worlds import NAMES, SIZES, TINY_RUN, World, batch_of, drawn, figures, small_clip
 
 F32, F64 = torch.float32, torch.float64
@@ -103,7 +104,7 @@ def assert_near(result, exact, dtype, name):
 
 
 def assert_same_rounds(world, federation, outcomes, selected=SELECTED):
-    federation.sample = lambda round_: selected[round_]
+    federation.sampling.sample = lambda round_: selected[round_]
     dtype = world.dtype
     for t, exact in enumerate(outcomes):
         row = federation.round()
@@ -368,7 +369,7 @@ def test_only_global_prompts_travel(prompts, shared):
     federation = PatchWorld(options=options).federation()
     one = 3 * 32 * 4  # T, W, float32
     for members in SELECTED[:2]:
-        federation.sample = lambda round_, members=members: members
+        federation.sampling.sample = lambda round_, members=members: members
         row = federation.round()
         assert row["bytes_up"] == row["bytes_down"] == len(members) * shared * one
     for state in federation.clients.values():
@@ -377,7 +378,7 @@ def test_only_global_prompts_travel(prompts, shared):
 
 def test_local_prompts_stay_with_their_client():
     federation = PatchWorld().federation()
-    federation.sample = lambda round_: SELECTED[round_]
+    federation.sampling.sample = lambda round_: SELECTED[round_]
     federation.round()
     before = {c: s["local"].clone() for c, s in federation.clients.items()}
     old = federation.server["ctx"].clone()
@@ -409,7 +410,7 @@ def test_evaluation_takes_the_new_global_and_the_own_local_prompts():
     for u, client in enumerate(world.clients):  # what they have learnt they also know
         world.clients[u] = replace(client, test=client.train, test_labels=client.train_labels)
     federation = world.federation()
-    federation.sample = lambda round_: SELECTED[round_]
+    federation.sampling.sample = lambda round_: SELECTED[round_]
     for _ in range(2):
         before = federation.server["ctx"]
         row = federation.round()
@@ -435,7 +436,7 @@ def play(rounds=3, selected=SELECTED, dtype=F32, **settings):
     settings = {"rounds": rounds, **settings}
     federation = PatchWorld(dtype=dtype, settings=settings).federation()
     if selected is not None:
-        federation.sample = lambda round_: selected[round_]
+        federation.sampling.sample = lambda round_: selected[round_]
     for _ in range(rounds):
         federation.round()
     return federation
@@ -481,7 +482,7 @@ def test_clients_in_a_cohort_do_not_see_each_other():
             range(5),
             {"ctx": 0.1 * drawn(5, 1, 3, 32, seed=2)},
             {"local": 0.1 * drawn(5, 1, 3, 32, seed=8)},
-            federation.train_feed,
+            federation.trainer.feed,
             {c: federation.shards[c].train for c in range(5)},
             world.config,
             0,

@@ -10,12 +10,13 @@ import torch
 import fastfpl
 import fastfpl.methods.base
 from fastfpl.errors import InputError
-from fastfpl.federation.cohort import score, stack
 from fastfpl.methods import check_options, find_method
 from fastfpl.methods.fedpgp import FedPGP
 from fastfpl.prompts import ClassPrompts
 from fastfpl.reference import fedpgp as reference
 from fastfpl.reference import rounds
+from fastfpl.training.gathering import stack
+from fastfpl.training.scoring import score
 from tests import proofs
 from tests.proofs import (
     DTYPES,
@@ -299,7 +300,7 @@ def passes(monkeypatch):
 
 def test_two_passes_a_step_and_one_reference(passes):
     federation = world_of(F32, settings={"local_epochs": 1, "batch_size": 3}).federation()
-    federation.sample = lambda round_: [0, 2]
+    federation.sampling.sample = lambda round_: [0, 2]
     federation.round()
     # the four words once, then steps of both clients together; client 0 has one step, 2 has three
     training = [((1, 4, 32), 6), ((2, 2, 3, 32), 6), *[((1, 2, 3, 32), 6)] * 2]
@@ -352,7 +353,7 @@ def test_states_answer_over_other_classes():
     images = {c: federation.shards[c].test for c in clients}
     down = stack([federation.server] * 5)
     own = stack([federation.clients[c] for c in clients])
-    scores = score(novel, clients, down, own, federation.exams[0].feed, images)
+    scores = score(novel, clients, down, own, federation.examiner.exams[0].feed, images)
     setup = twin.setup()
     for c in clients:
         values = {"sigma": federation.server["ctx"], **federation.clients[c]}

@@ -5,11 +5,12 @@ import torch
 from torch.nn import functional as F
 
 from fastfpl.errors import InputError
-from fastfpl.federation.cohort import score, stack
 from fastfpl.methods import check_options
 from fastfpl.prompts import ClassPrompts
 from fastfpl.reference import fedtpg as reference
 from fastfpl.reference import rounds
+from fastfpl.training.gathering import stack
+from fastfpl.training.scoring import score
 from tests import proofs
 from tests.proofs import (
     DTYPES,
@@ -174,7 +175,7 @@ def test_states_answer_over_other_classes():
     world.classes = novel.task.classes
     images = {c: federation.shards[c].test for c in range(5)}
     down = stack([federation.server])
-    scores = score(novel, range(5), down, {}, federation.exams[0].feed, images)
+    scores = score(novel, range(5), down, {}, federation.examiner.exams[0].feed, images)
     for c in range(5):
         logits = reference.logits_of(
             world.setup(), names_of(world), federation.server, world.clients[c].test
@@ -195,7 +196,7 @@ def test_names_are_encoded_bare():
 
 def test_the_whole_generator_travels():
     federation = world_of(F32).federation()
-    federation.sample = lambda round_: [0, 2]
+    federation.sampling.sample = lambda round_: [0, 2]
     row = federation.round()
     size = sum(t.numel() * 4 for t in federation.server.values())
     assert row["bytes_up"] == row["bytes_down"] == 2 * size

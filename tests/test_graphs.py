@@ -8,13 +8,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastfpl
-import fastfpl.federation.graphs as graphs
+import fastfpl.training.graphs as graphs
 from fastfpl.errors import InputError, NotSupported
-from fastfpl.federation.graphs import CudaCapture, StepGraphs
-from fastfpl.federation.steps import Cohort
 from fastfpl.methods import METHODS, PromptFL
 from fastfpl.ops import all_faces
 from fastfpl.ops.faces import face, recorded_faces
+from fastfpl.training.graphs import CudaCapture, StepGraphs
+from fastfpl.training.steps import Cohort
 from tests.test_fedapt_unsupervised import PairedWorld
 from tests.test_federation import OPTIONS, SELECTED, assert_same_state, play
 from tests.worlds import GATE, TINY_RUN, World, drawn, small_clip
@@ -111,7 +111,7 @@ def world_of(method, **settings):
 def rounds_of(world, capture=None, rounds=4):
     federation = world.federation()
     if capture is not None:
-        federation.graphs = StepGraphs(capture)
+        federation.trainer.graphs = StepGraphs(capture)
     return play(federation, rounds, SELECTED)
 
 
@@ -129,7 +129,7 @@ def test_replayed_steps_are_the_steps(method):
 def test_a_shape_is_captured_when_it_comes_the_third_time():
     capture = StandIn()
     federation = world_of("promptfl").federation()
-    federation.graphs = StepGraphs(capture)
+    federation.trainer.graphs = StepGraphs(capture)
     # client 3 takes three steps an epoch, client 2 two, clients 0 and 1 one
     seen = []
     for members, counts in (
@@ -139,7 +139,7 @@ def test_a_shape_is_captured_when_it_comes_the_third_time():
         ([0, 3], (0, 0, 9)),
     ):
         before = capture.asides, capture.captures, capture.replays
-        federation.sample = lambda round_, members=members: members
+        federation.sampling.sample = lambda round_, members=members: members
         federation.round()
         after = capture.asides, capture.captures, capture.replays
         seen.append((tuple(b - a for a, b in zip(before, after, strict=True)), counts))
@@ -166,7 +166,7 @@ def test_the_stand_in_sees_a_number_that_was_captured(monkeypatch):
 
 def test_the_stand_in_sees_a_rate_that_was_captured(monkeypatch):
     monkeypatch.setattr(
-        "fastfpl.federation.steps.CohortSGD.scale",
+        "fastfpl.training.steps.CohortSGD.scale",
         lambda self, scales: self._rates.update(
             {n: torch.tensor(self._base[n] * s) for n, s in scales.items()}
         ),
@@ -217,12 +217,12 @@ def test_what_is_constant_and_repeated_is_kept_once():
 
 def test_a_replayed_step_names_its_faces():
     federation = world_of("pfedmoap").federation()
-    federation.graphs = StepGraphs(StandIn())
-    federation.settings = federation.settings.model_copy(update={"evaluate_every": 100})
-    federation.sample = lambda round_: [0, 1, 3]
+    federation.trainer.graphs = StepGraphs(StandIn())
+    federation.trainer.settings = federation.settings.model_copy(update={"evaluate_every": 100})
+    federation.sampling.sample = lambda round_: [0, 1, 3]
     for _ in range(3):
         federation.round()
-    capture = federation.graphs._capture
+    capture = federation.trainer.graphs._capture
     before = capture.asides
     with recorded_faces() as faces:
         federation.round()
@@ -245,13 +245,15 @@ def test_a_face_that_waits_is_not_captured(waiting):
     world = world_of("promptfl")
     federation = rounds_of(world, capture)
     assert (capture.captures, capture.replays, capture.asides) == (0, 0, 1)
-    assert federation.graphs.reasons == ["the face 'torch' of encode_text waits for the device"]
+    assert federation.trainer.graphs.reasons == [
+        "the face 'torch' of encode_text waits for the device"
+    ]
     assert_same_state(rounds_of(world), federation)
 
 
 def test_a_face_that_waits_is_refused_if_graphs_must_be(waiting):
     federation = world_of("promptfl").federation()
-    federation.graphs = StepGraphs(StandIn(), required=True)
+    federation.trainer.graphs = StepGraphs(StandIn(), required=True)
     sentence = r"must be auto or off .* got 'on', but the face 'torch' of encode_text waits"
     with pytest.raises(NotSupported, match=sentence):
         federation.round()
@@ -341,7 +343,7 @@ def gpu_rounds(method, capture=None):
     device = torch.device("cuda", 0)
     move_world(federation, device)
     if capture is not None:
-        federation.graphs = StepGraphs(capture, required=True)
+        federation.trainer.graphs = StepGraphs(capture, required=True)
     return play(federation, 4, SELECTED)
 
 
@@ -352,8 +354,10 @@ def move_world(federation, device):
     classes.tower = classes.tower.to(device, classes.tower.dtype)
     if hasattr(method, "keys"):
         method.keys = method.keys.to(device)
-    federation.server = method.server_init()
-    for feed in {id(f): f for f in (federation.train_feed, federation.exams[0].feed)}.values():
+    federation.now = replace(federation.now, server=method.server_init())
+    for feed in {
+        id(f): f for f in (federation.trainer.feed, federation.examiner.exams[0].feed)
+    }.values():
         kind = type(feed)
 
         class Moved(kind):

@@ -21,9 +21,9 @@ from fastfpl.data.digits import _Drawings
 from fastfpl.data.loader import Loader, Workers
 from fastfpl.errors import InputError, KindError
 from fastfpl.features import FeatureStore
-from fastfpl.federation import feeds, preparation
-from fastfpl.federation.budget import Budget, Living
-from fastfpl.federation.feeds import Eye, Feed, evaluation_feed, silent, training_feed
+from fastfpl.training import feeds, preparation
+from fastfpl.training.budget import Budget, Living
+from fastfpl.training.feeds import Eye, Feed, evaluation_feed, silent, training_feed
 from tests.test_cli import call
 from tests.worlds import TINY_RUN, figures, small_clip
 
@@ -113,7 +113,7 @@ def test_left_out_it_is_chosen_by_the_device(device, monkeypatch):
     model = small_clip()
     for asked, wanted in ((None, 5), (0, 7)):
         settings = settings_of(workers=asked)
-        eye = preparation._eye(settings, model, dataset, "pooled", FeatureStore(), silent)
+        eye = preparation.make_eye(settings, model, dataset, "pooled", FeatureStore(), silent)
         assert eye.workers.count == wanted
 
 
@@ -184,7 +184,7 @@ def test_decoded_images_have_their_part_of_a_budget(augment, clip):
     def bytes_of(asked):
         settings = settings_of(augment=augment, resident=asked)
         arguments = (settings, clip, dataset, "pooled", FeatureStore(), silent)
-        return preparation._eye(*arguments, budget).resident
+        return preparation.make_eye(*arguments, budget).resident
 
     assert bytes_of(1000) == 1000
     used = 0 if augment == "none" else 1000

@@ -19,13 +19,17 @@ FLOORS = (
     {"clip", "prompts", "features"},
     {"methods"},
     {"released"},
-    {"federation", "config", "presets"},
+    {"config", "presets"},
+    {"training"},
+    {"federation"},
     {"report", "flower", "dropin", "testing"},
     {"cli"},
 )
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 # Rooms of one floor that may use each other; anywhere else only a room's own files may.
-NEIGHBOURS = (GROUND, {"clip", "prompts", "features"}, {"federation", "config", "presets"})
+NEIGHBOURS = (GROUND, {"clip", "prompts", "features"}, {"config", "presets"})
+# What a room may not name although it lies below: what a client does knows no released code.
+NEVER = {"training": {"released"}}
 # What only some rooms may name, whatever their floor.
 ONLY_IN = {
     "triton": {"kernels"},
@@ -120,8 +124,51 @@ def violations(root: Path) -> list[str]:
                 found.append(f"{where} data knows no model; got {module}")
             elif room == "kernels" and rest[0] != "kernels":
                 found.append(f"{where} kernels know torch and triton only; got {module}")
+            elif rest[0] in NEVER.get(room, ()):
+                found.append(f"{where} {room} knows no {rest[0]}; got {module}")
             elif rest[0] != room and not beside and FLOOR[rest[0]] >= FLOOR[room]:
                 found.append(f"{where} {room} must not import {rest[0]}: arrows go down only")
+    return found
+
+
+def modules(root: Path) -> dict[str, Path]:
+    """Every module of the package by its name."""
+    files = [(p, p.relative_to(root).with_suffix("").parts) for p in root.glob("fastfpl/**/*.py")]
+    files += [
+        (p, ("fastfpl", *p.relative_to(root).with_suffix("").parts))
+        for p in root.glob("kernels/**/*.py")
+    ]
+    return {".".join(parts).removesuffix(".__init__"): path for path, parts in files}
+
+
+def circles(root: Path) -> list[list[str]]:
+    """Return every circle of modules that import each other, at whatever time, also for types."""
+    known = modules(root)
+    known.pop("fastfpl", None)  # the front door names every room, lazily
+    graph: dict[str, set[str]] = {}
+    for name, path in known.items():
+        named: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                named |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                # a name is a module of a package, or stands in the module itself
+                whole = {f"{node.module}.{alias.name}" for alias in node.names}
+                inside = whole & known.keys()
+                named |= inside | ({str(node.module)} if whole - inside else set())
+        graph[name] = named & known.keys()
+    # who has nobody left to wait for goes, as often as anybody does
+    while gone := {name for name, others in graph.items() if not others}:
+        graph = {name: others - gone for name, others in graph.items() if name not in gone}
+    found = []
+    while graph:
+        path = [min(graph)]
+        while path.count(path[-1]) == 1:
+            path.append(min(graph[path[-1]]))
+        found.append(path[path.index(path[-1]) :])
+        graph = {n: others - set(path) for n, others in graph.items() if n not in path}
+        while gone := {name for name, others in graph.items() if not others}:
+            graph = {name: others - gone for name, others in graph.items() if name not in gone}
     return found
 
 
@@ -146,6 +193,31 @@ def test_imports_go_down_only():
     assert violations(ROOT) == []
 
 
+def test_no_module_leads_back_to_itself():
+    assert circles(ROOT) == []
+
+
+def test_a_planted_circle_is_found(tmp_path):
+    for name, text in {
+        "fastfpl/__init__.py": "from fastfpl.ops import a",
+        "fastfpl/ops/__init__.py": "from fastfpl.ops.a import f",
+        "fastfpl/ops/a.py": "import fastfpl.ops.b\nfrom fastfpl import __version__",
+        "fastfpl/ops/b.py": "from fastfpl.ops.c import g",
+        "fastfpl/ops/c.py": "",
+        "kernels/a.py": "from fastfpl.kernels import b",
+        "kernels/b.py": "",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert circles(tmp_path) == []
+    (tmp_path / "kernels/b.py").write_text("def f():\n    import fastfpl.kernels.a")
+    assert circles(tmp_path) == [["fastfpl.kernels.a", "fastfpl.kernels.b", "fastfpl.kernels.a"]]
+    (tmp_path / "kernels/b.py").write_text("")
+    (tmp_path / "fastfpl/ops/c.py").write_text("if TYPE_CHECKING:\n    from fastfpl.ops import f")
+    package = ["fastfpl.ops", "fastfpl.ops.a", "fastfpl.ops.b", "fastfpl.ops.c", "fastfpl.ops"]
+    assert circles(tmp_path) == [package]
+
+
 def test_every_op_has_its_doors():
     assert missing_doors(ROOT) == []
 
@@ -166,6 +238,13 @@ def test_every_op_has_its_doors():
             "from fastfpl.report import y",
             "federation must not import rep",
         ),
+        (
+            "fastfpl/training/x.py",
+            "from fastfpl.federation import y",
+            "training must not import federation",
+        ),
+        ("fastfpl/training/x.py", "from fastfpl.released import y", "training knows no released"),
+        ("fastfpl/config.py", "from fastfpl.training import y", "config must not import training"),
         (
             "fastfpl/data/x.py",
             "from fastfpl.shapes import y",

@@ -10,14 +10,15 @@ import torch
 import fastfpl
 from fastfpl.config import make_settings
 from fastfpl.errors import InputError, KindError
-from fastfpl.federation import budget, cohort
-from fastfpl.federation.cohort import score, stack
-from fastfpl.federation.feeds import Feed
 from fastfpl.methods import METHODS
 from fastfpl.ops.memory import current_limit, memory_limit, parse_bytes
 from fastfpl.ops.text import FACES
 from fastfpl.prompts import ClassPrompts, encode_prompts
 from fastfpl.released import as_released
+from fastfpl.training import budget, scoring
+from fastfpl.training.feeds import Feed
+from fastfpl.training.gathering import stack
+from fastfpl.training.scoring import score
 from tests.test_cli import call
 from tests.worlds import GATE, NAMES, TINY_RUN, World, drawn, figures, small_clip
 
@@ -32,7 +33,7 @@ OPTIONS = {
 OWN_PASSES = {
     "pfedmoap": {"_encode_experts"},
     "fedapt-unsupervised": {"survey"},
-    "promptfl-ft": {"_tuned"},
+    "promptfl-ft": {"tuned"},
     "fedpgp": {"_reference"},
     "fedtpg": {"_names"},
 }
@@ -144,22 +145,22 @@ def scored(monkeypatch):
 def test_images_are_scored_within_the_limit(method, limit, clip, cache, scored, monkeypatch):
     counts = []
     # no text pass stays below these
-    monkeypatch.setattr(cohort, "current_limit", lambda: limit)
-    plain = cohort._at_once
+    monkeypatch.setattr(scoring, "current_limit", lambda: limit)
+    plain = scoring._at_once
 
     def at_once(*arguments):
         scored.clear()  # of training
         counts.append(plain(*arguments))
         return counts[-1]
 
-    monkeypatch.setattr(cohort, "_at_once", at_once)
+    monkeypatch.setattr(scoring, "_at_once", at_once)
     small = run(method, clip, cache, rounds=1)
     assert all(size <= limit or images == 1 for size, images in scored)
     assert max(images for _, images in scored) <= max(counts)
     if limit == 1:
         assert set(counts) == {1}
     calls = len(scored)
-    monkeypatch.setattr(cohort, "current_limit", current_limit)
+    monkeypatch.setattr(scoring, "current_limit", current_limit)
     whole = run(method, clip, cache, rounds=1)
     assert len(scored) < calls
     assert small.rounds[0]["clients"] == whole.rounds[0]["clients"]
@@ -170,21 +171,21 @@ def test_without_a_limit_64_mib_are_scored_at_once():
     # 197 x 512 numbers: 393 KiB an image
     patches = torch.zeros(1, 1, 197, 512)
     count = (64 << 20) // (patches.nbytes + 2 * len(NAMES) * 4)
-    assert cohort._at_once(method, {}, patches) == count == 166
+    assert scoring._at_once(method, {}, patches) == count == 166
     with memory_limit(1 << 40):  # more would not be faster
-        assert cohort._at_once(method, {}, patches) == count
+        assert scoring._at_once(method, {}, patches) == count
     with memory_limit(10 * patches.nbytes):
-        assert cohort._at_once(method, {}, patches) == 9
+        assert scoring._at_once(method, {}, patches) == 9
     with memory_limit(1):
-        assert cohort._at_once(method, {}, patches) == 1
+        assert scoring._at_once(method, {}, patches) == 1
 
 
 def test_a_gates_scores_count():
     options = {"experts": 3, "heads": 2, "gate_width": 8}
     method = World("pfedmoap", options=options).federation().method
     image = torch.zeros(1, 1, 16)
-    plain = cohort._at_once(method, {}, image)
-    gated = cohort._at_once(method, {"experts": torch.zeros(1, len(NAMES), 2, 8)}, image)
+    plain = scoring._at_once(method, {}, image)
+    gated = scoring._at_once(method, {"experts": torch.zeros(1, len(NAMES), 2, 8)}, image)
     # two heads, six classes, three experts: scores, their softmax and what is summed
     assert plain == (64 << 20) // (4 * (16 + 12))
     assert gated == (64 << 20) // (4 * (16 + 12 + 3 * 2 * 6 * 3))
@@ -197,7 +198,7 @@ def test_images_that_stop_together_are_scored_together(monkeypatch):
     patches = torch.zeros(1, 1, 4, 16)
     for limit in (1, 10**6, 10**8, None):
         with memory_limit(limit):
-            assert cohort._at_once(method, {}, patches) % 100 == 0
+            assert scoring._at_once(method, {}, patches) % 100 == 0
     # whatever the limit, the plans of an image are those of its hundred
     down = stack([{"ctx": method.server_init()["ctx"]}])
     features = torch.nn.functional.normalize(drawn(250, 4, 16, seed=1), dim=-1).float()
@@ -206,7 +207,7 @@ def test_images_that_stop_together_are_scored_together(monkeypatch):
     answers = []
     for limit in (1, 10**6, None):
         feed.calls.clear()
-        monkeypatch.setattr(cohort, "current_limit", lambda limit=limit: limit)
+        monkeypatch.setattr(scoring, "current_limit", lambda limit=limit: limit)
         answers.append(score(method, [0], down, {}, feed, images)[0].answers.tolist())
         assert feed.calls[1:] == ([100, 100, 50] if limit == 1 else feed.calls[1:])
     assert answers[0] == answers[1] == answers[2]

@@ -11,14 +11,16 @@ from pydantic import ValidationError
 from torch.nn import functional as F
 
 from fastfpl.errors import InputError
-from fastfpl.federation import cohort, run
-from fastfpl.federation.cohort import stack, train
+from fastfpl.federation import run
 from fastfpl.methods import METHODS, check_options
 from fastfpl.methods.base import weighted_mean
 from fastfpl.methods.facts import method_facts, page
 from fastfpl.ops.gate import Gate
 from fastfpl.reference import rounds as reference
 from fastfpl.reference.text import encode_text
+from fastfpl.training import cohort
+from fastfpl.training.cohort import train
+from fastfpl.training.gathering import stack
 from tests.worlds import NAMES, SIZES, World, batch_of, drawn, random_gate, small_clip
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,7 +86,7 @@ def played(world, federation, factors=None, selected=SELECTED):
 
 
 def assert_same_rounds(world, federation, outcomes, selected=SELECTED):
-    federation.sample = lambda round_: selected[round_]
+    federation.sampling.sample = lambda round_: selected[round_]
     dtype = world.dtype
     for t, exact in enumerate(outcomes):
         row = federation.round()
@@ -556,7 +558,7 @@ def test_a_round_does_not_see_its_own_uploads():
         return down
 
     federation.method.download = spy
-    federation.sample = lambda round_: SELECTED[round_]
+    federation.sampling.sample = lambda round_: SELECTED[round_]
     for t in range(3):
         seen.clear()
         before = {c for past in SELECTED[:t] for c in past}
@@ -576,12 +578,12 @@ def test_a_round_does_not_see_its_own_uploads():
 def test_idle_clients_answer_with_the_experts_that_they_trained_with():
     """Client 0 sits out while its neighbours move: its answers stay, to the last bit."""
     federation = World("pfedmoap", options=MOAP, settings={"lr": 0.5}).federation()
-    federation.sample = lambda round_: [[0, 1, 2], [0, 1, 2], [1, 2], [1, 2, 3]][round_]
+    federation.sampling.sample = lambda round_: [[0, 1, 2], [0, 1, 2], [1, 2], [1, 2, 3]][round_]
     held, answers = [], []
     for t in range(4):
         federation.round()
         held.append({name: t.clone() for name, t in federation.downloads[0].items()})
-        answers.append([scores.answers.tolist() for scores in federation.ask(t)[0]])
+        answers.append([scores.answers.tolist() for scores in federation.ask()[0]])
     assert held[1]["expert_round"].tolist() == [0, 0]
     for later in (2, 3):
         assert all(torch.equal(held[later][name], held[1][name]) for name in held[1])
@@ -591,13 +593,13 @@ def test_idle_clients_answer_with_the_experts_that_they_trained_with():
     fresh = federation.method.download(federation.server, 0, 4)
     assert fresh["expert_round"].tolist() == [3, 3]
     federation.downloads.put(0, fresh)
-    assert federation.ask(3)[0][0].answers.tolist() != answers[3][0]
+    assert federation.ask()[0][0].answers.tolist() != answers[3][0]
     assert set(federation.downloads) == {0, 1, 2, 3}
 
 
 def test_the_gate_waits_for_the_second_participation():
     federation = World("pfedmoap", options=MOAP).federation()
-    federation.sample = lambda round_: [[0, 1], [0, 2], [1, 2]][round_]
+    federation.sampling.sample = lambda round_: [[0, 1], [0, 2], [1, 2]][round_]
     common = federation.method._common_gate().tensors()
     gates = []
     for _ in range(3):
@@ -658,7 +660,7 @@ def test_a_schedule_leaves_the_gate_s_rate_alone(monkeypatch):
     ends = []
     for factor in (0.0, 1.0):
         federation = World("pfedmoap", options=MOAP, settings={"local_epochs": 1}).federation()
-        federation.sample = lambda round_: [0, 1]
+        federation.sampling.sample = lambda round_: [0, 1]
         federation.round()
         begin = federation.server["ctx"]
         monkeypatch.setattr(cohort, "learning_rate", lambda *a, factor=factor: factor)
@@ -675,7 +677,7 @@ def test_a_schedule_leaves_the_gate_s_rate_alone(monkeypatch):
 
 def test_only_the_prompt_is_sent():
     federation = World("pfedmoap", options=MOAP).federation()
-    federation.sample = lambda round_: [0, 1, 2]
+    federation.sampling.sample = lambda round_: [0, 1, 2]
     sizes = [federation.round() for _ in range(2)]
     prompt = 3 * 32 * 4
     assert [row["bytes_up"] for row in sizes] == [3 * prompt, 3 * prompt]
@@ -686,7 +688,7 @@ def test_only_the_prompt_is_sent():
 @pytest.mark.parametrize("method", ["promptfl", "fedprox", "local"])
 def test_bytes_that_travel(method):
     federation = World(method).federation()
-    federation.sample = lambda round_: [0, 2]
+    federation.sampling.sample = lambda round_: [0, 2]
     row = federation.round()
     prompt = 3 * 32 * 4
     assert row["bytes_down"] == 2 * prompt
@@ -699,7 +701,7 @@ def test_bytes_that_travel(method):
 def test_local_clients_ignore_each_other():
     alone = World("local")
     federation = alone.federation()
-    federation.sample = lambda round_: [2]
+    federation.sampling.sample = lambda round_: [2]
     together = World("local").federation()
     for _ in range(2):
         federation.round()
@@ -777,7 +779,7 @@ def test_clients_in_a_cohort_do_not_see_each_other(method):
             range(5),
             down,
             {},
-            federation.train_feed,
+            federation.trainer.feed,
             {c: federation.shards[c].train for c in range(5)},
             world.config,
             0,

@@ -12,10 +12,11 @@ from fastfpl.config import Settings
 from fastfpl.data import load_dataset
 from fastfpl.errors import Damaged, InputError, Missing
 from fastfpl.federation.checkpoint import CHECKPOINT, _checksum
-from fastfpl.federation.cohort import score, stack
 from fastfpl.federation.models import load_models
 from fastfpl.federation.preparation import prepare
 from fastfpl.methods import METHODS
+from fastfpl.training.gathering import stack
+from fastfpl.training.scoring import score
 from tests.worlds import GATE, TINY_RUN, small_clip
 
 # everybody but the last few trains in no round but the first: idle clients of every kind
@@ -69,7 +70,7 @@ def rebuilt(folder, clip, cache):
     """Compute every client's accuracy from the folder: nothing of the run but its test images."""
     models = load_models(folder)
     method = models.method(clip)
-    (exam,) = prepare(models.settings, model=clip, cache=cache).exams
+    (exam,) = prepare(models.settings, model=clip, cache=cache).examiner.exams
     found = []
     for client in range(models.clients):
         down, own = models.states(method, client)

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from fastfpl.errors import InputError
-from fastfpl.federation.cohort import stack
 from fastfpl.methods import check_options
 from fastfpl.reference import prompt_fedamp as reference
 from fastfpl.reference import rounds
+from fastfpl.training.gathering import stack
 from tests import proofs
 from tests.proofs import (
     DTYPES,
@@ -190,7 +190,7 @@ def test_far_prompts_are_not_heard():
 
 def test_a_round_does_not_hear_its_own_uploads():
     federation = world_of().federation()
-    federation.sample = lambda round_: [0, 1, 2]
+    federation.sampling.sample = lambda round_: [0, 1, 2]
     begin = federation.server["ctx"].clone()
     assert torch.equal(federation.method.download(federation.server, 3, 0)["cloud"], begin)
     federation.round()
@@ -250,7 +250,7 @@ def test_a_strong_term_keeps_clients_at_their_cloud_prompts():
 def test_who_never_trained_answers_with_its_cloud_prompt():
     world = world_of()
     federation = world.federation()
-    federation.sample = lambda round_: [0, 1, 2, 3]
+    federation.sampling.sample = lambda round_: [0, 1, 2, 3]
     row = federation.round()
     down = federation.method.download(federation.server, 4, 1)
     logits = rounds.logits_of(world.setup(), down["cloud"], world.clients[4].test)

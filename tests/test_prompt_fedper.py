@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from fastfpl.errors import InputError
-from fastfpl.federation.cohort import stack
 from fastfpl.methods import check_options
 from fastfpl.reference import prompt_fedper as reference
 from fastfpl.reference import rounds
+from fastfpl.training.gathering import stack
 from tests import proofs
 from tests.proofs import (
     DTYPES,
@@ -87,7 +87,7 @@ def test_shared_vectors_come_first():
 def test_half_of_the_vectors_stay_by_default(n_ctx, kept):
     world = World("prompt-fedper", F32, n_ctx=n_ctx)
     federation = world.federation()
-    federation.sample = lambda round_: [0, 2]
+    federation.sampling.sample = lambda round_: [0, 2]
     row = federation.round()
     assert federation.server["ctx"].shape == (n_ctx - kept, 32)
     assert row["bytes_up"] == row["bytes_down"] == 2 * (n_ctx - kept) * 32 * 4
@@ -126,7 +126,7 @@ def test_with_all_vectors_personal_this_is_local_coop():
 def test_who_never_trained_answers_with_the_common_vectors():
     world = world_of(personal=1)
     federation = world.federation()
-    federation.sample = lambda round_: [0, 1, 2, 3]
+    federation.sampling.sample = lambda round_: [0, 1, 2, 3]
     row = federation.round()
     whole = torch.cat((federation.server["ctx"], federation.method.task.initial_ctx()[2:].double()))
     logits = rounds.logits_of(world.setup(), whole, world.clients[4].test)

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from fastfpl.errors import InputError
-from fastfpl.federation.cohort import stack, unstack
 from fastfpl.methods import check_options
 from fastfpl.reference import promptfl_ft as reference
 from fastfpl.seeds import generator
+from fastfpl.training.gathering import stack, unstack
 from tests import proofs
 from tests.proofs import DTYPES, F32, F64, SELECTED, assert_near
 from tests.worlds import SIZES, World
@@ -50,15 +50,15 @@ def played(world, federation, selected, factors=None, tuned=None):
 def assert_proven(world, selected=SELECTED, **factors):
     federation = world.federation()
     outcomes = played(world, federation, selected, **factors)
-    federation.sample = lambda round_: selected[round_]
-    ask, asked = federation._tuned, []
+    federation.sampling.sample = lambda round_: selected[round_]
+    ask, asked = federation.trainer.tuned, []
 
-    def spy(round_, members, down, own):
-        owns = ask(round_, members, down, own)
+    def spy(members, down, own, round_):
+        owns = ask(members, down, own, round_)
         asked[-1] |= dict(zip(members, unstack(owns, len(members)), strict=True))
         return owns
 
-    federation._tuned = spy
+    federation.trainer.tuned = spy
     for t, exact in enumerate(outcomes):
         asked.append({})
         row = federation.round()
@@ -130,7 +130,7 @@ def test_more_epochs_move_further():
     for epochs in (1, 3, 9):
         federation = world_of(F64, epochs=epochs).federation()
         down = stack([federation.method.download(federation.server, c, 0) for c in range(5)])
-        tuned = federation._tuned(0, list(range(5)), down, {})
+        tuned = federation.trainer.tuned(list(range(5)), down, {}, 0)
         far.append((tuned["tuned"] - federation.server["ctx"]).norm().item())
     assert far == sorted(far)
     assert far[2] > 2 * far[0]

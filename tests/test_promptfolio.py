@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from fastfpl.errors import InputError
-from fastfpl.federation.cohort import stack
 from fastfpl.methods import check_options
 from fastfpl.reference import promptfolio as reference
 from fastfpl.reference import rounds
+from fastfpl.training.gathering import stack
 from tests import proofs
 from tests.proofs import (
     DTYPES,
@@ -126,7 +126,7 @@ def test_the_two_prompts_start_apart():
 
 def test_the_global_prompt_travels():
     federation = world_of(F32).federation()
-    federation.sample = lambda round_: [0, 2]
+    federation.sampling.sample = lambda round_: [0, 2]
     row = federation.round()
     assert row["bytes_up"] == row["bytes_down"] == 2 * 3 * 32 * 4
     assert {c: set(s) for c, s in federation.clients.items()} == {0: {"local"}, 2: {"local"}}
@@ -135,7 +135,7 @@ def test_the_global_prompt_travels():
 def test_who_never_trained_answers_with_the_common_local_prompt():
     world = world_of()
     federation = world.federation()
-    federation.sample = lambda round_: [0, 1, 2, 3]
+    federation.sampling.sample = lambda round_: [0, 1, 2, 3]
     row = federation.round()
     values = {"global": federation.server["ctx"], "local": federation.method._initial().double()}
     logits = reference.logits_of(world.setup(), values, world.clients[4].test, 0.4)

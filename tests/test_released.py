@@ -16,13 +16,15 @@ from fastfpl.cli import main
 from fastfpl.data import Dataset, Shard, Split, load_dataset, restrict
 from fastfpl.errors import InputError
 from fastfpl.federation.checkpoint import CHECKPOINT
+from fastfpl.federation.server import Round
 from fastfpl.federation.turns import InTurn, Together
 from fastfpl.methods import METHODS, FedOTP, check_options
 from fastfpl.reference import released as reference
 from fastfpl.released import QUIRKS, Visits, as_released, choose_quirks, disturbed, visits_of
 from fastfpl.released.fedotp import TEST_BATCH, stopped_together
 from fastfpl.report import html_page, markdown_table, text_table
-from fastfpl.report.facts import released, warnings
+from fastfpl.report.agreement import warnings
+from fastfpl.report.facts import released
 from fastfpl.seeds import generator
 from tests.proofs import F32, F64, assert_near, assert_same_rounds, first_images, one_thread
 from tests.test_fedapt_unsupervised import PairedWorld
@@ -60,23 +62,31 @@ def federation_of(world, *quirks):
     clean = world.federation()
     method = as_released(type(clean.method), quirks)(world_task(clean), world.options)
     visits = visits_of(quirks, world.config.schedule, world.config.lr)
-    federation = replace(
+    trainer = replace(clean.trainer, method=method)
+    exams = [replace(exam, method=method) for exam in clean.examiner.exams]
+    return replace(
         clean,
-        method=method,
-        exams=[replace(exam, method=method) for exam in clean.exams],
-        server=method.server_init(),
-        trainer=Together() if visits is None else InTurn(visits),
+        trainer=trainer,
+        examiner=replace(clean.examiner, trainer=trainer, exams=exams),
+        now=Round.first(method),
+        order=Together() if visits is None else InTurn(visits),
     )
-    return federation
 
 
 def world_task(federation):
     return federation.method.task
 
 
+def turns_of(federation):
+    """Play the turns of the next round."""
+    now = federation.now
+    call = federation.sampling.call(now.number)
+    return federation.order.turns(federation.trainer, now, call, federation.clients)
+
+
 def in_order(federation, visited=VISITED):
     """Let a federation draw these clients in this order."""
-    federation.drawn = lambda round_: visited[round_]
+    federation.sampling.drawn = lambda round_: visited[round_]
     return [sorted(members) for members in visited]
 
 
@@ -169,7 +179,7 @@ def test_one_optimiser_for_all_equals_the_reference(method, schedule, warmup, dt
     )
     # a fresh optimiser goes elsewhere
     clean = world.federation()
-    clean.sample = lambda round_: sorted(VISITED[round_])
+    clean.sampling.sample = lambda round_: sorted(VISITED[round_])
     for _ in VISITED:
         clean.round()
     assert (clean.server["ctx"] - outcomes[-1].ctx).norm() > 0.01 * outcomes[-1].ctx.norm()
@@ -178,24 +188,24 @@ def test_one_optimiser_for_all_equals_the_reference(method, schedule, warmup, dt
 def test_turns_are_taken_in_the_order_of_the_draw():
     world = World("promptfl", F64, settings={"participation": 0.8})
     federation = federation_of(world, "shared-optimiser")
-    orders = [federation.drawn(round_) for round_ in range(4)]
+    orders = [federation.sampling.drawn(round_) for round_ in range(4)]
     assert any(order != sorted(order) for order in orders)
-    assert [sorted(order) for order in orders] == [federation.sample(r) for r in range(4)]
-    turns = federation.trainer.turns(federation, federation.train_feed, 0, sorted(orders[0]), set())
+    assert [sorted(order) for order in orders] == [federation.sampling.sample(r) for r in range(4)]
+    turns = list(turns_of(federation))
     assert [turn.members for turn in turns] == [[c] for c in orders[0]]
-    assert int(federation.trainer.state["epochs"]) == 2 * len(orders[0])
+    assert int(turns[-1].handed["epochs"]) == 2 * len(orders[0])
 
 
 def test_turns_without_anything_shared_change_nothing():
     """Only the order differs, which a clean client does not see."""
     world = World("promptfl", F64)
     clean, federation = world.federation(), federation_of(world, "shared-optimiser")
-    federation.trainer = InTurn(Visits(shared=False, warmup=False, cosine=False, lr=0.1))
+    federation.order = InTurn(Visits(shared=False, warmup=False, cosine=False, lr=0.1))
     for _ in range(2):
         clean.round()
         federation.round()
     assert_near(federation.server["ctx"], clean.server["ctx"], F64, "ctx")
-    assert federation.trainer.state == {}
+    assert federation.now.handed == {}
 
 
 # -- FedProx -------------------------------------------------------------------------------------
@@ -334,7 +344,7 @@ def test_everybody_takes_experts_from_one_list():
     for quirks, same in (([], False), (["pfedmoap-shared-random-experts"], True)):
         federation = federation_of(world, *quirks)
         everyone = list(range(len(SIZES)))
-        federation.sample = lambda round_, everyone=everyone: everyone
+        federation.sampling.sample = lambda round_, everyone=everyone: everyone
         federation.round()
         method = federation.method
         order = listed_order(method)
@@ -349,7 +359,8 @@ def test_a_prompt_is_in_the_pool_at_once():
     federation = federation_of(world, "pfedmoap-pool-in-round")
     in_order(federation, [[4, 2, 0, 1, 3]] * 2)
     federation.round()
-    turns = federation.trainer.turns(federation, federation.train_feed, 1, list(range(5)), lost={2})
+    federation.sampling.lost = lambda round_, selected: {2}
+    turns = turns_of(federation)
     rounds = {
         turn.members[0]: dict(
             zip(

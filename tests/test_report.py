@@ -38,18 +38,11 @@ from fastfpl.report import (
     write_report,
     write_sweep,
 )
-from fastfpl.report.facts import (
-    augmentation,
-    duration,
-    group_names,
-    percent,
-    public,
-    rate,
-    rows,
-    size,
-    warnings,
-)
+from fastfpl.report.agreement import warnings
+from fastfpl.report.facts import augmentation, rows
 from fastfpl.report.plots import _DARK, LIGHT, _colours, _round_ticks, curve, spread, swarm
+from fastfpl.report.runs import group_names
+from fastfpl.report.words import duration, percent, public, rate, size
 
 EVIL = '<script>alert("x")</script>'
 

@@ -18,9 +18,10 @@ import pytest
 import torch
 
 import fastfpl
-from fastfpl import features, files
+from fastfpl import files
 from fastfpl.errors import InputError
 from fastfpl.features import FeatureStore
+from fastfpl.features import store as features
 from tests.test_features import KEY, Encoder, N, only_file, truth
 
 CHUNK = 8
@@ -287,6 +288,7 @@ import sys, time
 from pathlib import Path
 import torch
 from fastfpl.features import FeatureStore
+from fastfpl.features import store as features
 from tests.test_features import KEY, N, truth
 
 directory, mark, stop = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])

@@ -14,13 +14,15 @@ from fastfpl.config import make_settings
 from fastfpl.data import Dataset, Shard, Split, base_novel, load_dataset, partition, split_domain
 from fastfpl.errors import InputError
 from fastfpl.federation import run, sweep
-from fastfpl.federation.cohort import Scores, stack, train
+from fastfpl.federation.exams import marks
 from fastfpl.federation.preparation import plan
 from fastfpl.federation.result import Result, summarise
-from fastfpl.federation.rounds import _marks
 from fastfpl.federation.scenarios import arrange
 from fastfpl.methods import Batch, State
 from fastfpl.methods.promptfl import PromptFL
+from fastfpl.training.cohort import train
+from fastfpl.training.gathering import stack
+from fastfpl.training.scoring import Scores
 from tests.worlds import SIZES, World, small_clip
 
 
@@ -173,10 +175,10 @@ def test_scores_equal_scikit_learns():
 def test_marks_average_over_clients_not_images():
     many = Scores(np.zeros(10, int), np.zeros(10, int), np.array([0] * 4 + [1] * 6))
     few = Scores(np.zeros(2, int), np.array([0, 1]), np.array([1, 1]))
-    marks = _marks([many, few], ("ink", "photo", "never"))
-    assert marks["accuracy"] == 0.75
-    assert marks["clients"] == [1.0, 0.5]
-    assert marks["domains"] == {"ink": 1.0, "photo": 0.75}
+    found = marks([many, few], ("ink", "photo", "never"))
+    assert found["accuracy"] == 0.75
+    assert found["clients"] == [1.0, 0.5]
+    assert found["domains"] == {"ink": 1.0, "photo": 0.75}
 
 
 def test_the_harmonic_mean_is_of_base_and_novel():
@@ -195,38 +197,35 @@ def test_the_harmonic_mean_is_of_base_and_novel():
 
 def test_sampling_by_domain_takes_one_client_of_each():
     federation = World(settings={"sampling": "domain"}).federation()
-    drawn = [federation.sample(t) for t in range(40)]
+    drawn = [federation.sampling.sample(t) for t in range(40)]
     assert {len(s) for s in drawn} == {2}
     assert all({c % 2 for c in s} == {0, 1} for s in drawn)
     assert {c for s in drawn for c in s} == set(range(len(SIZES)))
 
 
-def test_all_train_first_if_the_method_wants_it():
-    class First(PromptFL):
-        all_first = True
-
+def test_all_train_first_if_the_method_wants_it(monkeypatch):
+    monkeypatch.setattr(PromptFL, "all_first", True)
     federation = World(settings={"participation": 0.2}).federation()
-    federation.method = First(federation.method.task)
-    assert federation.sample(0) == list(range(len(SIZES)))
-    assert len(federation.sample(1)) == 1
+    assert federation.sampling.sample(0) == list(range(len(SIZES)))
+    assert len(federation.sampling.sample(1)) == 1
 
 
 def test_a_lost_upload_changes_nothing_but_the_bytes():
     lossy = World(settings={"dropout": 0.5}).federation()
-    lost = lossy.lost(0, range(len(SIZES)))
+    lost = lossy.sampling.lost(0, range(len(SIZES)))
     assert 0 < len(lost) < len(SIZES)
     row = lossy.round()
     assert row["lost"] == sorted(lost)
     whole = World().federation()
-    everyone = whole.sample
-    whole.sample = lambda round_: [c for c in everyone(round_) if c not in lost]
+    everyone = whole.sampling.sample
+    whole.sampling.sample = lambda round_: [c for c in everyone(round_) if c not in lost]
     assert row["bytes_up"] == whole.round()["bytes_up"]
     torch.testing.assert_close(lossy.server["ctx"], whole.server["ctx"], rtol=1e-5, atol=1e-7)
 
 
 def test_a_round_in_which_every_upload_is_lost_keeps_the_server():
     federation = World(settings={"dropout": 0.5}).federation()
-    federation.lost = lambda round_, selected: set(selected)
+    federation.sampling.lost = lambda round_, selected: set(selected)
     before = federation.server["ctx"].clone()
     federation.round()
     assert torch.equal(federation.server["ctx"], before)
@@ -256,7 +255,7 @@ class Banked(PromptFL):
 def test_banks_hold_each_clients_images_and_count_its_steps():
     world = World()
     federation = world.federation()
-    federation.method = Banked(federation.method.task)
+    federation.trainer.method = Banked(federation.method.task)
     federation.round()
     for u, client in enumerate(world.clients):
         kept = federation.clients[u]
@@ -287,7 +286,7 @@ def test_a_cohort_that_is_masked_leaves_the_others_banks():
     downs = stack([method.download(federation.server, c, 0) for c in (0, 1)])
     images = {c: federation.shards[c].train for c in (0, 1)}
     done = train(
-        method, (0, 1), downs, {}, federation.train_feed, images, world.config, 0, lambda *a: None
+        method, (0, 1), downs, {}, federation.trainer.feed, images, world.config, 0, lambda *a: None
     )
     # two epochs of one step and of three
     assert done.own["seen"].sum(dim=1).tolist() == [8, 24]
@@ -312,17 +311,17 @@ class Tuned(PromptFL):
 
 def test_fine_tuning_serves_the_evaluation_and_is_forgotten():
     federation = World(settings={"lr": 0.5}).federation()
-    federation.method = Tuned(federation.method.task)
+    federation.trainer.method = Tuned(federation.method.task)
     plain = World(settings={"lr": 0.5}).federation()
-    federation.exams[0] = type(federation.exams[0])(
-        **{**federation.exams[0].__dict__, "method": federation.method}
+    federation.examiner.exams[0] = type(federation.examiner.exams[0])(
+        **{**federation.examiner.exams[0].__dict__, "method": federation.method}
     )
     row, other = federation.round(), plain.round()
     assert torch.equal(federation.server["ctx"], plain.server["ctx"])
     assert row["clients"] != other["clients"]
     # what a client is asked with is what three epochs from the merged prompt give
     down = stack([{"ctx": federation.server["ctx"]}] * len(SIZES))
-    tuned = federation._tuned(0, list(range(len(SIZES))), down, {})
+    tuned = federation.trainer.tuned(list(range(len(SIZES))), down, {}, 0)
     assert all(not torch.equal(ctx, federation.server["ctx"]) for ctx in tuned["ctx"])
 
 
@@ -545,10 +544,10 @@ SCENARIOS = {
 def test_every_system_plays_every_scenario(case, tmp_path, store, monkeypatch, capsys):
     """On a thinned-out `glyphs`, through the command line."""
     from fastfpl.cli import main
-    from fastfpl.data import glyphs
+    from fastfpl.data.glyphs import stream
 
-    monkeypatch.setattr(glyphs, "TRAIN_EACH", 4)
-    monkeypatch.setattr(glyphs, "TEST_EACH", 2)
+    monkeypatch.setattr(stream, "TRAIN_EACH", 4)
+    monkeypatch.setattr(stream, "TEST_EACH", 2)
     systems = ["fedotp", "fedpgp", "fedapt", "pfedmoap", "promptfl", "local", "zeroshot"]
     short = ["--rounds", "2", "--local-epochs", "1", "--n-ctx", "4", "--threads", "1"]
     shots = [] if "--shots" in SCENARIOS[case] else ["--shots", "1"]
@@ -565,14 +564,14 @@ def test_every_system_plays_every_scenario(case, tmp_path, store, monkeypatch, c
 
 def test_leaving_one_domain_out_without_a_target_leaves_out_each(tmp_path, monkeypatch, capsys):
     from fastfpl.cli import main
-    from fastfpl.data import glyphs
+    from fastfpl.data.glyphs import DOMAINS, stream
 
-    monkeypatch.setattr(glyphs, "TRAIN_EACH", 1)
-    monkeypatch.setattr(glyphs, "TEST_EACH", 1)
+    monkeypatch.setattr(stream, "TRAIN_EACH", 1)
+    monkeypatch.setattr(stream, "TEST_EACH", 1)
     places = ["--out", str(tmp_path), "--cache", str(tmp_path / "store")]
     domains = ["--partition", "domain", "--clients", "5"]
     main(["compare", "zeroshot", "--scenario", "leave-one-domain-out", *domains, *places])
     text = (tmp_path / "sweep.md").read_text(encoding="utf-8")
-    assert [f"target={d}" in text for d in glyphs.DOMAINS] == [True] * 6
+    assert [f"target={d}" in text for d in DOMAINS] == [True] * 6
     assert "| mean |" in text
     assert "clipart" in capsys.readouterr().out

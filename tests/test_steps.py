@@ -16,13 +16,13 @@ import fastfpl.methods.fedotp
 import fastfpl.methods.fedtpg
 from fastfpl.errors import NotConverged
 from fastfpl.features import Features
-from fastfpl.federation import cohort
-from fastfpl.federation.cohort import stack
-from fastfpl.federation.feeds import Feed
-from fastfpl.federation.steps import Cohort
 from fastfpl.methods import METHODS, FedOTP, PromptFL
 from fastfpl.ops import all_faces
 from fastfpl.released import as_released
+from fastfpl.training import cohort
+from fastfpl.training.feeds import Feed
+from fastfpl.training.gathering import stack
+from fastfpl.training.steps import Cohort
 from tests.worlds import GATE, NAMES, SIZES, TINY_RUN, World, small_clip
 
 TRAINED = [name for name, kind in METHODS.items() if kind.trains]

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from fastfpl.clip import load_clip
 from fastfpl.errors import InputError, KindError, NotSupported
-from fastfpl.federation.budget import Living
 from fastfpl.ops.faces import face, recorded_faces
 from fastfpl.ops.memory import memory_limit
 from fastfpl.ops.text import FACES, encode_text, packed_tokens
 from fastfpl.prompts import ClassPrompts, encode_prompts
 from fastfpl.reference.text import Block, TextTower, embed_prompts
+from fastfpl.training.budget import Living
 from tests.truth import assert_as_good_as_eager
 from tests.worlds import small_clip
 

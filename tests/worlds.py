@@ -17,13 +17,16 @@ from fastfpl.config import Settings
 from fastfpl.data import Shard
 from fastfpl.features import TextFeatures
 from fastfpl.federation import Federation, Result
-from fastfpl.federation.rounds import Exam
+from fastfpl.federation.exams import Exam, Examiner
+from fastfpl.federation.sampling import Sampling
+from fastfpl.federation.server import Round
 from fastfpl.methods import Batch, Task, find_method
 from fastfpl.prompts import ClassPrompts
 from fastfpl.reference import rounds as reference
 from fastfpl.reference.gate import Gate
 from fastfpl.reference.text import Block, TextTower
 from fastfpl.seeds import generator
+from fastfpl.training.trainer import Trainer
 
 __all__ = [
     "GATE",
@@ -235,19 +238,22 @@ class World:
             text_features=TextFeatures(verify=True),
         )
         method = find_method(self.method)(task, self.options)
-        return Federation(
+        trainer = Trainer(
             settings=self.config,
+            method=method,
+            feed=sides["train"][0] if method.trains else None,
+            images=dict(enumerate(sides["train"][1])),
+        )
+        exam = Exam("own", "its own test images", method, *sides["test"], domains=("ink", "photo"))
+        clients = len(self.clients)
+        return Federation(
             clip=None,
             dataset=None,
             shards=[Shard(*pair) for pair in zip(sides["train"][1], sides["test"][1], strict=True)],
-            method=method,
-            train_feed=sides["train"][0] if method.trains else None,
-            exams=[
-                Exam("own", "its own test images", method, *sides["test"], domains=("ink", "photo"))
-            ],
-            client_domains=self.client_domains,
-            observer=lambda what, done, total: None,
-            server=method.server_init(),
+            trainer=trainer,
+            examiner=Examiner(trainer, [exam], clients),
+            sampling=Sampling(self.config, clients, self.client_domains, method.all_first),
+            now=Round.first(method),
         )
 
     def setup(self, factors: list[list[float]] | None = None) -> reference.Setup:

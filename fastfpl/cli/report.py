@@ -25,7 +25,7 @@ def report(folders: tuple[Path, ...], out: Path | None) -> None:
     CLIP, partition, shots, views) get tables of their own; runs that are not finished are named.
     """
     from fastfpl.report import load_comparisons, write_report
-    from fastfpl.report.facts import group_names
+    from fastfpl.report.runs import group_names
 
     comparisons = load_comparisons(*folders)
     folder = out or (folders[0] if len(folders) == 1 else Path("runs") / "report")

@@ -51,7 +51,7 @@ def progress() -> Iterator[tuple[Callable[[str, int, int], None], Callable[..., 
     )
     from rich.text import Text
 
-    from fastfpl.federation.feeds import ENCODING
+    from fastfpl.training.feeds import ENCODING
 
     class Rate(ProgressColumn):
         def render(self, task: Task) -> Text:

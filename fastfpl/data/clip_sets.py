@@ -145,7 +145,7 @@ def imagenet(root: Path) -> Dataset:
         if synset in known:
             raise bad_line(facts, path, number, "a folder that no line before it names", line)
         known[synset] = readable(name)
-    synsets = subfolders(facts, images / "train")
+    synsets = subfolders(facts.op, images / "train")
     for synset in synsets:
         if synset not in known:
             raise Damaged(
@@ -161,7 +161,7 @@ def imagenet(root: Path) -> Dataset:
     lists: list[list[Item]] = []
     for part in ("train", "val"):
         items = []
-        for synset in subfolders(facts, images / part):
+        for synset in subfolders(facts.op, images / part):
             if synset not in labels:
                 raise Damaged(
                     f"{facts.op}: folders of {images / part} must be classes of "
@@ -169,7 +169,7 @@ def imagenet(root: Path) -> Dataset:
                 )
             items += [
                 Item(f"{part}/{synset}/{file}", labels[synset])
-                for file in image_names(facts, images / part / synset)
+                for file in image_names(facts.op, images / part / synset)
             ]
         lists.append(items)
     return build(facts, images, Lists(named(facts, names, path), lists[0], lists[1]))
@@ -352,10 +352,10 @@ def _by_folder(
 ) -> Lists:
     """One folder a class, in the order of their names; capitals come first."""
     base = folder / facts.images
-    classes = [name for name in subfolders(facts, base) if name not in left_out]
+    classes = [name for name in subfolders(facts.op, base) if name not in left_out]
     names = {label: (renamed or {}).get(name, name) for label, name in enumerate(classes)}
     groups = {
-        label: [f"{name}/{file}" for file in image_names(facts, base / name)]
+        label: [f"{name}/{file}" for file in image_names(facts.op, base / name)]
         for label, name in enumerate(classes)
     }
     return _in_three(facts, named(facts, names, base), groups)

@@ -127,7 +127,7 @@ def _by_folder(facts: Facts, folder: Path, classes: Sequence[str]) -> Lists:
                     f"{facts.op}: {home} must be there; got {kind_of(home)}: get it from "
                     f"{source_of(facts, f'{place}/{name}/')}"
                 )
-            paths = [f"{place}/{name}/{file}" for file in image_names(facts, home)]
+            paths = [f"{place}/{name}/{file}" for file in image_names(facts.op, home)]
             mixed = shuffled(paths)
             test = round(0.2 * len(mixed))
             lists.test.extend(Item(path, label, domain) for path in sorted(mixed[:test]))

@@ -6,12 +6,8 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fastfpl.errors import Damaged
-
-if TYPE_CHECKING:
-    from fastfpl.data.catalogue import Facts
 
 __all__ = ["SUFFIXES", "image_names", "kind_of", "size_of", "subfolders"]
 
@@ -30,8 +26,10 @@ _KINDS = (
 )
 
 
-def subfolders(facts: Facts, path: Path) -> list[str]:
+def subfolders(op: str, path: Path) -> list[str]:
     """Return the names of the folders in a folder, in the order of their code points.
+
+    ``op`` is what an error begins with.
 
     Raises
     ------
@@ -39,22 +37,22 @@ def subfolders(facts: Facts, path: Path) -> list[str]:
         If there is none, or one is a link that leads nowhere or to a folder around it.
     """
     names = []
-    for entry in _entries(facts, path):
+    for entry in _entries(op, path):
         # a class that is not there would move the labels of all that follow
         if entry.is_symlink():
-            _follow(facts, path, entry.name)
+            _follow(op, path, entry.name)
         if _is_folder(entry):
             names.append(entry.name)
     if not names:
-        raise Damaged(f"{facts.op}: {path} must hold one folder a class; got none")
+        raise Damaged(f"{op}: {path} must hold one folder a class; got none")
     return sorted(names)
 
 
-def image_names(facts: Facts, path: Path) -> list[str]:
+def image_names(op: str, path: Path) -> list[str]:
     """Return the names of the image files in a folder, in the order of their code points."""
     return sorted(
         entry.name
-        for entry in _entries(facts, path)
+        for entry in _entries(op, path)
         if entry.name.lower().endswith(SUFFIXES) and not _is_folder(entry)
     )
 
@@ -79,14 +77,14 @@ def size_of(path: str) -> int | None:
     return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
-def _entries(facts: Facts, path: Path) -> Iterator[os.DirEntry[str]]:
+def _entries(op: str, path: Path) -> Iterator[os.DirEntry[str]]:
     """Yield what is in a folder but for hidden names and what systems leave behind."""
     try:
         with os.scandir(path) as entries:
             found = list(entries)
     except OSError as error:
         raise Damaged(
-            f"{facts.op}: {path} must be a folder that can be listed; got {error.strerror}"
+            f"{op}: {path} must be a folder that can be listed; got {error.strerror}"
         ) from error
     for entry in found:
         if not entry.name.startswith(".") and entry.name.casefold() not in _LEFT_BEHIND:
@@ -98,7 +96,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
     return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path))
 
 
-def _follow(facts: Facts, path: Path, name: str) -> None:
+def _follow(op: str, path: Path, name: str) -> None:
     """Refuse a link that leads nowhere, round in a circle, or to a folder around it."""
     got = kind_of(path / name)
     if got in ("a file", "a folder"):
@@ -106,5 +104,5 @@ def _follow(facts: Facts, path: Path, name: str) -> None:
             return
         got = "a link to a folder around it"
     raise Damaged(
-        f"{facts.op}: links in {path} must lead to classes; got {name} ({got}): mend or remove it"
+        f"{op}: links in {path} must lead to classes; got {name} ({got}): mend or remove it"
     )

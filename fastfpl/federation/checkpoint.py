@@ -16,8 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from fastfpl import __version__
+from fastfpl.config import Settings
 from fastfpl.errors import Damaged, InputError
-from fastfpl.federation.result_schema import Round
+from fastfpl.federation.result_schema import Row
 from fastfpl.federation.shared import DOWNLOADS, TUNED, SharedStates
 from fastfpl.federation.states import CLIENTS, StateFiles
 from fastfpl.files import announce, on_disk, read_file, write_json, write_whole
@@ -31,6 +32,7 @@ __all__ = [
     "load_checkpoint",
     "read_checkpoint",
     "save_checkpoint",
+    "settings_facts",
 ]
 
 CHECKPOINT = "checkpoint.json"
@@ -53,7 +55,7 @@ class Checkpoint:
     clients : StateFiles
         What clients keep, in the folder `CLIENTS` beside the JSON; clients that never took part are
         absent.
-    trainer : State
+    handed : State
         What is handed from client to client, empty unless quirks of released code ask for it.
     downloads : SharedStates
         What each client had downloaded for the training that it is evaluated with, in `DOWNLOADS`;
@@ -72,7 +74,7 @@ class Checkpoint:
     faces: Mapping[str, list[str]]
     server: State
     clients: StateFiles
-    trainer: State = field(default_factory=dict)
+    handed: State = field(default_factory=dict)
     downloads: SharedStates = field(default_factory=SharedStates)
     tuned: SharedStates = field(default_factory=SharedStates)
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -138,7 +140,17 @@ class _Head(_Strict):
     task: _Task
     facts: dict[str, Any]
     faces: dict[str, list[str]]
-    rounds: list[Round]
+    rounds: list[Row]
+
+
+def settings_facts(settings: Settings, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that decide figures, and with them whether a run can be resumed."""
+    loose = {*("rounds", "cohort", "threads", "device", "root"), *("max_memory", "cuda_graphs")}
+    loose |= {"workers", "resident"}
+    if settings.schedule == "cosine-rounds":
+        loose.remove("rounds")
+    kept = {k: v for k, v in settings.model_dump().items() if k not in loose}
+    return {**kept, "options": dict(options)}
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
@@ -165,7 +177,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
                 f"{states.folder}"
             )
     tensors = {f"server.{name}": tensor for name, tensor in checkpoint.server.items()}
-    tensors |= {f"trainer.{name}": tensor for name, tensor in checkpoint.trainer.items()}
+    tensors |= {f"trainer.{name}": tensor for name, tensor in checkpoint.handed.items()}
     flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     done = len(checkpoint.rounds)
     path = folder / f"checkpoint-{done:05d}.safetensors"

@@ -15,12 +15,13 @@ from fastfpl.config import Settings, load_preset, make_settings
 from fastfpl.data import Dataset
 from fastfpl.errors import InputError, cut, near, shown
 from fastfpl.federation.experiment import RoundObserver, refuse_held, run, unseen
-from fastfpl.federation.feeds import Observer, silent
-from fastfpl.federation.preparation import Plan, load_model, plan, weigh
+from fastfpl.federation.preparation import Plan, plan, weigh
 from fastfpl.federation.result import Result
 from fastfpl.files import write_json
 from fastfpl.methods import check_options, find_method
 from fastfpl.released import share_quirks
+from fastfpl.training.feeds import Observer, silent
+from fastfpl.training.preparation import load_model
 
 __all__ = ["PLAN", "Comparison", "Sweep", "compare", "sweep", "value_folder"]
 
@@ -229,7 +230,7 @@ def _check(jobs: Sequence[_Job], resume: bool, model: FrozenCLIP | None) -> None
             planned
         )
     for same in clips.values():
-        clip = model or load_model(same[0])
+        clip = model or load_model(same[0].settings, same[0].device)
         for planned in same:
             weigh(planned, clip)
 

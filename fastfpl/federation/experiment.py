@@ -14,7 +14,6 @@ import torch
 from fastfpl.clip import FrozenCLIP
 from fastfpl.config import Settings, load_preset, make_settings
 from fastfpl.errors import Damaged, InputError, cut, shown
-from fastfpl.federation.budget import uncapped
 from fastfpl.federation.checkpoint import (
     CHECKPOINT,
     Checkpoint,
@@ -23,8 +22,6 @@ from fastfpl.federation.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from fastfpl.federation.feeds import Observer, silent
-from fastfpl.federation.graphs import against
 from fastfpl.federation.lock import Held, alone_in
 from fastfpl.federation.models import task_of
 from fastfpl.federation.preparation import plan, prepare
@@ -39,11 +36,15 @@ from fastfpl.federation.result import (
     summarise,
 )
 from fastfpl.federation.rounds import Federation
+from fastfpl.federation.server import Round
 from fastfpl.federation.shared import DOWNLOADS, TUNED, SharedStates
 from fastfpl.federation.states import CLIENTS, StateFiles
 from fastfpl.ops.faces import recorded_faces
 from fastfpl.ops.memory import memory_limit
 from fastfpl.ops.precision import without_autocast
+from fastfpl.training.budget import uncapped
+from fastfpl.training.feeds import Observer, silent
+from fastfpl.training.graphs import against
 
 __all__ = ["RoundObserver", "refuse_held", "run", "threads", "unseen"]
 
@@ -241,10 +242,9 @@ def _take_up(
                 f"fastfpl.run: {folder / CHECKPOINT} must hold the server of "
                 f"{federation.method.name}; got another {name!r}; start again with another out"
             )
-    federation.server, federation.clients = found.server, found.clients
-    federation.downloads, federation.tuned = found.downloads, found.tuned
-    federation.trainer.state = found.trainer
-    federation.rounds = found.rounds
+    federation.now = Round(len(found.rounds), found.server, found.handed)
+    federation.clients, federation.downloads = found.clients, found.downloads
+    federation.tuned, federation.rounds = found.tuned, found.rounds
     for op, names in found.faces.items():
         faces.setdefault(op, set()).update(names)
 
@@ -256,9 +256,9 @@ def _save(federation: Federation, folder: Path, faces: Mapping[str, set[str]]) -
             federation.facts(),
             federation.rounds,
             {op: sorted(names) for op, names in faces.items()},
-            federation.server,
+            federation.now.server,
             federation.clients,
-            federation.trainer.state,
+            federation.now.handed,
             federation.downloads,
             federation.tuned,
             _settings(federation),
@@ -277,12 +277,14 @@ def _settings(federation: Federation) -> dict[str, Any]:
 
 def _unreplayed(federation: Federation) -> list[str]:
     """Say why no training step was replayed as a CUDA graph."""
-    if federation.graphs is not None:
-        return federation.graphs.reasons
+    graphs = federation.trainer.graphs
+    if graphs is not None:
+        return graphs.reasons
     return against(federation.settings, federation.method, federation.clip.device)
 
 
 def _result(federation: Federation, faces: dict[str, list[str]]) -> Result:
+    exams, budget = federation.examiner.exams, federation.trainer.budget
     return Result(
         method=federation.settings.method,
         settings=_settings(federation),
@@ -294,13 +296,13 @@ def _result(federation: Federation, faces: dict[str, list[str]]) -> Result:
         rounds=federation.rounds,
         final=summarise(federation.rounds),
         peak_memory_bytes=peak_memory(federation.clip.device),
-        memory=None if federation.budget is None else federation.budget.to_json(),
+        memory=None if budget is None else budget.to_json(),
         data={
             "name": federation.dataset.name,
             "classes": list(federation.dataset.classnames),
             "train_images": [len(s.train) for s in federation.shards],
-            "test_images": [len(images) for images in federation.exams[0].images],
-            "exams": {exam.name: exam.about for exam in federation.exams},
+            "test_images": [len(images) for images in exams[0].images],
+            "exams": {exam.name: exam.about for exam in exams},
             "transductive": federation.settings.transductive,
             "skipped": federation.dataset.skipped,
             "notes": list(federation.dataset.notes),

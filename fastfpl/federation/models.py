@@ -19,10 +19,10 @@ from fastfpl.errors import Damaged, InputError, Missing
 from fastfpl.features import TextFeatures
 from fastfpl.federation.checkpoint import CHECKPOINT, Checkpoint, read_checkpoint
 from fastfpl.methods import Method, State, Task, check_options, find_method
-from fastfpl.prompts import ClassPrompts
 from fastfpl.released import as_released
+from fastfpl.training.preparation import make_task
 
-__all__ = ["Models", "answers_with", "load_models", "make_task", "task_of"]
+__all__ = ["Models", "answers_with", "load_models", "task_of"]
 
 
 def answers_with(
@@ -44,34 +44,6 @@ def answers_with(
     if down is None:
         down = method.download(server, client, round_)
     return down, dict(clients.get(client, {}))
-
-
-def make_task(
-    settings: Settings,
-    clip: FrozenCLIP,
-    classnames: tuple[str, ...],
-    domains: tuple[str, ...],
-    client_domains: tuple[int, ...] | None,
-    clients: int,
-    text_features: TextFeatures,
-) -> Task:
-    """Lay out what a method of a run is given."""
-    classes = ClassPrompts(clip, classnames, settings.position)
-    n_ctx = settings.n_ctx or 16
-    if settings.ctx_init is not None:
-        n_ctx = len(classes.words(settings.ctx_init))
-    return Task(
-        classes=classes,
-        logit_scale=clip.logit_scale,
-        clients=clients,
-        domains=domains,
-        client_domains=client_domains,
-        n_ctx=n_ctx,
-        ctx_init=settings.ctx_init,
-        lr=settings.lr,
-        seed=settings.seed,
-        text_features=text_features,
-    )
 
 
 @dataclass(frozen=True)

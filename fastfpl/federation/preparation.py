@@ -9,34 +9,32 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastfpl.clip import FrozenCLIP, load_clip
+from fastfpl.clip import FrozenCLIP
 from fastfpl.clip.loading import known
 from fastfpl.config import Settings
 from fastfpl.data import Dataset, Shard, load_dataset, partition
-from fastfpl.data.loader import Workers, choose_workers
-from fastfpl.errors import InputError, cut, near, shown
+from fastfpl.errors import InputError
 from fastfpl.features import FeatureStore, TextFeatures
-from fastfpl.federation.budget import Budget
-from fastfpl.federation.cohort import stack
-from fastfpl.federation.feeds import (
-    RESIDENT,
-    Eye,
-    Observer,
-    evaluation_feed,
-    silent,
-    training_feed,
-)
-from fastfpl.federation.graphs import step_graphs
-from fastfpl.federation.models import make_task
-from fastfpl.federation.rounds import Exam, Federation, settings_facts
+from fastfpl.federation.checkpoint import settings_facts
+from fastfpl.federation.exams import Exam, Examiner
+from fastfpl.federation.rehearsal import rehearse
+from fastfpl.federation.rounds import Federation
+from fastfpl.federation.sampling import Sampling
 from fastfpl.federation.scenarios import Scenario, arrange, personal
+from fastfpl.federation.server import Round
 from fastfpl.federation.turns import InTurn, Together
 from fastfpl.methods import Method, Task, check_options, find_method
 from fastfpl.ops.memory import memory_limit
 from fastfpl.prompts import ClassPrompts
 from fastfpl.released import as_released, changes_data, choose_quirks, disturbed, visits_of
+from fastfpl.training.budget import Budget
+from fastfpl.training.feeds import Observer, evaluation_feed, silent, training_feed
+from fastfpl.training.gathering import stack
+from fastfpl.training.graphs import step_graphs
+from fastfpl.training.preparation import choose_device, load_model, make_eye, make_task
+from fastfpl.training.trainer import Trainer
 
-__all__ = ["Plan", "load_model", "plan", "prepare", "weigh"]
+__all__ = ["Plan", "plan", "prepare", "weigh"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +108,7 @@ def plan(
         settings = settings.model_copy(
             update={**used, "dtype": str(model.dtype).removeprefix("torch.")}
         )
-    device = _device(settings.device)
+    device = choose_device(settings.device)
     if model is None and settings.clip != "tiny":
         known(settings.clip)
     datasets = {} if datasets is None else datasets
@@ -158,18 +156,6 @@ def weigh(planned: Plan, model: FrozenCLIP) -> None:
             method.text(*method.start(down, {}, training=training))
 
 
-def load_model(planned: Plan) -> FrozenCLIP:
-    """Load the CLIP that the settings name."""
-    settings = planned.settings
-    return load_clip(
-        settings.clip,
-        settings.pretrained,
-        device=planned.device,
-        dtype=getattr(torch, settings.dtype),
-        quick_gelu={"auto": None, "yes": True, "no": False}[settings.quick_gelu],
-    )
-
-
 def prepare(
     settings: Settings | Plan,
     *,
@@ -194,9 +180,9 @@ def prepare(
     dataset, scenario = planned.dataset, planned.scenario
     store = FeatureStore(cache)
     store.check()
-    clip = model or load_model(planned)
+    clip = model or load_model(settings, planned.device)
     budget = None if settings.max_memory is None else Budget(settings.max_memory, clip.device)
-    eye = _eye(settings, clip, dataset, kind.image_kind, store, observer, budget)
+    eye = make_eye(settings, clip, dataset, kind.image_kind, store, observer, budget)
     if budget is not None:
         chunk = budget.images(eye.encode, clip.image_size, store.chunk)
         eye = replace(eye, store=FeatureStore(cache, chunk=chunk))
@@ -214,26 +200,28 @@ def prepare(
     ]
     graphs = step_graphs(settings, method, clip.device)
     # a prompt that does not fit shows now, not after the images are encoded
-    server = method.server_init()
-    down = stack([method.download(server, 0, 0)])
+    now = Round.first(method)
+    down = stack([now.download(method, 0)])
     text = None if budget is None else budget.room // 2
     with torch.no_grad(), memory_limit(text):
         for one, training in ((method, True), *((m, False) for _, m in exams)):
             one.text(*one.start(down, {}, training=training))
     method.task.text_features.clear()
     train_rows = np.unique(np.concatenate([s.train for s in scenario.shards]))
-    federation = Federation(
+    trainer = Trainer(
         settings=settings,
-        clip=clip,
-        dataset=scenario.dataset,
-        shards=scenario.shards,
         method=method,
-        train_feed=training_feed(
-            eye, scenario.dataset.train, train_rows, settings, paired=kind.paired
-        )
+        feed=training_feed(eye, scenario.dataset.train, train_rows, settings, paired=kind.paired)
         if kind.trains
         else None,
-        exams=[
+        images={client: shard.train for client, shard in enumerate(scenario.shards)},
+        observer=observer,
+        graphs=graphs,
+        budget=budget,
+    )
+    examiner = Examiner(
+        trainer,
+        [
             Exam(
                 question.name,
                 question.about,
@@ -246,20 +234,26 @@ def prepare(
             )
             for question, asked in exams
         ],
-        client_domains=scenario.client_domains,
-        observer=observer,
-        server=server,
-        trainer=_trainer(settings),
-        graphs=graphs,
-        budget=budget,
+        len(scenario.shards),
     )
     if budget is not None:
         budget.settle()
-        federation.rehearse()
-    return federation
+        rehearse(examiner, now)
+    return Federation(
+        clip=clip,
+        dataset=scenario.dataset,
+        shards=scenario.shards,
+        trainer=trainer,
+        examiner=examiner,
+        sampling=Sampling(
+            settings, len(scenario.shards), scenario.client_domains, method.all_first
+        ),
+        now=now,
+        order=_order(settings),
+    )
 
 
-def _trainer(settings: Settings) -> Together | InTurn:
+def _order(settings: Settings) -> Together | InTurn:
     """Train clients together; one after another where a quirk of released code asks for it."""
     visits = visits_of(settings.as_released, settings.schedule, settings.lr)
     return Together() if visits is None else InTurn(visits)
@@ -290,36 +284,6 @@ def _deal_seeds(settings: Settings) -> dict[str, Any]:
     return {"seed": settings.partition_seed, "deal_seed": settings.partition_seed}
 
 
-def _eye(
-    settings: Settings,
-    clip: FrozenCLIP,
-    dataset: Dataset,
-    kind: str,
-    store: FeatureStore,
-    observer: Observer,
-    budget: Budget | None = None,
-) -> Eye:
-    mean, std = clip.mean, clip.std
-    if settings.statistics == "dataset":
-        assert dataset.statistics is not None
-        mean, std = dataset.statistics
-    wanted = settings.feature_dtype
-    resident = RESIDENT if settings.resident is None else settings.resident
-    if budget is not None and settings.augment != "none":
-        resident = budget.decoded_images(resident)
-    return Eye(
-        clip,
-        kind,
-        store,
-        observer,
-        mean,
-        std,
-        Workers(choose_workers(clip.device.type, settings.workers)),
-        resident,
-        None if wanted == "auto" else getattr(torch, wanted),
-    )
-
-
 def _task(settings: Settings, clip: FrozenCLIP, scenario: Scenario, budget: Budget | None) -> Task:
     return make_task(
         settings,
@@ -330,33 +294,3 @@ def _task(settings: Settings, clip: FrozenCLIP, scenario: Scenario, budget: Budg
         len(scenario.shards),
         TextFeatures() if budget is None else budget.text_features(),
     )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    known = ("auto", "cpu", "cuda")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in known:
-        raise InputError(
-            f"fastfpl.run: device must be auto, cpu or cuda; got {shown(name)}"
-            + near(cut(name), known)
-        )
-    if device.type == "cuda":
-        cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if not cards:
-            raise InputError(
-                f"fastfpl.run: device must be there; got {name!r} without a CUDA device; use cpu"
-            )
-        if (device.index or 0) >= cards:
-            cure = "cuda:0" if cards == 1 else f"cuda:0 to cuda:{cards - 1}"
-            raise InputError(
-                f"fastfpl.run: device must be there; got {name!r} with {cards} CUDA "
-                f"device{'s' * (cards > 1)}; use {cure}"
-            )
-    elif device.index:
-        raise InputError(f"fastfpl.run: device must be there; got {name!r}; use cpu")
-    return device

@@ -12,18 +12,17 @@ from torch.profiler import ProfilerActivity
 
 from fastfpl.clip import FrozenCLIP
 from fastfpl.config import PROFILED, Settings
-from fastfpl.data import Shard
 from fastfpl.errors import InputError
-from fastfpl.federation.budget import uncapped
 from fastfpl.federation.experiment import RoundObserver, threads, unseen
-from fastfpl.federation.feeds import Observer, silent
 from fastfpl.federation.preparation import prepare
 from fastfpl.federation.result import forget_peak_memory, peak_memory
-from fastfpl.federation.steps import PHASE
 from fastfpl.files import write_whole
 from fastfpl.ops.faces import recorded_faces
 from fastfpl.ops.memory import memory_limit
 from fastfpl.ops.precision import without_autocast
+from fastfpl.training.budget import uncapped
+from fastfpl.training.feeds import Observer, silent
+from fastfpl.training.steps import PHASE
 
 __all__ = ["TRACE", "Profile", "Span", "profile"]
 
@@ -118,8 +117,8 @@ def profile(
     short = settings.model_copy(update=PROFILED)
     with threads(short.threads), memory_limit(None), uncapped(), without_autocast():
         federation = prepare(short, model=model, cache=cache, observer=observer)
-        images = steps * short.batch_size
-        federation.shards = [Shard(s.train[:images], s.test) for s in federation.shards]
+        images, trainer = steps * short.batch_size, federation.trainer
+        trainer.images = {c: mine[:images] for c, mine in trainer.images.items()}
         on_round(short.method, federation.round())
         device = federation.clip.device
         cuda = device.type == "cuda"

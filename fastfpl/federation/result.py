@@ -69,7 +69,7 @@ class Result:
         ``deal``: digests of who has which training and test images, equal where two runs deal
         alike.
     memory : dict or None
-        What ``max_memory`` led to (`fastfpl.federation.budget.Budget`): ``limit_bytes``,
+        What ``max_memory`` led to (`fastfpl.training.budget.Budget`): ``limit_bytes``,
         ``taken_bytes`` before the first pass, ``text_cache_bytes``, ``image_cache_bytes``,
         ``passes``.
     preset : dict or None

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-__all__ = ["MOST_BYTES", "Round", "parse_result"]
+__all__ = ["MOST_BYTES", "Row", "parse_result"]
 
 #: Largest file that is read; a thousand clients in a thousand rounds fill a fifth of it.
 MOST_BYTES = 1 << 28
@@ -34,7 +34,7 @@ class _Exam(_Part):
     domains: dict[_Name, _Share]
 
 
-class Round(_Part):
+class Row(_Part):
     """A row of ``rounds``."""
 
     round: _Count
@@ -114,7 +114,7 @@ class _Result(_Part):
     settings: _Settings
     environment: dict[_Name, _Text | int | float | bool | None]
     faces: dict[_Name, list[_Name]]
-    rounds: list[Round] = Field(min_length=1)
+    rounds: list[Row] = Field(min_length=1)
     final: _Final
     peak_memory_bytes: _Count
     data: _Data

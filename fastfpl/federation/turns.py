@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from fastfpl.federation.cohort import Share, Trained, gather, stack, train, unstack
-from fastfpl.federation.feeds import Feed, Observer
+from torch import Tensor
+
+from fastfpl.federation.sampling import Call
+from fastfpl.federation.server import Round
 from fastfpl.methods import State
 from fastfpl.ops.memory import memory_limit
 from fastfpl.released import Relayed, Visits
+from fastfpl.training.cohort import Trained
+from fastfpl.training.feeds import Observer
+from fastfpl.training.gathering import Share, gather, stack, unstack
+from fastfpl.training.trainer import Trainer
 
-if TYPE_CHECKING:
-    from fastfpl.federation.rounds import Federation
+__all__ = ["InTurn", "Kept", "Together", "Turn"]
 
-__all__ = ["InTurn", "Together", "Turn"]
+#: What clients keep, by client.
+Kept = Mapping[int, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,62 +34,38 @@ class Turn:
     down : State
         What they had downloaded, stacked.
     outcome : Trained
+    handed : State
+        What the next client inherits.
     """
 
     members: list[int]
     down: State
     outcome: Trained
+    handed: State
 
 
 class Together:
     """Every client starts from what the server held before the round; cohorts share passes.
 
-    Attributes
-    ----------
-    state : State
-        Empty: nothing passes from one client to another but through the server.
+    Nothing passes from one client to another but through the server.
     """
 
-    def __init__(self) -> None:
-        self.state: State = {}
-
-    def turns(
-        self,
-        federation: Federation,
-        feed: Feed,
-        round_: int,
-        selected: Sequence[int],
-        lost: Set[int],
-    ) -> Iterator[Turn]:
+    def turns(self, trainer: Trainer, now: Round, call: Call, kept: Kept) -> Iterator[Turn]:
         """Train the selected clients, cohort by cohort."""
-        method, server = federation.method, federation.server
-        images = {c: federation.shards[c].train for c in selected}
 
         def states(client: int) -> tuple[State, State]:
-            own = dict(federation.clients.get(client, {}))
-            return method.download(server, client, round_), own
+            return now.download(trainer.method, client), dict(kept.get(client, {}))
 
         def share(client: int, down: State, own: State) -> Share:
-            return federation.training_share(feed, round_, client, down, own)
+            return trainer.share(client, down, own, now.number)
 
-        done = 0
-        for part in gather(selected, states, share, federation.alike(selected)):
-            tell = _observer(federation, round_, done, len(part.members), len(selected))
+        done, clients = 0, len(call.selected)
+        for part in gather(call.selected, states, share, trainer.alike(call.selected)):
+            tell = _observer(trainer, now.number, done, len(part.members), clients)
             with memory_limit(part.share.text):
-                outcome = train(
-                    method,
-                    part.members,
-                    part.down,
-                    part.own,
-                    feed,
-                    images,
-                    federation.settings,
-                    round_,
-                    tell,
-                    graphs=federation.graphs,
-                )
+                outcome = trainer.train(part.members, part.down, part.own, now.number, tell)
             done += len(part.members)
-            yield Turn(part.members, part.down, outcome)
+            yield Turn(part.members, part.down, outcome, now.handed)
 
 
 class InTurn:
@@ -92,69 +73,47 @@ class InTurn:
 
     Only quirks of released code ask for it, see `fastfpl.released`: ``visits`` says what passes
     from client to client.
-
-    Attributes
-    ----------
-    state : State
-        What the next client inherits; part of a checkpoint.
     """
 
     def __init__(self, visits: Visits) -> None:
-        self.state: State = {}
         self._visits = visits
 
-    def turns(
-        self,
-        federation: Federation,
-        feed: Feed,
-        round_: int,
-        selected: Sequence[int],
-        lost: Set[int],
-    ) -> Iterator[Turn]:
+    def turns(self, trainer: Trainer, now: Round, call: Call, kept: Kept) -> Iterator[Turn]:
         """Train the drawn clients, one by one."""
-        method, server, visits = federation.method, federation.server, self._visits
-        images = {c: federation.shards[c].train for c in selected}
-        for number, client in enumerate(federation.drawn(round_)):
+        method, server, visits, round_ = trainer.method, now.server, self._visits, now.number
+        epochs, handed = trainer.settings.local_epochs, now.handed
+        for number, client in enumerate(call.drawn):
             down = method.download(server, client, round_)
-            own = dict(federation.clients.get(client, {}))
+            own = dict(kept.get(client, {}))
             if isinstance(method, Relayed):
-                own = method.inherit(own, down, visits.left(self.state))
-            share = federation.training_share(feed, round_, client, down, own)
+                own = method.inherit(own, down, visits.left(handed))
+            share = trainer.share(client, down, own, round_)
             with memory_limit(share.text):
-                outcome = train(
-                    method,
+                outcome = trainer.train(
                     [client],
                     stack([down]),
                     stack([own]),
-                    feed,
-                    images,
-                    federation.settings,
                     round_,
-                    _observer(federation, round_, number, 1, len(selected)),
-                    factors=visits.factors(self.state, federation.settings.local_epochs),
-                    momentum=visits.momentum(self.state),
-                    graphs=federation.graphs,
+                    _observer(trainer, round_, number, 1, len(call.selected)),
+                    factors=visits.factors(handed, epochs),
+                    momentum=visits.momentum(handed),
                 )
             left: State = {}
             if isinstance(method, Relayed):
                 left = method.leave(unstack(outcome.own, 1)[0])
-                if client not in lost:
+                if client not in call.lost:
                     upload = unstack(outcome.upload, 1)[0]
                     server = method.relay(server, client, upload, round_)
-            self.state = visits.after(
-                self.state, federation.settings.local_epochs, outcome.momentum, left
-            )
-            yield Turn([client], stack([down]), outcome)
+            handed = visits.after(handed, epochs, outcome.momentum, left)
+            yield Turn([client], stack([down]), outcome, handed)
 
 
-def _observer(
-    federation: Federation, round_: int, before: int, members: int, clients: int
-) -> Observer:
+def _observer(trainer: Trainer, round_: int, before: int, members: int, clients: int) -> Observer:
     """Report the steps of one of a round's turns, after those of so many clients."""
 
     def tell(what: str, done: int, total: int) -> None:
-        federation.observer(
-            f"round {round_ + 1} of {federation.settings.rounds}, {what}",
+        trainer.observer(
+            f"round {round_ + 1} of {trainer.settings.rounds}, {what}",
             before * total + done * members,
             clients * total,
         )

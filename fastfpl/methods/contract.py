@@ -26,6 +26,7 @@ __all__ = [
     "check_states",
     "check_text",
     "furthest",
+    "started",
 ]
 
 
@@ -75,6 +76,20 @@ def check_states(method: Method, verb: str, pair: object, clients: int) -> tuple
                     f"shape {tuple(tensor.shape)}",
                 )
     return pair
+
+
+def started(
+    method: Method, down: State, own: State, clients: int, *, training: bool
+) -> tuple[State, State]:
+    """Let a cohort start, and refuse what has no row for each client."""
+    with asked(method, "start", download=down, own=own):
+        pair = method.start(down, own, training=training)
+    trained, fixed = check_states(method, "start", pair, clients)
+    if training and not trained:
+        raise InputError(
+            f"fastfpl.methods: {method.name}'s start must return what is trained; got nothing"
+        )
+    return trained, fixed
 
 
 def check_text(method: Method, text: object, clients: int) -> None:

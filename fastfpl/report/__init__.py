@@ -9,10 +9,10 @@ from fastfpl.errors import InputError
 from fastfpl.federation import Comparison, Sweep
 from fastfpl.federation.comparison import value_folder
 from fastfpl.files import write_all
-from fastfpl.report.facts import each, group_names
 from fastfpl.report.load import load_comparisons
 from fastfpl.report.page import html_page
 from fastfpl.report.plots import accuracy_plot, clients_plot, stacked
+from fastfpl.report.runs import each, group_names
 from fastfpl.report.sweep import sweep_markdown, sweep_plot, sweep_table
 from fastfpl.report.table import (
     csv_table,

@@ -16,7 +16,8 @@ from fastfpl.federation.checkpoint import CHECKPOINT
 from fastfpl.federation.comparison import PLAN
 from fastfpl.federation.result import RESULT
 from fastfpl.federation.result_schema import MOST_BYTES
-from fastfpl.report.facts import count, task, trains
+from fastfpl.report.runs import task, trains
+from fastfpl.report.words import count
 
 __all__ = ["load_comparisons", "run_folder"]
 
@@ -54,7 +55,7 @@ def load_comparisons(*folders: str | Path) -> list[Comparison]:
     -------
     list of Comparison
         One for each task (data set, scenario, CLIP, partition, shots, views of the images; see
-        `fastfpl.report.facts.TASK`), in the order of the folders: accuracies of different tasks
+        `fastfpl.report.runs.TASK`), in the order of the folders: accuracies of different tasks
         have no common ranking. In each, methods that train nothing first, then by name; seeds
         ascending.
 

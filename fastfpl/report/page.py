@@ -12,33 +12,14 @@ from urllib.parse import quote
 from fastfpl.config import Settings
 from fastfpl.federation import Comparison, Result
 from fastfpl.federation.result import RESULT
-from fastfpl.report.facts import (
-    NONE,
-    augmentations,
-    captions,
-    clients_of,
-    count,
-    dealt,
-    details,
-    differences,
-    each,
-    group_names,
-    listed,
-    percent,
-    public,
-    published,
-    quirks_of,
-    rows,
-    runs,
-    setting,
-    size,
-    subject,
-    trains,
-    warnings,
-)
+from fastfpl.report.agreement import differences, warnings
+from fastfpl.report.facts import augmentations, captions, dealt, details, rows, subject
 from fastfpl.report.load import run_folder
 from fastfpl.report.plots import accuracy_plot, clients_plot, curve
+from fastfpl.report.published import published
+from fastfpl.report.runs import clients_of, each, group_names, quirks_of, runs, setting, trains
 from fastfpl.report.table import INCOMPLETE, REFUSAL, UNEQUAL, cells, headings
+from fastfpl.report.words import NONE, count, listed, percent, public, size
 from fastfpl.terminal import plain
 
 __all__ = ["html_page"]

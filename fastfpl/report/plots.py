@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastfpl.federation import Comparison, Result
-from fastfpl.report.facts import clients_of, evaluations, percent, rows, runs, subject, trains
+from fastfpl.report.facts import rows, subject
+from fastfpl.report.runs import clients_of, evaluations, runs, trains
+from fastfpl.report.words import percent
 from fastfpl.terminal import plain
 
 if TYPE_CHECKING:

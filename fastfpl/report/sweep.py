@@ -6,9 +6,10 @@ import io
 import math
 
 from fastfpl.federation import Sweep
-from fastfpl.report.facts import NONE, count, percent, public, released, subject
+from fastfpl.report.facts import released, subject
 from fastfpl.report.plots import DPI, LIGHT, MARKERS, figure_of, matplotlib_defaults, shortened
 from fastfpl.report.table import Sheet, escaped, markdown_line
+from fastfpl.report.words import NONE, count, percent, public
 
 __all__ = ["sweep_cells", "sweep_markdown", "sweep_plot", "sweep_table"]
 

@@ -9,24 +9,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fastfpl.federation import Comparison
-from fastfpl.report.facts import (
-    NONE,
-    Row,
-    augmentations,
-    captions,
-    details,
-    duration,
-    each,
-    group_names,
-    listed,
-    percent,
-    published,
-    rate,
-    rows,
-    size,
-    subject,
-    warnings,
-)
+from fastfpl.report.agreement import warnings
+from fastfpl.report.facts import Row, augmentations, captions, details, rows, subject
+from fastfpl.report.published import published
+from fastfpl.report.runs import each, group_names
+from fastfpl.report.words import NONE, duration, listed, percent, rate, size
 from fastfpl.terminal import plain
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from fastfpl.errors import InputError
 from fastfpl.features import TextFeatures
-from fastfpl.federation.cohort import Share, shapes, stack
 from fastfpl.methods import State
 from fastfpl.ops.memory import memory_limit
+from fastfpl.training.gathering import Share, shapes, stack
 
 __all__ = ["Budget", "Living", "uncapped"]
 

@@ -1,9 +1,9 @@
-"""Training and scoring many clients in one pass: tensors with a leading client dimension."""
+"""Training one cohort: the local epochs of many clients in one pass."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -15,143 +15,17 @@ import torch
 from torch import Tensor
 
 from fastfpl.config import Settings
-from fastfpl.errors import InputError, NotConverged
-from fastfpl.federation.feeds import Feed, Observer, moved
-from fastfpl.federation.graphs import StepGraphs
-from fastfpl.federation.steps import Cohort
+from fastfpl.errors import NotConverged
 from fastfpl.methods import Batch, Method, State
-from fastfpl.methods.contract import asked, check_logits, check_states, check_text, furthest
-from fastfpl.ops.memory import current_limit
+from fastfpl.methods.contract import asked, check_states, furthest, started
 from fastfpl.seeds import generator
+from fastfpl.training.feeds import Feed, Observer, moved
+from fastfpl.training.graphs import StepGraphs
+from fastfpl.training.steps import Cohort
 
-__all__ = [
-    "Gathered",
-    "Scores",
-    "Share",
-    "Trained",
-    "gather",
-    "learning_rate",
-    "score",
-    "shapes",
-    "stack",
-    "train",
-    "unstack",
-]
+__all__ = ["Trained", "learning_rate", "train"]
 
 Indices = npt.NDArray[np.int64]
-
-# bytes of features, logits and what is between of the images that are scored at once: enough for
-# full-speed products
-_SCORED = 1 << 26
-
-
-def stack(states: Sequence[State]) -> State:
-    """Stack states of equal names and shapes along a new leading client dimension."""
-    return {name: torch.stack([state[name] for state in states]) for name in states[0]}
-
-
-def unstack(state: State, count: int) -> list[State]:
-    """Split a stacked state into one state a client; no two share storage."""
-    return [{name: tensor[u].clone() for name, tensor in state.items()} for u in range(count)]
-
-
-# images if they count, and the shapes of what is downloaded and kept
-_Kind = tuple[int | None, Hashable, Hashable]
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one pass may take.
-
-    Attributes
-    ----------
-    clients : int or None
-        Clients of a cohort at most; None for as many as there are.
-    text : int or None
-        Bytes of activations of the text pass (`fastfpl.ops.memory`), None for no limit.
-    """
-
-    clients: int | None = None
-    text: int | None = None
-
-    def both(self, other: Share) -> Share:
-        """Return the lesser of two shares."""
-        return Share(_lesser(self.clients, other.clients), _lesser(self.text, other.text))
-
-
-def _lesser(one: int | None, other: int | None) -> int | None:
-    return min((n for n in (one, other) if n is not None), default=None)
-
-
-@dataclass(frozen=True, eq=False)
-class Gathered:
-    """Clients that can share passes.
-
-    Attributes
-    ----------
-    members : list of int
-        Client numbers, U of them.
-    down, own : State
-        Stacked downloads and kept states.
-    share : Share
-        What their passes may take.
-    """
-
-    members: list[int]
-    down: State
-    own: State
-    share: Share
-
-
-def gather(
-    clients: Sequence[int],
-    states: Callable[[int], tuple[State, State]],
-    share: Callable[[int, State, State], Share],
-    sizes: Mapping[int, int] | None = None,
-) -> Iterator[Gathered]:
-    """Put clients with tensors of the same names and shapes into cohorts, as they come.
-
-    No more states are held at a time than those of one unfinished cohort of each kind.
-
-    Parameters
-    ----------
-    clients : sequence of int
-    states : callable
-        ``states(client)`` returns what the client downloads and what it has kept.
-    share : callable
-        ``share(client, down, own)`` is asked once for every kind of states, with the first client
-        of the kind.
-    sizes : mapping from client to int, optional
-        With it the clients of a cohort also have equally many training images.
-    """
-    shares: dict[_Kind, Share] = {}
-    waiting: dict[_Kind, list[tuple[int, State, State]]] = {}
-
-    def joined(kind: _Kind) -> Gathered:
-        members, downs, owns = zip(*waiting.pop(kind), strict=True)
-        return Gathered(list(members), stack(downs), stack(owns), shares[kind])
-
-    order = sorted(clients, key=lambda c: (0 if sizes is None else sizes[c], c))
-    for client in order:
-        down, own = states(client)
-        kind = (None if sizes is None else sizes[client], shapes(down), shapes(own))
-        if kind not in shares:
-            if sizes is not None:
-                # who has more images comes after all that have fewer
-                for other in [k for k in waiting if k[0] != kind[0]]:
-                    yield joined(other)
-            shares[kind] = share(client, down, own)
-        part = waiting.setdefault(kind, [])
-        part.append((client, down, own))
-        if len(part) == shares[kind].clients:
-            yield joined(kind)
-    for kind in list(waiting):
-        yield joined(kind)
-
-
-def shapes(state: State) -> Hashable:
-    """Return names and shapes of the tensors of a state."""
-    return tuple((name, tuple(tensor.shape)) for name, tensor in sorted(state.items()))
 
 
 def learning_rate(settings: Settings, round_: int, epoch: int, epochs: int) -> float:
@@ -298,7 +172,7 @@ def train(
     down, own = _rows(down, order), _rows(own, order)
     counts = [len(images[c]) for c in members]
     with torch.no_grad():
-        trained, fixed = _started(method, down, own, len(members), training=True)
+        trained, fixed = started(method, down, own, len(members), training=True)
         fixed = dict(fixed)
         if method.surveys(fixed):
             whole = _everything(feed, members, images, counts[0])
@@ -387,20 +261,6 @@ def _refuse_values(
         )
 
 
-def _started(
-    method: Method, down: State, own: State, clients: int, *, training: bool
-) -> tuple[State, State]:
-    """Let a cohort start, and refuse what has no row for each client."""
-    with asked(method, "start", download=down, own=own):
-        pair = method.start(down, own, training=training)
-    trained, fixed = check_states(method, "start", pair, clients)
-    if training and not trained:
-        raise InputError(
-            f"fastfpl.methods: {method.name}'s start must return what is trained; got nothing"
-        )
-    return trained, fixed
-
-
 def _refuse_residuals(cohort: Cohort, members: Sequence[int], where: str) -> None:
     wanted = cohort.method.tolerance
     found = [] if wanted is None else cohort.beyond(wanted.tol)
@@ -461,109 +321,3 @@ def _everything(
         positions=positions,
         mask=torch.ones_like(positions, dtype=torch.bool),
     )
-
-
-@dataclass(frozen=True, eq=False)
-class Scores:
-    """What one client's test images say.
-
-    Attributes
-    ----------
-    answers, labels, domains : ndarray, shape (n,), int64
-        Predicted class, true class and visual domain of each image.
-    """
-
-    answers: Indices
-    labels: Indices
-    domains: Indices
-
-    @property
-    def correct(self) -> int:
-        """Number of right answers."""
-        return int((self.answers == self.labels).sum())
-
-    @property
-    def images(self) -> int:
-        """Number of images."""
-        return len(self.labels)
-
-    @property
-    def accuracy(self) -> float:
-        """Share of right answers in [0, 1]."""
-        return self.correct / self.images
-
-    @property
-    def macro_f1(self) -> float:
-        """Mean F1 over the classes that occur among the labels, in [0, 1]."""
-        classes = max(int(self.labels.max()), int(self.answers.max())) + 1
-        right = np.bincount(self.labels[self.answers == self.labels], minlength=classes)
-        asked = np.bincount(self.labels, minlength=classes)
-        said = np.bincount(self.answers, minlength=classes)
-        present = asked > 0
-        return float((2 * right[present] / (asked + said)[present]).mean())
-
-
-@torch.no_grad()
-def score(
-    method: Method,
-    members: Sequence[int],
-    down: State,
-    own: State,
-    feed: Feed,
-    images: Mapping[int, Indices],
-    *,
-    trial: bool = False,
-) -> dict[int, Scores]:
-    """Evaluate a cohort, each client on its own test images over all C classes.
-
-    Text features are encoded once; a down and own of one row serve all members (a global model).
-    So many images are scored at once as 64 MiB hold of their features and of what stands between
-    these and the logits, or the limit around (`fastfpl.ops.memory`) if it is lower. A ``trial``
-    scores no more than these of every client, to see what it needs.
-    """
-    rows = len(next(iter({**down, **own}.values())))
-    trained, fixed = _started(method, down, own, rows, training=False)
-    text = method.text(trained, fixed)
-    check_text(method, text, rows)
-    count = _at_once(method, fixed, feed.batch(images[members[0]][None, :1]))
-    result = {}
-    shared: dict[bytes, Scores] = {}
-    for u, client in enumerate(members):
-        at = u if text.shape[0] > 1 else 0
-        # one model and one list of images: one answer
-        key = images[client].tobytes() if text.shape[0] == 1 else None
-        if key is not None and key in shared:
-            result[client] = shared[key]
-            continue
-        mine = {k: v[at : at + 1] for k, v in trained.items()}
-        constants = {k: v[at : at + 1] for k, v in fixed.items()}
-        answers = []
-        where = images[client][:count] if trial else images[client]
-        for start in range(0, len(where), count):
-            part = where[start : start + count][None]
-            logits = method.logits(text[at : at + 1], mine, constants, feed.batch(part))
-            check_logits(method, logits, (1, part.shape[1], len(method.task.classes)))
-            # no class has the number -1
-            finite = logits.isfinite().all(dim=-1)
-            answers.append(torch.where(finite, logits.argmax(dim=-1), -1)[0].cpu().numpy())
-            if (answers[-1] < 0).any():
-                raise NotConverged(
-                    f"fastfpl.run: logits must be finite; got one that is not for client {client} "
-                    f"in an evaluation of {method.name}; lower lr={method.task.lr}"
-                )
-        result[client] = Scores(
-            np.concatenate(answers), feed.split.labels[where], feed.split.domains[where]
-        )
-        if key is not None:
-            shared[key] = result[client]
-    return result
-
-
-def _at_once(method: Method, fixed: State, image: Tensor) -> int:
-    """Say how many images are scored at once, given the features of one: (1, 1, ...)."""
-    numbers = method.scoring_numbers(fixed, image.shape[2:])
-    wide = torch.promote_types(image.dtype, method.task.dtype).itemsize
-    budget = min(_SCORED, current_limit() or _SCORED)
-    count = budget // (image.nbytes + numbers * wide)
-    together = method.scored_together
-    return max(together, count // together * together)

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from fastfpl.config import Settings
 from fastfpl.errors import NotSupported
-from fastfpl.federation.steps import Cohort
 from fastfpl.methods import Batch, Method, State
 from fastfpl.ops import all_faces
 from fastfpl.ops.faces import note_face, recorded_faces
+from fastfpl.training.steps import Cohort
 
 __all__ = ["Capture", "CudaCapture", "StepGraphs", "against", "step_graphs"]
 

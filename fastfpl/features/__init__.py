@@ -1,0 +1,16 @@
+"""Features that are computed once: image features on disk, text features in memory."""
+
+from __future__ import annotations
+
+from fastfpl.features.file import FeatureKey, Features
+from fastfpl.features.store import FeatureStore, default_directory
+from fastfpl.features.text import TextFeatures, TextKey
+
+__all__ = [
+    "FeatureKey",
+    "FeatureStore",
+    "Features",
+    "TextFeatures",
+    "TextKey",
+    "default_directory",
+]

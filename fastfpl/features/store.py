@@ -1,0 +1,310 @@
+"""Image features on disk, computed once: what is there is opened, the rest is encoded."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fastfpl.errors import Damaged, InputError, KindError, Missing, cut
+from fastfpl.features.file import (
+    DTYPES,
+    KINDS,
+    FeatureKey,
+    Features,
+    digest_of,
+    facts_of,
+    header_of,
+    intact,
+    nbytes_of,
+    offset_of,
+    open_features,
+)
+from fastfpl.files import Growing, on_disk, sweep_parts
+
+__all__ = ["FeatureStore", "default_directory"]
+
+_LOG = logging.getLogger("fastfpl")
+# stems of the files of keys
+_MINE = re.compile(f"(?:{'|'.join(KINDS)})-[0-9a-f]{{32}}")
+# seconds after which half a file goes that nobody can go on with, or that nobody went on with
+_PRIVATE_FOR, _RESUMABLE_FOR = 24 * 3600.0, 7 * 24 * 3600.0
+
+
+def default_directory() -> Path:
+    """Return ``$XDG_CACHE_HOME/fastfpl/features``, by default below ``~/.cache``.
+
+    Raises
+    ------
+    Missing
+        If nobody knows the user's home: HOME is not set and the user has no entry of its own.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    try:
+        return Path(base).expanduser() / "fastfpl" / "features"
+    except RuntimeError:
+        raise Missing(
+            f"fastfpl.features: the folder of image features must have a place; got {base} without "
+            "a home: name it by cache (--cache), or set HOME or XDG_CACHE_HOME"
+        ) from None
+
+
+class FeatureStore:
+    """Image features on disk, one safetensors file per key, computed when first needed.
+
+    Parameters
+    ----------
+    directory : Path, optional
+        Created when needed; `default_directory` if left out.
+    chunk : int
+        Rows that are encoded in one call.
+
+    Notes
+    -----
+    A file appears under its name only when it is whole. What a process has encoded before it died
+    is not lost: the next one that asks for the key with the same ``chunk`` verifies the chunks that
+    are there and goes on after the last whole one; the file is, byte for byte, the one that would
+    have been written without the interruption. Any number of processes may share a directory; one
+    that misses a key while another one is encoding it does not wait but encodes it too, and the
+    later file replaces the equal earlier one. What nobody goes on with is removed after a week.
+
+    The checksum of a file is verified when a process opens it for the first time. A file that is
+    damaged, or of another version of this library, is computed again, with a warning of the logger
+    ``"fastfpl"``.
+    """
+
+    def __init__(self, directory: Path | None = None, *, chunk: int = 256) -> None:
+        if chunk < 1:
+            raise InputError(f"fastfpl.features.FeatureStore: chunk must be positive; got {chunk}")
+        self.directory = default_directory() if directory is None else Path(directory)
+        self.chunk = chunk
+
+    def check(self) -> None:
+        """Refuse a directory that is none, or that cannot be made; it is not made yet.
+
+        One that is there may be read only: what it holds serves, and what lacks cannot be kept.
+        """
+        try:
+            there = next(p for p in (self.directory, *self.directory.parents) if p.exists())
+            reason = None if there.is_dir() else f"{there} is a file"
+            if there != self.directory and not os.access(there, os.W_OK | os.X_OK):
+                reason = f"{there} cannot be written to"
+        except (OSError, ValueError) as error:  # too long a name; NUL
+            reason = (isinstance(error, OSError) and error.strerror) or str(error)
+        if reason is not None:
+            raise InputError(
+                "fastfpl.features.FeatureStore: directory (--cache) must be a folder, or one that "
+                f"can be made; got {cut(str(self.directory))!r}: {reason}"
+            )
+
+    def get(
+        self,
+        key: FeatureKey,
+        n: int,
+        build: Callable[[npt.NDArray[np.int64]], Tensor],
+        progress: Callable[[int, int], None] | None = None,
+        *,
+        ahead: Callable[[Iterable[npt.NDArray[np.int64]]], None] | None = None,
+    ) -> Features:
+        """Open the features of a key, computing them first if they are not there.
+
+        Parameters
+        ----------
+        key : FeatureKey
+        n : int
+            Number of rows, i.e. of images.
+        build : callable
+            ``build(indices)`` with indices (m,), int64, returns finite features, floating Tensor of
+            shape (m, ...), which are converted to the key's dtype.
+        progress : callable, optional
+            Called as ``progress(done, n)`` after each chunk that is computed, and before the first
+            one if some are there already.
+        ahead : callable, optional
+            Told, before the first chunk is built, of the indices of all of them in their order.
+
+        Returns
+        -------
+        features : Features
+            Mapped from disk, not loaded.
+
+        Raises
+        ------
+        InputError
+            If ``n`` or what ``build`` returned is refused, or the directory cannot be written.
+        KindError
+            If ``build`` returned anything but floating point numbers.
+        """
+        if n < 1:
+            raise InputError(f"fastfpl.features.FeatureStore: n must be positive; got {n}")
+        path = self.directory / key.filename
+        try:
+            found = open_features(path, key, n)
+        except Damaged as error:
+            _LOG.warning("%s; it is computed again", error)
+            found = None
+        if found is None:
+            self._write(path, key, n, _Job(build, progress or _unseen, ahead or _unseen))
+            found = open_features(path, key, n)
+        if found is None:
+            raise Damaged(
+                f"fastfpl.features.FeatureStore: {path} must stay while it is in use; "
+                "got no file after it was written"
+            )
+        return found
+
+    def _write(self, path: Path, key: FeatureKey, n: int, job: _Job) -> None:
+        with _disk(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            sweep_parts(self.directory, _MINE, private=_PRIVATE_FOR, resumable=_RESUMABLE_FOR)
+            growing = Growing(path, {**facts_of(key, (n,)), "chunk": self.chunk})
+        with growing:
+            # another process may have ended since this one looked
+            if intact(path, key, n):
+                growing.forget()
+            else:
+                self._fill(growing, key, n, job)
+
+    def _fill(self, growing: Growing, key: FeatureKey, n: int, job: _Job) -> None:
+        counts = [min(self.chunk, n - start) for start in range(0, n, self.chunk)]
+        shape: tuple[int, ...] = ()
+        digest = hashlib.blake2b(digest_size=16)
+        done = 0
+        if _is_row(growing.note):
+            shape = (n, *growing.note)
+            digest, row = digest_of(key, shape), nbytes_of(key, shape[1:])
+            with _disk(self.directory):
+                for kept in growing.resume(offset_of(key, shape), (c * row for c in counts)):
+                    digest.update(kept)
+                    done += len(kept) // row
+        resumed = done
+        if resumed:
+            _LOG.info("fastfpl.features: %d of %d images are there already", done, n)
+            job.progress(done, n)
+        chunks = [
+            np.arange(at, min(n, at + self.chunk), dtype=np.int64)
+            for at in range(done, n, self.chunk)
+        ]
+        job.ahead(chunks)
+        for count, leaving in _built(chunks, job.build, key):
+            row_shape = tuple(leaving.rows.shape[1:])
+            if done == 0:
+                shape = (n, *row_shape)
+                digest = digest_of(key, shape)
+                with _disk(self.directory):
+                    growing.begin(offset_of(key, shape), list(row_shape))
+            elif done == resumed and row_shape != shape[1:]:
+                # what is there was built by something else
+                growing.forget()
+                return self._fill(growing, key, n, job)
+            data = _raw(leaving, (count, *shape[1:]), key)
+            digest.update(data)
+            with _disk(self.directory):
+                growing.append(data)
+            done += count
+            job.progress(done, n)
+        # the checksum is known only now; the header keeps its length
+        with _disk(self.directory):
+            growing.finish(header_of(key, shape, digest.hexdigest()))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Who builds features, and who is told of it."""
+
+    build: Callable[[npt.NDArray[np.int64]], Tensor]
+    progress: Callable[[int, int], None]
+    ahead: Callable[[Iterable[npt.NDArray[np.int64]]], None]
+
+
+def _unseen(*_: Any) -> None:
+    """Tell nobody."""
+
+
+@dataclass(frozen=True)
+class _Leaving:
+    """Features on the host, or on their way to it until the event."""
+
+    rows: Tensor
+    finite: Tensor
+    event: torch.cuda.Event | None
+
+
+def _built(
+    chunks: Iterable[npt.NDArray[np.int64]],
+    build: Callable[[npt.NDArray[np.int64]], Tensor],
+    key: FeatureKey,
+) -> Iterator[tuple[int, _Leaving]]:
+    """Build chunk after chunk; a CUDA device gets the next one before the last one is written."""
+    waiting: tuple[int, _Leaving] | None = None
+    for at in chunks:
+        try:
+            leaving = _leave(build(at), key)
+        except BaseException:
+            if waiting is not None:
+                yield waiting
+            raise
+        if waiting is not None:
+            yield waiting
+        waiting = (len(at), leaving)
+        if leaving.event is None:
+            yield waiting
+            waiting = None
+    if waiting is not None:
+        yield waiting
+
+
+def _leave(rows: Tensor, key: FeatureKey) -> _Leaving:
+    """Convert what was built and send it to the host, without waiting for a CUDA device."""
+    if not rows.is_floating_point():
+        raise KindError(
+            f"fastfpl.features.FeatureStore: build must return floating point; got {rows.dtype}"
+        )
+    kept = rows.detach().to(DTYPES[key.dtype][0]).contiguous()
+    finite = torch.isfinite(kept).all()
+    if not kept.is_cuda:
+        return _Leaving(kept.cpu(), finite.cpu(), None)
+    hosts = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in (kept, finite)]
+    for host, tensor in zip(hosts, (kept, finite), strict=True):
+        host.copy_(tensor, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return _Leaving(hosts[0], hosts[1], event)
+
+
+def _disk(directory: Path) -> AbstractContextManager[None]:
+    op = "fastfpl.features.FeatureStore"
+    return on_disk(op, "directory", directory, "or name another folder (--cache)")
+
+
+def _raw(leaving: _Leaving, shape: tuple[int, ...], key: FeatureKey) -> memoryview:
+    """Wait for features, check them and return their bytes."""
+    rows = leaving.rows
+    if tuple(rows.shape) != shape or rows.numel() == 0:
+        raise InputError(
+            f"fastfpl.features.FeatureStore: build must return shape {shape}, none of it 0; got "
+            f"{tuple(rows.shape)}"
+        )
+    if leaving.event is not None:
+        leaving.event.synchronize()
+    if not bool(leaving.finite):
+        raise InputError(
+            f"fastfpl.features.FeatureStore: build must return features that are finite in "
+            f"{key.dtype}; got a value that is not"
+        )
+    return rows.view(-1).view(torch.uint8).numpy().data
+
+
+def _is_row(note: Any) -> bool:
+    """Whether what a journal notes is the shape of a row."""
+    return isinstance(note, list) and all(type(size) is int and size > 0 for size in note)

@@ -1,0 +1,169 @@
+"""What every client's model is asked, and how it answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastfpl.methods import Method, State
+from fastfpl.ops.memory import current_limit, memory_limit
+from fastfpl.training.feeds import Feed
+from fastfpl.training.gathering import Share, gather, row, stack
+from fastfpl.training.scoring import Scores, score
+from fastfpl.training.trainer import Trainer
+
+__all__ = ["Exam", "Examiner", "marks"]
+
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Exam:
+    """A question of the scenario, ready to be asked.
+
+    Attributes
+    ----------
+    name, about : str
+    method : Method
+        Over the classes of the question.
+    feed : Feed
+    images : list of ndarray
+        Positions in the feed's split for each client.
+    domains : tuple of str
+        Visual domains of the split.
+    """
+
+    name: str
+    about: str
+    method: Method
+    feed: Feed
+    images: Sequence[Indices]
+    domains: tuple[str, ...]
+
+
+@dataclass
+class Examiner:
+    """Puts exams to the models of clients.
+
+    Attributes
+    ----------
+    trainer : Trainer
+        What clients trained with: its method is asked, and fine-tuned by it before where the
+        method wants that.
+    exams : list of Exam
+        The first is the headline.
+    clients : int
+        Number of clients N.
+    """
+
+    trainer: Trainer
+    exams: list[Exam]
+    clients: int
+
+    def ask(
+        self,
+        round_: int,
+        states: Callable[[int], tuple[State, State]],
+        keep: Callable[[int, State], None] | None = None,
+    ) -> list[list[Scores]]:
+        """Put every exam to every client's model after a round; one list of scores an exam.
+
+        Parameters
+        ----------
+        round_ : int
+            The round that was played last.
+        states : callable
+            ``states(client)`` returns what the client answers with, its download and its own.
+        keep : callable, optional
+            ``keep(client, own)`` is told what a client would keep of the fine-tuning before.
+        """
+        trainer, method = self.trainer, self.trainer.method
+        everyone = list(range(self.clients))
+        if not method.personal:
+            # one global model serves every client
+            one, _ = states(0)
+            share = self.share(0, one, {})
+            with memory_limit(share.text):
+                down = stack([one])
+                return [_answers(exam, everyone, down, {}) for exam in self.exams]
+
+        def share_of(client: int, down: State, own: State) -> Share:
+            share = self.share(client, down, own)
+            if method.tune_epochs:
+                tuning = trainer.share(client, down, own, round_, self.forget)
+                share = share.both(tuning)
+            return share
+
+        found: list[dict[int, Scores]] = [{} for _ in self.exams]
+        alike = trainer.alike(everyone) if method.tune_epochs else None
+        for part in gather(everyone, states, share_of, alike):
+            members, own = part.members, part.own
+            with memory_limit(part.share.text):
+                if method.tune_epochs:
+                    own = trainer.tuned(members, part.down, own, round_)
+                    if keep is not None:
+                        for u, client in enumerate(members):
+                            keep(client, row(own, u))
+                for scores, exam in zip(found, self.exams, strict=True):
+                    answers = _answers(exam, members, part.down, own)
+                    scores |= dict(zip(members, answers, strict=True))
+            trainer.observer(
+                f"round {round_ + 1} of {trainer.settings.rounds}, evaluating",
+                len(found[0]),
+                len(everyone),
+            )
+        return [[scores[c] for c in everyone] for scores in found]
+
+    def share(self, client: int, down: State, own: State) -> Share:
+        """Say what the evaluation of clients with states like these may take."""
+        budget, settings, method = self.trainer.budget, self.trainer.settings, self.trainer.method
+        if budget is None:
+            return Share(settings.cohort, current_limit())
+
+        def ask(members: list[int], downs: State, owns: State) -> None:
+            for exam in self.exams:
+                longest = max(exam.images, key=len)
+                images = dict.fromkeys(members, longest)
+                score(exam.method, members, downs, owns, exam.feed, images, trial=True)
+
+        # one global model serves all
+        most = settings.cohort if method.personal else 1
+        kind, apart = (down, own), method.apart
+        return budget.share("evaluation", kind, apart, ask, client, None, most, self.forget)
+
+    def forget(self) -> None:
+        """Forget the text features of training and of every exam."""
+        self.trainer.forget()
+        for exam in self.exams:
+            exam.method.task.text_features.clear()
+
+
+def _answers(exam: Exam, members: Sequence[int], down: State, own: State) -> list[Scores]:
+    images = {c: exam.images[c] for c in members}
+    scores = score(exam.method, members, down, own, exam.feed, images)
+    return [scores[c] for c in members]
+
+
+def marks(scores: Sequence[Scores], domains: tuple[str, ...]) -> dict[str, Any]:
+    """Say how one exam went: unweighted means over clients, in all and domain by domain.
+
+    The figure of a domain is a mean over the clients that have test images of it.
+    """
+    clients = [s.accuracy for s in scores]
+    by_domain = {}
+    for d, name in enumerate(domains):
+        right = [s.answers[s.domains == d] == s.labels[s.domains == d] for s in scores]
+        shares = [float(r.mean()) for r in right if len(r)]
+        if shares:
+            by_domain[name] = math.fsum(shares) / len(shares)
+    return {
+        "accuracy": math.fsum(clients) / len(clients),
+        "macro_f1": math.fsum(s.macro_f1 for s in scores) / len(scores),
+        "clients": clients,
+        "domains": by_domain,
+    }

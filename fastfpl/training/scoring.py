@@ -1,0 +1,131 @@
+"""Scoring a cohort: what its test images say of every client's model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fastfpl.errors import NotConverged
+from fastfpl.methods import Method, State
+from fastfpl.methods.contract import check_logits, check_text, started
+from fastfpl.ops.memory import current_limit
+from fastfpl.training.feeds import Feed
+
+__all__ = ["Scores", "score"]
+
+Indices = npt.NDArray[np.int64]
+
+# bytes of features, logits and what is between of the images that are scored at once: enough for
+# full-speed products
+_SCORED = 1 << 26
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What one client's test images say.
+
+    Attributes
+    ----------
+    answers, labels, domains : ndarray, shape (n,), int64
+        Predicted class, true class and visual domain of each image.
+    """
+
+    answers: Indices
+    labels: Indices
+    domains: Indices
+
+    @property
+    def correct(self) -> int:
+        """Number of right answers."""
+        return int((self.answers == self.labels).sum())
+
+    @property
+    def images(self) -> int:
+        """Number of images."""
+        return len(self.labels)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers in [0, 1]."""
+        return self.correct / self.images
+
+    @property
+    def macro_f1(self) -> float:
+        """Mean F1 over the classes that occur among the labels, in [0, 1]."""
+        classes = max(int(self.labels.max()), int(self.answers.max())) + 1
+        right = np.bincount(self.labels[self.answers == self.labels], minlength=classes)
+        asked = np.bincount(self.labels, minlength=classes)
+        said = np.bincount(self.answers, minlength=classes)
+        present = asked > 0
+        return float((2 * right[present] / (asked + said)[present]).mean())
+
+
+@torch.no_grad()
+def score(
+    method: Method,
+    members: Sequence[int],
+    down: State,
+    own: State,
+    feed: Feed,
+    images: Mapping[int, Indices],
+    *,
+    trial: bool = False,
+) -> dict[int, Scores]:
+    """Evaluate a cohort, each client on its own test images over all C classes.
+
+    Text features are encoded once; a down and own of one row serve all members (a global model).
+    So many images are scored at once as 64 MiB hold of their features and of what stands between
+    these and the logits, or the limit around (`fastfpl.ops.memory`) if it is lower. A ``trial``
+    scores no more than these of every client, to see what it needs.
+    """
+    rows = len(next(iter({**down, **own}.values())))
+    trained, fixed = started(method, down, own, rows, training=False)
+    text = method.text(trained, fixed)
+    check_text(method, text, rows)
+    count = _at_once(method, fixed, feed.batch(images[members[0]][None, :1]))
+    result = {}
+    shared: dict[bytes, Scores] = {}
+    for u, client in enumerate(members):
+        at = u if text.shape[0] > 1 else 0
+        # one model and one list of images: one answer
+        key = images[client].tobytes() if text.shape[0] == 1 else None
+        if key is not None and key in shared:
+            result[client] = shared[key]
+            continue
+        mine = {k: v[at : at + 1] for k, v in trained.items()}
+        constants = {k: v[at : at + 1] for k, v in fixed.items()}
+        answers = []
+        where = images[client][:count] if trial else images[client]
+        for start in range(0, len(where), count):
+            part = where[start : start + count][None]
+            logits = method.logits(text[at : at + 1], mine, constants, feed.batch(part))
+            check_logits(method, logits, (1, part.shape[1], len(method.task.classes)))
+            # no class has the number -1
+            finite = logits.isfinite().all(dim=-1)
+            answers.append(torch.where(finite, logits.argmax(dim=-1), -1)[0].cpu().numpy())
+            if (answers[-1] < 0).any():
+                raise NotConverged(
+                    f"fastfpl.run: logits must be finite; got one that is not for client {client} "
+                    f"in an evaluation of {method.name}; lower lr={method.task.lr}"
+                )
+        result[client] = Scores(
+            np.concatenate(answers), feed.split.labels[where], feed.split.domains[where]
+        )
+        if key is not None:
+            shared[key] = result[client]
+    return result
+
+
+def _at_once(method: Method, fixed: State, image: Tensor) -> int:
+    """Say how many images are scored at once, given the features of one: (1, 1, ...)."""
+    numbers = method.scoring_numbers(fixed, image.shape[2:])
+    wide = torch.promote_types(image.dtype, method.task.dtype).itemsize
+    budget = min(_SCORED, current_limit() or _SCORED)
+    count = budget // (image.nbytes + numbers * wide)
+    together = method.scored_together
+    return max(together, count // together * together)
