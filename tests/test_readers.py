@@ -73,13 +73,15 @@ def bounded(what: str) -> Iterator[None]:
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + BYTES, before[1]))
     begin = time.process_time()
+    sentence = ""
     try:
         yield
     except FastfplError as error:
-        assert "\n" not in str(error), what
-        assert len(str(error)) < 3000, what
+        sentence = str(error)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
+    assert "\n" not in sentence, what
+    assert len(sentence) < 3000, what
     assert time.process_time() - begin < SECONDS, what
 
 
