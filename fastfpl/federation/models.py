@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastfpl.clip import FrozenCLIP
 from fastfpl.config import Settings
-from fastfpl.errors import Damaged, InputError, Missing
+from fastfpl.errors import Damaged, InputError, Missing, shown
 from fastfpl.features import TextFeatures
 from fastfpl.federation.checkpoint import (
     CHECKPOINT,
@@ -167,8 +167,13 @@ def load_models(folder: str | Path, device: torch.device | str = "cpu") -> Model
         settings = Settings.model_validate_json(json.dumps(found.settings))
         check_options(settings.method, settings.options)
     except (ValidationError, InputError, ValueError) as error:
+        got = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            got = f"{where}: {first['msg']} instead of {shown(first['input'])}"
         raise Damaged(
-            f"fastfpl.load_models: {folder / CHECKPOINT} must hold a run's settings; got {error}"
+            f"fastfpl.load_models: {folder / CHECKPOINT} must hold a run's settings; got {got}"
         ) from None
     return Models(settings, found)
 
