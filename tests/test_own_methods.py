@@ -156,7 +156,7 @@ def test_another_class_of_the_name_does_not_go_on(tmp_path):
     assert len(fastfpl.run(defined(1), **more).rounds) == 2
     KNOWN.clear()
     with pytest.raises(
-        InputError, match=r"cell, must be known; it came from Cell of __main__: hand"
+        InputError, match=r"cell, must be known; it is Cell of __main__, source .*: hand"
     ):
         load_models(out)
 

@@ -18,7 +18,7 @@ from safetensors.torch import load, save
 from fastfpl import __version__
 from fastfpl.config import Settings
 from fastfpl.data import scheme_of
-from fastfpl.errors import Damaged, InputError
+from fastfpl.errors import Damaged, InputError, cut, shown
 from fastfpl.federation.result_schema import Row
 from fastfpl.federation.shared import DOWNLOADS, TUNED, SharedStates
 from fastfpl.federation.states import CLIENTS, StateFiles
@@ -33,6 +33,7 @@ __all__ = [
     "check_source",
     "files_of",
     "load_checkpoint",
+    "origin_of",
     "read_checkpoint",
     "save_checkpoint",
     "settings_facts",
@@ -276,16 +277,20 @@ def check_source(
     then, method = head["facts"].get(METHOD_SOURCE), head["facts"].get("method")
     if then == source or then is None:
         return
-    was, now = (
-        "the library's"
-        if one is None
-        else f"{one.get('class')} of {one.get('module')}, source {str(one.get('blake2b'))[:12]}"
-        for one in (then, source)
-    )
     raise InputError(
-        f"{op}: {method} must be the one that {folder} was made with, {was}; got {now}: put its "
-        "source back, or use another out"
+        f"{op}: {cut(str(method))} must be the one that {folder} was made with, "
+        f"{origin_of(then)}; got {origin_of(source)}: put its source back, or use another out"
     )
+
+
+def origin_of(source: Any) -> str:
+    """Write where a method came from for a sentence; a file may hold anything in its place."""
+    if source is None:
+        return "the library's"
+    if not isinstance(source, dict):
+        return shown(source)
+    name, module, digest = (str(source.get(key)) for key in ("class", "module", "blake2b"))
+    return f"{cut(name)} of {cut(module)}, source {digest[:12]}"
 
 
 def load_checkpoint(

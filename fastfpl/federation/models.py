@@ -15,13 +15,14 @@ from torch import Tensor
 
 from fastfpl.clip import FrozenCLIP
 from fastfpl.config import Settings
-from fastfpl.errors import Damaged, InputError, Missing, shown
+from fastfpl.errors import Damaged, InputError, Missing, cut, shown
 from fastfpl.features import TextFeatures
 from fastfpl.federation.checkpoint import (
     CHECKPOINT,
     METHOD_SOURCE,
     Checkpoint,
     check_source,
+    origin_of,
     read_checkpoint,
 )
 from fastfpl.methods import (
@@ -185,9 +186,9 @@ def _check_method(folder: Path, found: Checkpoint) -> None:
         return
     if name not in method_names():
         raise InputError(
-            f"fastfpl.load_models: the method of {folder}, {name}, must be known; it came from "
-            f"{then.get('class')} of {then.get('module')}: hand its class or "
-            "path/to/file.py:Class to fastfpl.methods.method_name before"
+            f"fastfpl.load_models: the method of {folder}, {cut(name)}, must be known; it is "
+            f"{origin_of(then)}: hand its class or path/to/file.py:Class to "
+            "fastfpl.methods.method_name before"
         )
     check_source("fastfpl.load_models", folder, {"facts": found.facts}, method_source(name))
 
