@@ -481,7 +481,7 @@ def test_labels_that_are_numbers_get_names_beside_the_manifest(tmp_path):
         ("a.csv", "path,label\n\udcff.png,cat\n", "must be a table in UTF-8"),
         ("a.jsonl", "[1]\n", "row 1 of .* must be a JSON object"),
         ("a.jsonl", "{\n", "row 1 of .* must be JSON"),
-        ("a.xlsx", "x", "path must end with .csv, .tsv, .jsonl"),
+        ("a.xlsx", "x", "path must end with .csv, .tsv, .jsonl, .ndjson, .parquet; got a.xlsx"),
         ("a.parquet", "x", "must be parquet|pyarrow or pandas must be there"),
     ],
 )
@@ -588,6 +588,29 @@ def test_a_client_without_test_images_is_said_and_left_out_of_the_mean(tmp_path,
                 }
             )
         )
+
+
+def test_own_images_play_the_scenarios(tmp_path):
+    folder = vendors(tmp_path / "emoji", each=4)
+    same = {"rounds": 1, "local_epochs": 1, "n_ctx": 2, "shots": 2, "cache": tmp_path / "cache"}
+    for scenario, more in (
+        ("base-to-novel", {"partition": "given"}),
+        ("leave-one-domain-out", {"partition": "domain", "target": "google"}),
+        ("multi-domain", {"partition": "domain"}),
+        ("global", {"partition": "iid", "clients": 2}),
+    ):
+        result = fastfpl.run("promptfl", dataset=folder, scenario=scenario, **more, **same)
+        assert all(0 <= exam["accuracy"] <= 1 for exam in result.rounds[-1]["exams"].values())
+    more = {"scenario": "cross-dataset", "target": f"folder:{folder}", "clients": 2}
+    result = fastfpl.run("promptfl", dataset="digits", partition="iid", **more, **same)
+    # no page says where the images lie
+    assert result.data["exams"]["target"] == "all test images of emoji"
+    with pytest.raises(
+        Missing, match=r"must be a folder or a zip file of images; got .*nowhere \("
+    ):
+        fastfpl.run("promptfl", dataset=tmp_path / "nowhere", **same)
+    with pytest.raises(Missing, match=r"path must be a file; got .*nowhere.csv \(nothing\)"):
+        fastfpl.run("promptfl", dataset=tmp_path / "nowhere.csv", **same)
 
 
 def test_a_domain_without_test_images_is_said_too(tmp_path):

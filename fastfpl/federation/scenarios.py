@@ -184,7 +184,7 @@ def arrange(
         if settings.digest is not None and scheme_of(settings.target) in _DATED:
             how["digest"] = settings.digest
         other = load_dataset(settings.target, root, on_corrupt=settings.on_corrupt, **how)
-        target = _all("target", f"all test images of {settings.target}", other, shards)
+        target = _all("target", f"all test images of {other.name}", other, shards)
         return Scenario(dataset, shards, [target, own])
     return plain
 
