@@ -619,7 +619,7 @@ def test_a_domain_without_test_images_is_said_too(tmp_path):
     said = {"method": "promptfl", "dataset": f"folder:{folder}", "partition": "domain"}
     planned = plan(make_settings(said))
     assert [len(s.test) for s in planned.scenario.shards] == [1, 0]
-    assert "client 1 has no test images of its own" in planned.scenario.dataset.notes[-1]
+    assert "client 1 (oil) has no test images of its own" in planned.scenario.dataset.notes[-1]
 
 
 # -- from the command line -------------------------------------------------------------------------

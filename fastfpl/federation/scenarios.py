@@ -93,7 +93,10 @@ class Scenario:
             lacking = [u for u, images in enumerate(question.images) if not len(images)]
             if not lacking:
                 continue
-            who = listed_clients(lacking, client_names(settings, self.dataset))
+            names = client_names(settings, self.dataset)
+            if settings.partition == "domain":  # numbers in tables, which say little here
+                names = tuple(f"{u} ({name})" for u, name in enumerate(self.dataset.domains))
+            who = listed_clients(lacking, names)
             if len(lacking) == len(question.images):
                 raise InputError(
                     "fastfpl.run: a client must have a test image to be asked about "
