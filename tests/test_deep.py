@@ -230,7 +230,8 @@ def test_low_precision_errs_at_most_twice_as_much_as_the_literal_pass(
         pytest.skip("the C++ face has no float16")
     wide = random_tower(width=64, heads=2, dim=32)
     layout = words(wide).layout(6)
-    ctx, deep = (draw(*s, seed=7).to(dtype) for s in ((24, 6, 64), (24, 2, 6, 64)))
+    # so many that neither way is lucky: single prompts amplify rounding ten times or not at all
+    ctx, deep = (draw(*s, seed=7).to(dtype) for s in ((96, 6, 64), (96, 2, 6, 64)))
     exact = found_by("reference", wide, layout, ctx.double(), deep.double())
     narrow = wide.to("cpu", dtype)
     eager = found_by("reference", narrow, layout, ctx, deep)
@@ -244,7 +245,7 @@ def test_low_precision_errs_at_most_twice_as_much_as_the_literal_pass(
 def test_autocast_is_as_good_as_the_literal_pass(name: str) -> None:
     wide = random_tower(width=64, heads=2, dim=32)
     layout = words(wide).layout(6)
-    ctx, deep = (draw(*s, seed=7).float() for s in ((24, 6, 64), (24, 2, 6, 64)))
+    ctx, deep = (draw(*s, seed=7).float() for s in ((96, 6, 64), (96, 2, 6, 64)))
     exact = found_by("reference", wide, layout, ctx.double(), deep.double())
     narrow = wide.to("cpu", torch.float32)
     with torch.autocast("cpu", torch.bfloat16):

@@ -99,7 +99,8 @@ def encode_text(
     Differentiable in: ctx and deep, once on the compiled faces, whose place the torch face takes
     for forward mode and torch.func. Deterministic: yes. LayerNorm and normalisation in float32
     (float64 for float64). Under autocast matrix products and attention run in its dtype and the
-    residual stream in the tower's; the compiled faces keep the rounded weights. Equal to the full-length pass up to rounding.
+    residual stream in the tower's; the compiled faces keep the rounded weights. Equal to the
+    full-length pass up to rounding.
     The compiled faces compute nothing that no context reaches: SOS, the first layer's keys and
     values of names, all but the EOT rows in the last layer.
     Memory: activations of (prefix + suffix) tokens per context when a gradient is wanted, of C·L
