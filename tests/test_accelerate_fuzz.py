@@ -210,7 +210,7 @@ QUIRKS = ["place", "add", "stop", "turn", "half", "mix"]
 class Block(OpenAIBlock):
     """Deep prompts, handed over in a list or its own, with a quirk from the start or later."""
 
-    head, prompt, quirk, late, box = False, None, "", "", Box(False)
+    head, quirk, late, box = False, "", "", Box(False)
 
     def forward(self, inputs):
         if not isinstance(inputs, list):
