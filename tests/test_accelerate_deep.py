@@ -90,7 +90,7 @@ def test_deep_prompts_keep_logits_and_gradients(name):
     assert all(call.startswith("fast") for call in how(model)), how(model)
     shared = {"one slot": 2, "one class": 10}.get(name, 1 if "class-specific" in name else 5)
     assert any(f"{shared} leading rows shared" in call for call in how(model)), how(model)
-    if name != "none":
+    if name not in ("none", "one class"):  # with one class nothing is learned
         assert any("prompts replaced before" in call for call in how(model)), how(model)
         grads = step(literal.train(), images())
         deep = [g for key, g in grads.items() if "deeper" in key or "transformer" in key]

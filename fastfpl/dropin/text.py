@@ -445,11 +445,10 @@ def _form_of_deep(name: str, value: Any, width: int) -> tuple[Any, ...]:
     layers = list(value)
     tensors = [t for t in layers if isinstance(t, Tensor) and t.is_floating_point()]
     kinds = {(tuple(t.shape), t.dtype) for t in tensors}
-    if len(tensors) != len(layers) or len(kinds) != 1:
+    shape, dtype = kinds.pop() if len(kinds) == 1 else ((), None)
+    fits = len(shape) == 2 and shape[1] == width and shape[0]
+    if len(tensors) != len(layers) or not fits:
         refuse(f"the call has the argument {name} beside prompts and tokenized prompts")
-    shape, dtype = kinds.pop()
-    if len(shape) != 2 or shape[1] != width or not shape[0]:
-        refuse(f"the argument {name} is no deep prompts: a list of (tokens, width) for the layers")
     return name, kind, len(layers), shape, dtype
 
 
@@ -804,7 +803,7 @@ class Transformers(Text):
         """Encode token ids; the states of all tokens are computed when somebody looks at them."""
         ids, mask = self._given(module, args, kwargs)
         embedding = module.embeddings.token_embedding
-        live, own = towers.read(towers.Layers, module, self.memory(module, state), [embedding])
+        live, kept = towers.read(towers.Layers, module, self.memory(module, state), [embedding])
         weight = live.blocks[0].qkv_w
         _plain(ids, weight)
         if not 0 < ids.shape[1] <= live.context_length or not len(ids):
@@ -818,7 +817,7 @@ class Transformers(Text):
                 refuse("the attention mask hides a token in front of the EOT")
         x = embedding(ids[:, : max(ends) + 1])
         _kinds_agree(x, weight)
-        sharing, deep = Sharing(1, None, _same_ids(host)), _rounded(own, live, ids, through)
+        sharing, deep = Sharing(1, None, _same_ids(host)), _rounded(kept, live, ids, through)
         states, how = _states(live, x, ends, sharing, deep)
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
