@@ -162,7 +162,7 @@ def check_proof(kind: Text, module: Any, state: State, args: Any, kwargs: Any) -
     form = kind.form(module, args, kwargs)
     key = (key_of(module), form, torch.is_grad_enabled())
     proofs = memory.setdefault("proofs", {})
-    proof = proofs.get(key)
+    proof: Proof | None = proofs.get(key)
     asked = memory["asked"] = memory.get("asked", 0) + 1
     if proof is None:
         if len(proofs) >= _MOST_KEYS and asked < 4 * len(proofs):

@@ -308,9 +308,8 @@ def _encode_parts(
     for g, c in cut.parts(len(flat), len(layout.eot)):
         some = _some_classes(layout, c)
         places = some if tower.whole else _packing(some, class_specific)
-        at = (g, c) if class_specific else (g,)
-        own = None if below is None else below[(slice(None), *at)]
-        arguments = (tower, places, flat[at], class_specific, own)
+        own = None if below is None else below[:, g, c] if class_specific else below[:, g]
+        arguments = (tower, places, flat[g, c] if class_specific else flat[g], class_specific, own)
         if limit is not None and wanted:
             part = checkpoint(encode, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
