@@ -396,3 +396,16 @@ def test_a_model_is_what_it_was():
         fastfpl.restore(model)
         assert {type(m) for m in model.modules()} == {type(m) for m in literal.modules()}
         assert isinstance(model, Model)
+
+
+def test_replicas_use_their_own_prompts():
+    """What DataParallel does on several devices, by hand: parameters become attributes."""
+    from fastfpl.dropin.tower import own_prompts
+
+    blocks = list(MODELS["own"]().text_encoder.transformer.resblocks)
+    replica = blocks[1]._replicate_for_data_parallel()
+    replica._former_parameters = {"prompt": blocks[1].prompt}
+    replica.prompt = 2 * blocks[1].prompt
+    got = own_prompts([blocks[0], replica, blocks[2]], 32)
+    assert torch.equal(got[0], 2 * blocks[1].prompt)
+    assert torch.equal(got[1], blocks[2].prompt)
