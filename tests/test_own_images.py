@@ -281,6 +281,13 @@ def test_names_that_do_not_fit_are_refused(tmp_path, file, text, sentence):
         from_folder(folder)
 
 
+def test_names_in_what_is_no_file_are_refused(tmp_path):
+    folder = tree(tmp_path, *TWO)
+    os.mkfifo(folder / "classes.json")
+    with pytest.raises(FastfplError, match=r"must be readable; got a named pipe at classes.json"):
+        from_folder(folder)
+
+
 # -- splits ----------------------------------------------------------------------------------------
 
 
