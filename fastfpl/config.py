@@ -22,6 +22,7 @@ __all__ = [
     "Preset",
     "Published",
     "Settings",
+    "column_names",
     "for_methods",
     "load_preset",
     "load_yaml",
@@ -29,7 +30,6 @@ __all__ = [
     "parse_preset",
     "preset_names",
     "quirk_names",
-    "renamed",
 ]
 
 
@@ -353,7 +353,7 @@ def make_settings(values: Mapping[str, Any]) -> Settings:
         if isinstance(clean.get(key), bool):
             clean[key] = on if clean[key] else off
     if isinstance(clean.get("columns"), str):
-        clean["columns"] = renamed(clean["columns"])
+        clean["columns"] = column_names(clean["columns"])
     clean["as_released"] = quirk_names(clean.get("as_released", []))
     for key, value in clean.items():
         if isinstance(value, Path):
@@ -372,7 +372,7 @@ def make_settings(values: Mapping[str, Any]) -> Settings:
         ) from None
 
 
-def renamed(text: str) -> dict[str, str]:
+def column_names(text: str) -> dict[str, str]:
     """Read names of columns from ``path=file,label=kind``."""
     pairs = [part.partition("=") for part in text.split(",")]
     names = {key.strip(): value.strip() for key, _, value in pairs}

@@ -281,6 +281,13 @@ def test_names_that_do_not_fit_are_refused(tmp_path, file, text, sentence):
         from_folder(folder)
 
 
+def test_names_in_what_is_no_file_are_refused(tmp_path):
+    folder = tree(tmp_path, *TWO)
+    os.mkfifo(folder / "classes.json")
+    with pytest.raises(FastfplError, match=r"must be readable; got a named pipe at classes.json"):
+        from_folder(folder)
+
+
 # -- splits ----------------------------------------------------------------------------------------
 
 
@@ -481,7 +488,7 @@ def test_labels_that_are_numbers_get_names_beside_the_manifest(tmp_path):
         ("a.csv", "path,label\n\udcff.png,cat\n", "must be a table in UTF-8"),
         ("a.jsonl", "[1]\n", "row 1 of .* must be a JSON object"),
         ("a.jsonl", "{\n", "row 1 of .* must be JSON"),
-        ("a.xlsx", "x", "path must end with .csv, .tsv, .jsonl"),
+        ("a.xlsx", "x", "path must end with .csv, .tsv, .jsonl, .ndjson, .parquet; got a.xlsx"),
         ("a.parquet", "x", "must be parquet|pyarrow or pandas must be there"),
     ],
 )
@@ -590,13 +597,36 @@ def test_a_client_without_test_images_is_said_and_left_out_of_the_mean(tmp_path,
         )
 
 
+def test_own_images_play_the_scenarios(tmp_path):
+    folder = vendors(tmp_path / "emoji", each=4)
+    same = {"rounds": 1, "local_epochs": 1, "n_ctx": 2, "shots": 2, "cache": tmp_path / "cache"}
+    for scenario, more in (
+        ("base-to-novel", {"partition": "given"}),
+        ("leave-one-domain-out", {"partition": "domain", "target": "google"}),
+        ("multi-domain", {"partition": "domain"}),
+        ("global", {"partition": "iid", "clients": 2}),
+    ):
+        result = fastfpl.run("promptfl", dataset=folder, scenario=scenario, **more, **same)
+        assert all(0 <= exam["accuracy"] <= 1 for exam in result.rounds[-1]["exams"].values())
+    more = {"scenario": "cross-dataset", "target": f"folder:{folder}", "clients": 2}
+    result = fastfpl.run("promptfl", dataset="digits", partition="iid", **more, **same)
+    # no page says where the images lie
+    assert result.data["exams"]["target"] == "all test images of emoji"
+    with pytest.raises(
+        Missing, match=r"must be a folder or a zip file of images; got .*nowhere \("
+    ):
+        fastfpl.run("promptfl", dataset=tmp_path / "nowhere", **same)
+    with pytest.raises(Missing, match=r"path must be a file; got .*nowhere.csv \(nothing\)"):
+        fastfpl.run("promptfl", dataset=tmp_path / "nowhere.csv", **same)
+
+
 def test_a_domain_without_test_images_is_said_too(tmp_path):
     paths = [f"train/{d}/{p}" for d in ("ink", "oil") for p in TWO]
     folder = tree(tmp_path, *paths, "test/ink/cat/9.png")
     said = {"method": "promptfl", "dataset": f"folder:{folder}", "partition": "domain"}
     planned = plan(make_settings(said))
     assert [len(s.test) for s in planned.scenario.shards] == [1, 0]
-    assert "client 1 has no test images of its own" in planned.scenario.dataset.notes[-1]
+    assert "client 1 (oil) has no test images of its own" in planned.scenario.dataset.notes[-1]
 
 
 # -- from the command line -------------------------------------------------------------------------

@@ -68,10 +68,10 @@ def check(
     Of your own images, as folder:PATH, manifest:FILE or hf:PATH: count them by class, domain and
     client, and find those that are trained on and tested on.
     """
-    from fastfpl.config import renamed
+    from fastfpl.config import column_names
     from fastfpl.data import scheme_of
 
-    how = {"layout": layout, "columns": columns and renamed(columns), "given": given or None}
+    how = {"layout": layout, "columns": columns and column_names(columns), "given": given or None}
     if scheme_of(name) is not None:
         _check_own(name, decode, {**how, "root": root})
         return

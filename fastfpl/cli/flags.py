@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -83,9 +84,11 @@ class Grouped(click.Command):
         """List the methods, those of installed packages too."""
         from fastfpl.methods import method_names
 
+        text = f"{', '.join(method_names())}; or path/to/mine.py:MyMethod, package.module:MyMethod"
         with formatter.section("Methods"):
-            formatter.write_text(f"{', '.join(method_names())}; or your own, as")
-            formatter.write_text("path/to/mine.py:MyMethod or package.module:MyMethod")
+            # a name that is cut at its hyphen cannot be copied
+            for line in textwrap.wrap(text, formatter.width - 2, break_on_hyphens=False):
+                formatter.write(f"  {line}\n")
 
 
 class Count(click.ParamType):  # type: ignore[type-arg]

@@ -21,13 +21,15 @@ from fastfpl.data.texts import slashed
 from fastfpl.data.trees import File, file_of
 from fastfpl.errors import Damaged, InputError, Missing, near, shown
 
-__all__ = ["COLUMNS", "check_columns", "from_manifest"]
+__all__ = ["COLUMNS", "MANIFESTS", "check_columns", "from_manifest"]
 
 #: What a manifest says of an image; the first two it must say.
 COLUMNS = ("path", "label", "domain", "client", "split")
 _NEEDED = COLUMNS[:2]
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _LINES = (".jsonl", ".ndjson")
+#: What the name of a manifest ends with.
+MANIFESTS = (*_DELIMITERS, *_LINES, ".parquet")
 # letters of a cell; longer ones are no path and no name
 _LONGEST = 4096
 # places in memory are cheap, sentences about the millionth row are not read
@@ -201,9 +203,7 @@ def _rows(op: str, file: Path) -> Iterator[tuple[int, dict[str, str]]]:
         return _of_lines(op, file)
     if suffix == ".parquet":
         return _of_parquet(op, file)
-    raise InputError(
-        f"{op}: path must end with .csv, .tsv, .jsonl, .ndjson or .parquet; got {file.name}"
-    )
+    raise InputError(f"{op}: path must end with {', '.join(MANIFESTS)}; got {file.name}")
 
 
 def _of_csv(op: str, file: Path, delimiter: str) -> Iterator[tuple[int, dict[str, str]]]:

@@ -270,7 +270,10 @@ def _wrapper(paths: Iterable[str], depth: int) -> str:
 
 def _reader(root: Path) -> Callable[[str], bytes | None]:
     def read(path: str) -> bytes | None:
-        return (root / path).read_bytes() if os.path.lexists(root / path) else None
+        kind = kind_of(root / path)
+        if kind not in ("a file", "nothing"):
+            raise ValueError(f"{kind} at {path}")
+        return (root / path).read_bytes() if kind == "a file" else None
 
     return read
 

@@ -15,6 +15,7 @@ from fastfpl.clip.loading import known
 from fastfpl.config import COUNTED, Settings
 from fastfpl.data import Dataset, Shard, load_dataset, partition, scheme_of
 from fastfpl.data.listing import without_corrupt
+from fastfpl.data.own_manifest import MANIFESTS
 from fastfpl.errors import InputError
 from fastfpl.features import FeatureStore, TextFeatures
 from fastfpl.federation.checkpoint import settings_facts
@@ -172,7 +173,8 @@ def name_dataset(op: str, dataset: str | Path | Dataset) -> tuple[str, Dataset |
     if isinstance(dataset, Dataset):
         return f"{LIVE}:{dataset.name}", dataset
     if isinstance(dataset, Path):
-        folder = dataset.is_dir() or dataset.suffix.lower() == ".zip"
+        # what is not there is missed as what its name says
+        folder = dataset.is_dir() or dataset.suffix.lower() not in MANIFESTS
         return f"{'folder' if folder else 'manifest'}:{dataset}", None
     raise InputError(
         f"{op}: dataset must be a name, a path or a fastfpl.data.Dataset; got "

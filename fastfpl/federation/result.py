@@ -69,7 +69,8 @@ class Result:
         trained on their test images, weights digest, activation of the CLIP's text tower;
         ``deal``: digests of who has which training and test images, equal where two runs deal
         alike; ``training``: how many training images are there and how many are used;
-        ``clients``: what the data set calls them, where it does.
+        ``clients``: what the data set calls them, where it does; ``method_source``: class, module
+        and digest of the source of a method from outside the library.
     memory : dict or None
         What ``max_memory`` led to (`fastfpl.training.budget.Budget`): ``limit_bytes``,
         ``taken_bytes`` before the first pass, ``text_cache_bytes``, ``image_cache_bytes``,

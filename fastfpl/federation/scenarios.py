@@ -93,7 +93,10 @@ class Scenario:
             lacking = [u for u, images in enumerate(question.images) if not len(images)]
             if not lacking:
                 continue
-            who = listed_clients(lacking, client_names(settings, self.dataset))
+            names = client_names(settings, self.dataset)
+            if settings.partition == "domain":  # numbers in tables, which say little here
+                names = tuple(f"{u} ({name})" for u, name in enumerate(self.dataset.domains))
+            who = listed_clients(lacking, names)
             if len(lacking) == len(question.images):
                 raise InputError(
                     "fastfpl.run: a client must have a test image to be asked about "
@@ -184,7 +187,7 @@ def arrange(
         if settings.digest is not None and scheme_of(settings.target) in _DATED:
             how["digest"] = settings.digest
         other = load_dataset(settings.target, root, on_corrupt=settings.on_corrupt, **how)
-        target = _all("target", f"all test images of {settings.target}", other, shards)
+        target = _all("target", f"all test images of {other.name}", other, shards)
         return Scenario(dataset, shards, [target, own])
     return plain
 

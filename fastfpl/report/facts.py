@@ -206,7 +206,10 @@ def details(comparison: Comparison) -> tuple[list[str], list[list[str]], list[st
     columns = [*(exams if len(exams) > 1 else [])]
     harmonic = any(row["harmonic_mean"] is not None for row in table)
     titles = ["method", *columns, *(["harmonic mean"] * harmonic), "macro F1"]
-    titles += [*(domains if len(domains) > 1 else []), *clients]
+    several = domains if len(domains) > 1 else []
+    # each vendor may be a client and a style of its own
+    apart = set(several) & set(clients)
+    titles += [*several, *(f"client {name}" if name in apart else name for name in clients)]
     lines = []
     for row in table:
         figures = [row["exams"].get(name) for name in columns]
