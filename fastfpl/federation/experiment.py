@@ -262,9 +262,16 @@ def _save(federation: Federation, folder: Path, faces: Mapping[str, set[str]]) -
             federation.downloads,
             federation.tuned,
             _settings(federation),
-            task_of(federation.method.task),
+            {**task_of(federation.method.task), "pixels": _pixels(federation)},
         ),
     )
+
+
+def _pixels(federation: Federation) -> dict[str, list[float]]:
+    """Say by what pixels are normalised."""
+    own = federation.dataset.statistics if federation.settings.statistics == "dataset" else None
+    mean, std = own or (federation.clip.mean, federation.clip.std)
+    return {"mean": list(mean), "std": list(std)}
 
 
 def _settings(federation: Federation) -> dict[str, Any]:

@@ -1,0 +1,8 @@
+"""What a run has trained, for use: predictions, exports, clients that come later."""
+
+from __future__ import annotations
+
+from fastfpl.trained.models import Model, load
+from fastfpl.trained.predictions import Client, Prediction
+
+__all__ = ["Client", "Model", "Prediction", "load"]
