@@ -162,7 +162,7 @@ class Model:
         if self.method.personal:
             raise NotSupported(
                 f"{OP}: the method must have one model for everybody; got {self.method.name}, "
-                "whose clients answer with parameters of their own: name a client, or adapt a new one"
+                "whose clients answer with parameters of their own: name a client, or adapt one"
             )
         return Client("global", self.method, *self.states(0), self._eye)
 
