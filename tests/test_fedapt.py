@@ -663,7 +663,7 @@ def test_a_domain_that_is_left_out_has_no_key(target, method, cache):
     federation = prepare(
         make_settings({"method": method, **settings}), model=small_clip(), cache=cache
     )
-    assert federation.client_domains == (0, 0, 1, 1)
+    assert federation.sampling.client_domains == (0, 0, 1, 1)
     assert len(federation.method.keys) == len(federation.server["query"]) == 2
     for _ in range(2):
         row = federation.round()

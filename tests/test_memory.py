@@ -33,7 +33,7 @@ OPTIONS = {
 OWN_PASSES = {
     "pfedmoap": {"_encode_experts"},
     "fedapt-unsupervised": {"survey"},
-    "promptfl-ft": {"_tuned"},
+    "promptfl-ft": {"tuned"},
     "fedpgp": {"_reference"},
     "fedtpg": {"_names"},
 }

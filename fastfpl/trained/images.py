@@ -208,7 +208,8 @@ def _values(array: npt.NDArray[Any], name: str) -> Pixels:
     if array.dtype == np.uint16:
         return _eight_bits(array)
     if array.dtype == np.bool_:
-        return np.where(array, np.uint8(255), np.uint8(0))
+        white: Pixels = np.where(array, np.uint8(255), np.uint8(0))
+        return white
     if not np.issubdtype(array.dtype, np.floating):
         raise KindError(
             f"{OP}: {name} must be uint8, uint16, bool or floats in [0, 1]; got {array.dtype}"
