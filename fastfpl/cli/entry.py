@@ -12,7 +12,9 @@ from fastfpl import __version__
 from fastfpl.cli.compare import compare
 from fastfpl.cli.data import data
 from fastfpl.cli.doctor import doctor
+from fastfpl.cli.export import export
 from fastfpl.cli.methods import methods
+from fastfpl.cli.predict import predict
 from fastfpl.cli.presets import presets
 from fastfpl.cli.profile import profile
 from fastfpl.cli.quirks import quirks
@@ -65,5 +67,6 @@ def group() -> None:
     """Federated prompt learning of CLIP: exact, tested, fast."""
 
 
-for _command in (run, compare, profile, report, methods, presets, quirks, doctor, data):
+_COMMANDS = (run, compare, report, predict, export)
+for _command in (*_COMMANDS, profile, methods, presets, quirks, doctor, data):
     group.add_command(_command)

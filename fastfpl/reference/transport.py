@@ -70,12 +70,13 @@ def optimal_plan(sim: Tensor, eps: float, mass: float, balanced: bool) -> Tensor
         new_u = -math.log(n_patches) - (log_k + log_v).logsumexp(-1, keepdim=True)
         new_u = new_u + math.log(mass) if balanced else new_u.clamp(max=0)
         new_v = math.log(mass / n_prompts) - (log_k + new_u).logsumexp(-2, keepdim=True)
-        return step + 1, new_u, new_v, (new_v - log_v).abs().amax()
+        # a loop's tensors keep their layout
+        return step + 1, new_u.contiguous(), new_v.contiguous(), (new_v - log_v).abs().amax()
 
     first = (
         torch.zeros((), dtype=torch.int64, device=sim.device),
-        torch.zeros_like(log_k[..., :1]),
-        begin,
+        log_k.new_zeros(log_k.shape[:-1]).unsqueeze(-1),
+        begin.contiguous(),
         torch.full((), math.inf, dtype=torch.float64, device=sim.device),
     )
     _, log_u, log_v, _ = while_loop(going, again, first)

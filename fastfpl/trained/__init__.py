@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from fastfpl.trained.exports import FORMATS, export
 from fastfpl.trained.models import Model, load
 from fastfpl.trained.predictions import Client, Prediction
 
-__all__ = ["Client", "Model", "Prediction", "load"]
+__all__ = ["FORMATS", "Client", "Model", "Prediction", "export", "load"]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastfpl.clip import FrozenCLIP
 from fastfpl.errors import InputError, KindError, NotConverged, NotSupported
 from fastfpl.methods import Method, State
 from fastfpl.methods.contract import check_logits, check_text, started
@@ -138,6 +139,18 @@ class Client:
         task = self._method.task
         names = ClassPrompts(self._eye.clip, classnames, task.classes.position)
         return Client(self.name, self._method.on(names), self._down, self._own, self._eye)
+
+    def moved(self, clip: FrozenCLIP) -> Client:
+        """Return the same client over its CLIP on another device."""
+        device = clip.device
+        down, own = (
+            {name: tensor.to(device) for name, tensor in state.items()}
+            for state in (self._down, self._own)
+        )
+        task = self._method.task
+        classes = ClassPrompts(clip, task.classes.names, task.classes.position)
+        method = self._method.on(classes)
+        return Client(self.name, method, down, own, replace(self._eye, clip=clip))
 
     def predict(self, images: Any) -> Prediction:
         """Classify images.

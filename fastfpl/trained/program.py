@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastfpl.errors import Differs, FastfplError, Missing, NotSupported
-
 from fastfpl.ops.precision import without_autocast
 from fastfpl.trained.predictions import Client
 
@@ -33,6 +32,9 @@ _TRIED, _TRACED = 3, 2
 class _Program(nn.Module):
     """Pixels (B, 3, S, S), uint8, -> logits (B, C)."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, client: Client) -> None:
         super().__init__()
         clip, head = client.eye.clip, client.head
@@ -43,7 +45,6 @@ class _Program(nn.Module):
         if trunk is not None:
             self.trunk = trunk
         self._kind, self._dtype = head.method.image_kind, clip.dtype
-        # a power of two bytes is exact in any floating type that divides by 255
         self.register_buffer("mean", _channels(client.eye.mean))
         self.register_buffer("std", _channels(client.eye.std))
         self._stored = client.eye.dtype or clip.dtype
