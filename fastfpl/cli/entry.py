@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import click
 
 from fastfpl import __version__
+from fastfpl.cli.adapt import adapt
 from fastfpl.cli.compare import compare
 from fastfpl.cli.data import data
 from fastfpl.cli.doctor import doctor
@@ -67,6 +68,6 @@ def group() -> None:
     """Federated prompt learning of CLIP: exact, tested, fast."""
 
 
-_COMMANDS = (run, compare, report, predict, export)
+_COMMANDS = (run, compare, report, predict, export, adapt)
 for _command in (*_COMMANDS, profile, methods, presets, quirks, doctor, data):
     group.add_command(_command)

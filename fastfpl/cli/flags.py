@@ -34,7 +34,7 @@ _Command = Callable[..., None]
 GROUPS = {
     "Data": (
         *("dataset", "root", "on_corrupt", "statistics", "scenario", "target", "target_root"),
-        "transductive",
+        *("transductive", "unseen"),
     ),
     "Clients": (
         *("clients", "partition", "partition_seed", "beta", "classes_per_client", "repeat_rate"),

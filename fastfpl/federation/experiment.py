@@ -262,9 +262,18 @@ def _save(federation: Federation, folder: Path, faces: Mapping[str, set[str]]) -
             federation.downloads,
             federation.tuned,
             _settings(federation),
-            {**task_of(federation.method.task), "pixels": _pixels(federation)},
+            _task(federation),
         ),
     )
+
+
+def _task(federation: Federation) -> dict[str, Any]:
+    """Say of a task what a checkpoint holds."""
+    found = {**task_of(federation.method.task), "pixels": _pixels(federation)}
+    if federation.newcomers is not None:
+        domains = list(federation.newcomers.domains)
+        found |= {"newcomers": len(domains), "newcomer_domains": domains}
+    return found
 
 
 def _pixels(federation: Federation) -> dict[str, list[float]]:
@@ -291,7 +300,10 @@ def _unreplayed(federation: Federation) -> list[str]:
 
 
 def _result(federation: Federation, faces: dict[str, list[str]]) -> Result:
-    exams, budget = federation.examiner.exams, federation.trainer.budget
+    exams, budget = federation.exams, federation.trainer.budget
+    images = federation.trainer.images
+    together = len(federation.shards)
+    newcomers = range(together, len(images))
     return Result(
         method=federation.settings.method,
         settings=_settings(federation),
@@ -307,7 +319,9 @@ def _result(federation: Federation, faces: dict[str, list[str]]) -> Result:
         data={
             "name": federation.dataset.name,
             "classes": list(federation.dataset.classnames),
-            "train_images": [len(s.train) for s in federation.shards],
+            # of the clients that the headline is about
+            "train_images": [len(images[c]) for c in newcomers or range(together)],
+            **({"others": together} if newcomers else {}),
             "test_images": [len(images) for images in exams[0].images],
             "exams": {exam.name: exam.about for exam in exams},
             "transductive": federation.settings.transductive,

@@ -66,6 +66,7 @@ class Result:
     data : dict
         Data set, class names, test and training images of each client, exams, whether the clients
         trained on their test images, weights digest, activation of the CLIP's text tower;
+        ``others``: where the headline is about clients that came later, how many trained together;
         ``deal``: digests of who has which training and test images, equal where two runs deal
         alike.
     memory : dict or None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from fastfpl.config import Settings
 from fastfpl.data import (
@@ -20,6 +21,7 @@ from fastfpl.data import (
     split_domain,
 )
 from fastfpl.errors import InputError
+from fastfpl.seeds import generator
 
 __all__ = ["Question", "Scenario", "arrange", "personal"]
 
@@ -59,11 +61,18 @@ class Scenario:
         Classes and domains that are trained on.
     shards : list of Shard
     questions : list of Question
+        What they are asked.
+    newcomers : list of Shard
+        Of clients that never train with those, and join after them.
+    arrivals : list of Question
+        What the newcomers are asked; these come first.
     """
 
     dataset: Dataset
     shards: list[Shard]
     questions: list[Question]
+    newcomers: list[Shard] = field(default_factory=list)
+    arrivals: list[Question] = field(default_factory=list)
 
     @property
     def client_domains(self) -> tuple[int, ...] | None:
@@ -73,10 +82,19 @@ class Scenario:
             return None
         return tuple(int(domains[0]) for domains in found)
 
+    @property
+    def newcomer_domains(self) -> tuple[int | None, ...]:
+        """Domain of each newcomer; None where its training images come from several."""
+        found = [np.unique(self.dataset.train.domains[s.train]) for s in self.newcomers]
+        return tuple(int(domains[0]) if len(domains) == 1 else None for domains in found)
+
     def transductive(self) -> Scenario:
         """Return the scenario in which every client trains on its own test images."""
-        shards = [Shard(s.test, s.test) for s in self.shards]
-        return replace(self, dataset=replace(self.dataset, train=self.dataset.test), shards=shards)
+        shards, newcomers = (
+            [Shard(s.test, s.test) for s in some] for some in (self.shards, self.newcomers)
+        )
+        dataset = replace(self.dataset, train=self.dataset.test)
+        return replace(self, dataset=dataset, shards=shards, newcomers=newcomers)
 
 
 def arrange(
@@ -135,6 +153,8 @@ def arrange(
     (own,) = plain.questions
     if kind == "global":
         return Scenario(dataset, shards, [_all("all", "all test images", dataset, shards), own])
+    if kind == "unseen-clients":
+        return _unseen(settings, dataset, shards)
     if kind == "multi-domain":
         return Scenario(dataset, shards, [_domain(dataset, shards), own])
     if kind == "cross-dataset":
@@ -144,6 +164,37 @@ def arrange(
         target = _all("target", f"all test images of {settings.target}", other, shards)
         return Scenario(dataset, shards, [target, own])
     return plain
+
+
+def _unseen(settings: Settings, dataset: Dataset, shards: list[Shard]) -> Scenario:
+    """Keep a share of the clients, drawn by the seed, from the others; they come last."""
+    if len(shards) < 2:
+        raise InputError(
+            "fastfpl.run: clients must be two at least in the scenario unseen-clients; got "
+            f"{len(shards)}"
+        )
+    share = 0.2 if settings.unseen is None else settings.unseen
+    count = min(max(round(share * len(shards)), 1), len(shards) - 1)
+    draw = generator(settings.seed, "unseen")
+    drawn = torch.randperm(len(shards), generator=draw)[:count].tolist()
+    later = sorted(drawn)
+    there = [shard for c, shard in enumerate(shards) if c not in drawn]
+    newcomers = [shards[c] for c in later]
+    who = f"{'client' if count == 1 else 'clients'} {', '.join(map(str, later))} of the deal"
+    plain = personal(dataset, there)
+    return replace(
+        plain,
+        newcomers=newcomers,
+        arrivals=[
+            _own(
+                "unseen",
+                f"its own test images, after it joined those that trained together: {who}",
+                dataset,
+                newcomers,
+            ),
+            _own("before", "the same, before it has trained at all", dataset, newcomers),
+        ],
+    )
 
 
 def personal(dataset: Dataset, shards: list[Shard]) -> Scenario:

@@ -1,4 +1,4 @@
-"""What was trained, in forms that other programs read: a classifier, CoOp's state dict, a program."""
+"""What was trained, for other programs: a classifier, a state dict of CoOp, a program."""
 
 from __future__ import annotations
 

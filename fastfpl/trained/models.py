@@ -15,6 +15,7 @@ from fastfpl import __version__
 from fastfpl.clip import FrozenCLIP, load_clip
 from fastfpl.clip.loading import known
 from fastfpl.config import Settings
+from fastfpl.data.loader import Workers
 from fastfpl.errors import Damaged, FastfplError, InputError, Missing, NotSupported, cut, shown
 from fastfpl.features import FeatureStore, TextFeatures
 from fastfpl.federation.checkpoint import CHECKPOINT, Checkpoint, read_checkpoint
@@ -23,7 +24,7 @@ from fastfpl.methods import Method, State, check_options, find_method
 from fastfpl.released import as_released
 from fastfpl.trained.joined import joined_names, read_joined
 from fastfpl.trained.predictions import Client
-from fastfpl.training.feeds import Eye, silent
+from fastfpl.training.feeds import Eye, Observer, silent
 from fastfpl.training.preparation import choose_device, load_model, make_task
 
 __all__ = ["Model", "load"]
@@ -66,7 +67,8 @@ class Model:
             ),
             check_options(settings.method, settings.options),
         )
-        self._eye = self._look()
+        # nothing that is only asked is kept on disk
+        self._eye = self.look(FeatureStore(folder), silent, Workers(0))
 
     @property
     def classnames(self) -> tuple[str, ...]:
@@ -186,7 +188,8 @@ class Model:
             )
         return self.checkpoint.tuned[number]
 
-    def _look(self) -> Eye:
+    def look(self, store: FeatureStore, observer: Observer, workers: Workers) -> Eye:
+        """Say how the run looks at images, with another store, observer and workers."""
         s, clip = self.settings, self.clip
         mean, std = clip.mean, clip.std
         if s.statistics == "dataset":
@@ -198,9 +201,8 @@ class Model:
                 )
             mean, std = (tuple(found[key]) for key in ("mean", "std"))
         dtype = None if s.feature_dtype == "auto" else getattr(torch, s.feature_dtype)
-        # nothing that is asked here is kept on disk
-        store = FeatureStore(self.folder)
-        return Eye(clip, self.method.image_kind, store, silent, mean, std, dtype=dtype)
+        kind = self.method.image_kind
+        return Eye(clip, kind, store, observer, mean, std, workers, dtype=dtype)
 
     def __repr__(self) -> str:
         return (
