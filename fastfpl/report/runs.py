@@ -25,16 +25,8 @@ __all__ = [
 #: Settings that say what is learnt from and what is asked: between two values nothing is ranked.
 TASK = (
     *("dataset", "scenario", "target", "on_corrupt", "statistics", "clip", "pretrained"),
-    *(
-        "unseen",
-        "partition",
-        "partition_seed",
-        "beta",
-        "classes_per_client",
-        "repeat_rate",
-        "split_test",
-    ),
-    *("clients", "shots", "augment", "crop", "flip"),
+    *("partition", "partition_seed", "beta", "classes_per_client", "repeat_rate", "split_test"),
+    *("clients", "unseen", "shots", "augment", "crop", "flip"),
 )
 
 
