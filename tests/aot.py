@@ -17,9 +17,13 @@ memory and spills of every kernel on every card, the largest of its launches. A 
 row may not spill more than its row, nor any row more than `MOST_SPILLED`; a version that has none
 has its figures printed at the end of the test run, and so has a figure that left its row.
 
+What a Triton makes of one source is always the same. ``compiled_launches.json`` holds a digest of
+every launch whose figures are committed (source, types, constants, options): what is in it is not
+compiled again but for a sample, so that a test run spends its minutes on what has changed.
+
 ``python -m tests.aot tests.test_gate`` prints the table of what the functions named ``launches`` or
 ``..._launches`` of a test file launch; several files may be named, all of `SOURCES` if none is.
-``--write`` puts the figures of this Triton into ``compiled.json``; ``--triton FOLDER``, where
+``--write`` puts the figures of this Triton into both files; ``--triton FOLDER``, where
 ``pip install --no-deps --target FOLDER triton==X`` has put another version, compiles with that one
 (``nox -s compiled`` does it for all).
 
@@ -32,6 +36,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import importlib
 import importlib.metadata
 import json
@@ -55,6 +60,8 @@ __all__ = [
     "Report",
     "assert_fits",
     "compiled",
+    "digest",
+    "digests",
     "faults",
     "figures",
     "record",
@@ -65,6 +72,10 @@ __all__ = [
 ROOT = Path(__file__).resolve().parent.parent
 #: Triton's version -> kernel -> card -> registers, shared memory and spills.
 FIGURES = ROOT / "tests" / "compiled.json"
+#: Triton's version -> digests of the launches that its figures are of.
+LAUNCHES = ROOT / "tests" / "compiled_launches.json"
+#: One in so many of the launches with a digest is compiled again.
+SAMPLED = 16
 #: Test files whose launches are in the figures.
 SOURCES = tuple(f"tests.test_{x}" for x in ("attention_kernels", "gate", "text_kernels"))
 SOURCES += ("tests.test_transport_kernels",)
@@ -310,12 +321,58 @@ def assert_fits(run: Callable[[], object], cards: Iterable[int] = TRIED) -> list
     """Record what ``run`` launches, compile it for `TRIED`, and refuse what does not fit a card."""
     import triton
 
-    reports = compiled(record(run), cards)
+    known = digests().get(triton.__version__, frozenset())
+    launches = [x for x in record(run) if not _proven(x, known)]
+    reports = compiled(launches, cards) if launches else []
     rows = figures().get(triton.__version__)
     found = faults(reports, rows)
     assert not found, "\n".join(found)
     sys.stdout.writelines(line + "\n" for line in said(reports, triton.__version__, rows))
     return reports
+
+
+def digests() -> dict[str, frozenset[str]]:
+    """Return what was committed: the launches that the figures of every version are of."""
+    if not LAUNCHES.exists():
+        return {}
+    committed = json.loads(LAUNCHES.read_text(encoding="utf-8"))
+    return {version: frozenset(found) for version, found in committed.items()}
+
+
+def digest(launch: Launch) -> str:
+    """Return the digest of everything that decides what the compiler makes of a launch.
+
+    The kernel's source and that of all it calls, and the constants of their modules; not the place
+    where they stand.
+    """
+    kernel = getattr(importlib.import_module(launch.module), launch.kernel)
+    facts = asdict(launch)
+    del facts["module"]
+    text = json.dumps([facts, *_sources(kernel, {})])
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _sources(kernel: Any, seen: dict[str, str]) -> list[str]:
+    """Return a kernel's source, and of everything it names that is no library's, in order."""
+    import inspect
+
+    import triton.language as tl
+
+    seen[kernel.fn.__qualname__] = inspect.getsource(kernel.fn)
+    for name in sorted(set(kernel.fn.__code__.co_names)):
+        value = kernel.fn.__globals__.get(name)
+        if hasattr(value, "fn"):
+            if not value.fn.__module__.startswith("triton.") and value.fn.__qualname__ not in seen:
+                _sources(value, seen)
+        elif name != "INTERPRETED" and isinstance(value, (int, float, str, bool, tl.constexpr)):
+            seen[f"{name} = {_plain(value)}"] = ""
+    return [f"{name}: {text}" for name, text in sorted(seen.items())]
+
+
+def _proven(launch: Launch, known: frozenset[str]) -> bool:
+    """Say whether the committed figures are of this launch, and it is not in the sample."""
+    found = digest(launch)
+    return found in known and int(found, 16) % SAMPLED != 0
 
 
 def table(reports: Iterable[Report]) -> str:
@@ -398,7 +455,11 @@ def _serve(order: Path, answer: Path) -> None:
 
 
 def _write(reports: Iterable[Report], version: str) -> None:
-    """Put the figures of one version into the committed table, beside those of others."""
+    """Put the figures of one version into the committed tables, beside those of others."""
+    reports = list(reports)
+    kept = digests() | {version: frozenset(digest(report.launch) for report in reports)}
+    text = json.dumps({name: sorted(kept[name]) for name in sorted(kept)}, indent=0)
+    LAUNCHES.write_text(text + "\n", encoding="utf-8")
     merged = {**figures(), version: summary(reports)}
     key = lambda name: [int(x) for x in re.findall(r"\d+", name)]  # noqa: E731
     lines = []

@@ -16,6 +16,8 @@ from tests.aot import (
     Report,
     assert_fits,
     compiled,
+    digest,
+    digests,
     faults,
     figures,
     record,
@@ -57,6 +59,24 @@ def _broken_kernel(x, N: tl.constexpr):
     for i in range(N):
         if tl.load(x + i) > 0:
             break
+
+
+_SHIFT = tl.constexpr(2)
+
+
+@triton.jit
+def _helper(x):
+    return x + _SHIFT
+
+
+@triton.jit
+def _other_helper(x):
+    return x - _SHIFT
+
+
+@triton.jit
+def _with_parts_kernel(x, N: tl.constexpr):
+    tl.store(x, _helper(tl.load(x)) * N)
 
 
 def launches():
@@ -182,6 +202,41 @@ def test_no_row_spills_more_than_the_bound():
             assert set(cards) == {f"sm_{card}" for card in CARDS}, (version, kernel)
             for card, row in cards.items():
                 assert row["spilled"] <= MOST_SPILLED, (version, kernel, card)
+
+
+def test_a_launch_is_compiled_again_only_where_something_of_it_has_changed(monkeypatch):
+    first, second = record(launches)
+    assert digest(first) == digest(replace(first, module="tests.test_aot"))
+    others = [second, replace(first, options=(("num_warps", 4),)), replace(first, aligned=())]
+    assert len({digest(x) for x in (first, *others)}) == 4
+    wanted = []
+    monkeypatch.setattr("tests.aot.compiled", lambda found, _: wanted.append(list(found)) or [])
+    monkeypatch.setattr("tests.aot.SAMPLED", 1 << 70)  # nothing is in the sample
+    monkeypatch.setattr("tests.aot.digests", lambda: {triton.__version__: {digest(first)}})
+    assert_fits(launches)
+    monkeypatch.setattr("tests.aot.digests", lambda: {"0.1": {digest(first), digest(second)}})
+    assert_fits(launches)
+    assert wanted == [[second], [first, second]]
+    monkeypatch.setattr("tests.aot.SAMPLED", 1)  # all is
+    monkeypatch.setattr("tests.aot.digests", lambda: {triton.__version__: {digest(first)}})
+    assert_fits(launches)
+    assert wanted[-1] == [first, second]
+
+
+def test_the_digest_of_a_launch_holds_what_its_kernel_calls_and_names():
+    (launch,) = record(lambda: _with_parts_kernel[(1,)](torch.empty(1, device="meta"), _SHIFT))
+    found = [digest(launch)]
+    for name, value in (("_SHIFT", tl.constexpr(3)), ("_helper", _other_helper)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(f"{__name__}.{name}", value)
+            found.append(digest(launch))
+    assert len(set(found)) == 3
+    assert digest(launch) == found[0]
+
+
+def test_every_version_with_figures_has_launches():
+    assert set(digests()) == set(figures())
+    assert all(len(found) > 100 for found in digests().values())
 
 
 def test_a_card_with_room_is_not_refused():

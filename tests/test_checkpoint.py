@@ -633,6 +633,8 @@ def test_a_lock_that_was_removed_after_it_was_opened_is_taken_again(tmp_path, mo
 
 
 def test_a_file_system_without_locks_is_warned_about(play, whole, tmp_path, monkeypatch):
+    wanted = whole()  # with locks
+
     def none(descriptor, how):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -641,7 +643,7 @@ def test_a_file_system_without_locks_is_warned_about(play, whole, tmp_path, monk
         UserWarning, match=r"cannot be locked \(No locks available\); start no other"
     ):
         play(tmp_path / "run")
-    assert_ended_alike(tmp_path / "run", whole())
+    assert_ended_alike(tmp_path / "run", wanted)
 
 
 # --- the files ------------------------------------------------------------------------------------
@@ -754,3 +756,24 @@ def test_a_damaged_result_is_refused(whole, tmp_path):
         fastfpl.Result.load(tmp_path)
     with pytest.raises(fastfpl.errors.Missing, match="the run is not finished"):
         fastfpl.Result.load(tmp_path / "none")
+
+
+@pytest.mark.parametrize("kind", [StateFiles, SharedStates])
+@pytest.mark.parametrize("kept", [False, True], ids=["temporary", "in a folder"])
+def test_a_state_that_is_changed_while_its_run_goes_on_is_noticed(kind, kept, tmp_path):
+    states = kind(tmp_path / "states") if kept else kind()
+    state = {"ctx": torch.arange(6.0).reshape(2, 3), "more": torch.ones(1)}
+    states.put(3, state)
+    assert torch.equal(dict(states[3])["ctx"], state["ctx"])
+    (path,) = states.files
+    os.utime(path, (1, 1))  # touched, and no byte is another one
+    assert torch.equal(dict(states[3])["ctx"], state["ctx"])
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, (1, 1))
+    with pytest.raises(Damaged, match="got a file that was changed since"):
+        dict(states[3])
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert torch.equal(dict(states[3])["ctx"], state["ctx"])

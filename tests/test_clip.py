@@ -204,17 +204,30 @@ def encode(clip, texts=TEXTS):
     return encode_text(clip.text, layout, clip.text.token_embedding[layout.tokens[:, 1:2]], True)
 
 
+def features_of(output):
+    """Features as transformers 4 returns them, or from the output object of transformers 5."""
+    return output if isinstance(output, torch.Tensor) else output.pooler_output
+
+
 def own_text(model, tokens):
     if hasattr(model, "text_model"):
-        features = model.get_text_features(tokens)
-        return features if isinstance(features, torch.Tensor) else features.pooler_output
+        return features_of(model.get_text_features(tokens))
     return model.encode_text(tokens)
+
+
+def exact_text(model, tokens):
+    """As `own_text`, of a model in float64: transformers 4.46 fills masks in the default dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        return own_text(model, tokens)
+    finally:
+        torch.set_default_dtype(before)
 
 
 def own_image(model, pixels):
     if hasattr(model, "text_model"):
-        features = model.get_image_features(pixels)
-        return features if isinstance(features, torch.Tensor) else features.pooler_output
+        return features_of(model.get_image_features(pixels))
     return model.encode_image(pixels)
 
 

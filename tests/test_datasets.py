@@ -1309,6 +1309,18 @@ def test_scalars_of_numpy_come_back(protocol: int, tmp_path: Path) -> None:
     assert load_plain(tmp_path / "x", "fastfpl.test") == plain
 
 
+@pytest.mark.parametrize("order", "<>")
+def test_letters_that_are_none_are_refused(order: str, tmp_path: Path) -> None:
+    letters = np.array([0x10FFFF, 97, 0x110000], dtype=f"{order}u4")
+    for last, right in ((2, True), (3, False)):
+        (tmp_path / "x").write_bytes(pickle.dumps(letters[:last].view(f"{order}U1"), 2))
+        if right:
+            assert list(load_plain(tmp_path / "x", "fastfpl.test")) == ["\U0010ffff", "a"]
+        else:
+            with pytest.raises(Damaged, match="text of numbers that are no characters"):
+                load_plain(tmp_path / "x", "fastfpl.test")
+
+
 @given(st.data())
 def test_broken_pickles_are_refused_or_plain(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -481,14 +481,19 @@ for out in outs:
 
 def killed(outs, cache, temporary):
     job = json.dumps([[out and str(out) for out in outs], str(cache), RUN, str(temporary)])
+    python(KILLED, job)
+
+
+def python(code, job):
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, job],
+        [sys.executable, "-c", code, job],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
 
 
 def test_what_a_kill_leaves_behind_goes_at_the_next_start(
@@ -514,3 +519,77 @@ def test_what_a_kill_leaves_behind_goes_at_the_next_start(
     mine = files._mine[1]
     assert {name: picture(temporary)[name] for name in before} == before
     assert {p.name for p in temporary.iterdir()} == {"fastfpl-mine", "fastfpl-other", mine.name}
+
+
+KILLED_AT_FILES = """
+import json, os, shutil, signal, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import fastfpl
+import fastfpl.federation.preparation as preparation
+from fastfpl.data import load_dataset
+from tests.worlds import figures, small_clip
+
+base, cache, settings, step = json.loads(sys.argv[1])
+digits, clip = load_dataset("digits"), small_clip()
+preparation.load_dataset = lambda name, root, **more: digits
+
+
+def play(out, at=0):
+    # forked: play, and die before the at-th change of a file below out
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1]
+    count = [0]
+
+    def before(function, place=0):
+        def counted(*values, **named):
+            path = values[place]
+            if isinstance(path, int) and place == 0:
+                path = os.readlink(f"/proc/self/fd/{path}")
+            opening = function is os_open and not values[1] & os.O_CREAT
+            if str(path).startswith(out) and not opening:
+                count[0] += 1
+                if count[0] == at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return function(*values, **named)
+        return counted
+
+    os_open = os.open
+    for name in ("open", "write", "ftruncate", "fsync", "mkdir", "rmdir", "unlink"):
+        setattr(os, name, before(getattr(os, name)))
+    os.replace = before(os.replace, 1)
+    Path.write_bytes = before(Path.write_bytes)
+    more = {"cache": cache, "model": clip, "out": out, "resume": True}
+    found = figures(fastfpl.run("pfedmoap", **more, **settings))
+    with open(out + ".json", "w") as file:
+        json.dump([repr(found), count[0], sorted(os.listdir(out))], file)
+    os._exit(0)
+
+
+def told(out):
+    with open(out + ".json") as file:
+        return json.load(file)
+
+
+assert play(base + "/whole") == 0
+wanted, total, names = told(base + "/whole")
+for at in range(1, total + 1, step):
+    out = f"{base}/o{at}"
+    assert play(out, at) == signal.SIGKILL, at
+    assert play(out) == 0, at
+    found, _, left = told(out)
+    assert found == wanted, at
+    assert left == names, (at, left, names)
+    shutil.rmtree(out)
+print(total)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks at files as Linux does")
+def test_killed_before_any_change_of_a_file_a_run_goes_on(cache, play, wanted, tmp_path):
+    """Every seventh here, FASTFPL_KILLS=1 for all: the figures, and no file is left over."""
+    step = int(os.environ.get("FASTFPL_KILLS", "7"))
+    total = python(KILLED_AT_FILES, json.dumps([str(tmp_path), str(cache), RUN, step]))
+    assert int(total) > 60

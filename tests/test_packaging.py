@@ -58,8 +58,8 @@ def tree(tmp_path_factory):
     """A copy without build products, so that builds do not meet each other or this tree."""
     copy = tmp_path_factory.mktemp("tree") / "fastfpl"
     products = shutil.ignore_patterns(
-        ".git", ".*cache", ".hypothesis", ".ci", ".benchmarks", "__pycache__", "build", "dist",
-        "*.egg-info", "*.so", "_C.missing.txt", "runs",
+        ".git", ".venv", ".nox", ".*cache", ".hypothesis", ".ci", ".benchmarks", "__pycache__",
+        "build", "dist", "*.egg-info", "*.so", "_C.missing.txt", "runs",
     )  # fmt: skip
     shutil.copytree(ROOT, copy, ignore=products)
     return copy

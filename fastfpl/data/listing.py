@@ -19,7 +19,7 @@ from fastfpl.data.base import Dataset, Images, Split
 from fastfpl.data.catalogue import Facts, source_of
 from fastfpl.data.folders import kind_of, size_of
 from fastfpl.data.names import flaw, shown, tidy
-from fastfpl.errors import Damaged, InputError, Missing
+from fastfpl.errors import Damaged, InputError, Missing, cut
 
 __all__ = [
     "SEED",
@@ -286,7 +286,8 @@ def build(facts: Facts, base: Path, lists: Lists) -> Dataset:
         raise MissingImages(
             f"{facts.op}: the images of its lists must be there to be read; got "
             f"{found['train']} of {len(lists.train)} train and {found['test']} of "
-            f"{len(lists.test)} test images, the first that is missing is {base / first}{there}: "
+            f"{len(lists.test)} test images, the first that is missing is "
+            f"{cut(str(base / first), 400)}{there}: "
             f"get {source_of(facts, first)}",
             found,
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import pickle
 import re
 import struct
+import sys
 from collections.abc import Callable
 from functools import partial
 from io import BytesIO
@@ -237,6 +238,11 @@ def _array(purse: _Purse, data: Any, dtype: _Dtype, shape: Any, order: str) -> n
         # Python 2 wrote bytes, Python 3 text that stands for bytes
         raw = _encoded(purse, data) if isinstance(data, str) else data
         flat = np.frombuffer(raw, dtype=dtype.numpy())
+        # numpy takes any number for a letter, and fails as a system when it is to be shown
+        if flat.dtype.kind == "U" and (
+            np.frombuffer(raw, dtype=f"{dtype.order}u4").max(initial=0) > sys.maxunicode
+        ):
+            raise pickle.UnpicklingError("it holds text of numbers that are no characters")
     return flat.reshape(size, order="F" if order == "F" else "C")
 
 

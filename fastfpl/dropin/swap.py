@@ -139,14 +139,15 @@ def _outside_graphs() -> Callable[..., Any]:
 @functools.cache
 def _subclass(base: type, kind_name: str) -> type:
     call = _outside_graphs()
-    exporting, compiling = torch.compiler.is_exporting, torch.compiler.is_dynamo_compiling
+    compiler, compiling = torch.compiler, torch.compiler.is_dynamo_compiling
 
     def exchanged(method: str) -> Any:
         original = getattr(base, method)
 
         def fast(self: Any, *args: Any, **kwargs: Any) -> Any:
             # dynamo, when it exports, goes through the original: it would stop at ours
-            if exporting() and compiling():
+            # the flag: to dynamo of torch 2.11, is_exporting() is always true
+            if compiler._is_exporting_flag and compiling():
                 return original(self, *args, **kwargs)
             return call(kind_name, base, method, self, args, kwargs)
 

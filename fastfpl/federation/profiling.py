@@ -127,7 +127,9 @@ def profile(
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
         forget_peak_memory()
         begin = time.perf_counter()
-        with recorded_faces() as faces, torch.profiler.profile(activities=activities) as seen:
+        # torch 2.11 warns that it forgets earlier cycles, of which there are none
+        recording = torch.profiler.profile(activities=activities, acc_events=True)
+        with recorded_faces() as faces, recording as seen:
             row = federation.round()
             if cuda:
                 torch.cuda.synchronize(device)

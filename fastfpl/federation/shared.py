@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fastfpl.errors import Damaged
-from fastfpl.federation.states import flush, scratch
+from fastfpl.federation.states import Intact, digest_of, flush, scratch
 from fastfpl.files import announce, on_disk, own_folder, read_file, write_new
 from fastfpl.methods import State
 
@@ -63,7 +63,7 @@ class SharedStates(Mapping[int, State]):
         self.folder = folder
         self._device = torch.device(device)
         self._entries: dict[int, _Entry] = {}
-        self._digests: dict[int, str] = {}
+        self._files: dict[int, Intact] = {}
         self._waiting: dict[int, dict[str, _Tensor]] = {}
         self._pieces: dict[bytes, tuple[int, Tensor]] = {}
         self._bytes = 0
@@ -82,6 +82,8 @@ class SharedStates(Mapping[int, State]):
                 on_disk("fastfpl.run", "states of clients", path, cure, rule="be readable"),
                 safe_open(path, framework="pt") as file,
             ):
+                if not self._files[entry.volume].is_as_written():
+                    raise _damaged(path, "a file that was changed since")
                 return {n: self._joined(file, t) for n, t in entry.tensors.items()}
         except SafetensorError as error:
             raise _damaged(path, str(error)) from None
@@ -148,11 +150,11 @@ class SharedStates(Mapping[int, State]):
             while os.path.lexists(self._path(self._next)):  # somebody else's
                 self._next += 1
             write_new(self._path(self._next), content)
+            self._files[self._next] = Intact(self._path(self._next), digest_of(content))
         volume = self._next
         self._next += 1
         for client, tensors in self._waiting.items():
             self._entries[client] = _Entry(volume, tensors)
-        self._digests[volume] = _digest(content)
         self._forget()
         if self.folder is None:
             self.sweep()
@@ -170,10 +172,10 @@ class SharedStates(Mapping[int, State]):
                 if volume in used:
                     flush(self._path(volume))
         self._unsettled.clear()
-        for volume in set(self._digests) - used:
+        for volume in set(self._files) - used:
             announce(self._path(volume))
         return {
-            "volumes": {str(volume): self._digests[volume] for volume in sorted(used)},
+            "volumes": {str(volume): self._files[volume].digest for volume in sorted(used)},
             "clients": {
                 str(client): {
                     "volume": entry.volume,
@@ -199,7 +201,7 @@ class SharedStates(Mapping[int, State]):
         Damaged
             If a file is missing, truncated or changed.
         """
-        self._digests = {int(volume): digest for volume, digest in written["volumes"].items()}
+        self._files = {}
         self._entries = {
             int(client): _Entry(
                 entry["volume"],
@@ -210,18 +212,19 @@ class SharedStates(Mapping[int, State]):
             )
             for client, entry in written["clients"].items()
         }
-        self._next = max(self._digests, default=-1) + 1
-        for volume, digest in self._digests.items():
-            path = self._path(volume)
+        self._next = max(map(int, written["volumes"]), default=-1) + 1
+        for volume, digest in written["volumes"].items():
+            path = self._path(int(volume))
             try:
                 own_folder(path.parent)
                 content = read_file(path)
+                self._files[int(volume)] = Intact(path, digest)
             except OSError as error:
                 raise _damaged(path, f"{type(error).__name__}: {error.strerror}") from None
-            if _digest(content) != digest:
+            if digest_of(content) != digest:
                 raise _damaged(path, "its checksum is not the one that was written")
         for client, entry in self._entries.items():
-            if entry.volume not in self._digests:
+            if entry.volume not in self._files:
                 raise _damaged(self._path(entry.volume), f"no checksum, with client {client} in it")
             for name, tensor in self[client].items():
                 wanted = entry.tensors[name]
@@ -236,9 +239,9 @@ class SharedStates(Mapping[int, State]):
     def sweep(self) -> None:
         """Remove the volumes in which no client has its state."""
         used = self._used()
-        for volume in set(self._digests) - used:
+        for volume in set(self._files) - used:
             self._path(volume).unlink(missing_ok=True)
-            del self._digests[volume]
+            del self._files[volume]
 
     @property
     def _cure(self) -> str:
@@ -260,10 +263,6 @@ class SharedStates(Mapping[int, State]):
 
 # dimensions from which on a tensor is a list of pieces
 _CUT = 3
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def _damaged(path: Path, reason: str) -> Damaged:

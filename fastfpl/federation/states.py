@@ -20,7 +20,7 @@ from torch import Tensor
 from fastfpl.errors import Damaged
 from fastfpl.files import announce, on_disk, own_folder, read_file, temporary_folder, write_new
 
-__all__ = ["CLIENTS", "StateFiles", "StoredState", "flush", "scratch"]
+__all__ = ["CLIENTS", "Intact", "StateFiles", "StoredState", "digest_of", "flush", "scratch"]
 
 #: Folder of the clients' states beside a run's checkpoint.
 CLIENTS = "clients"
@@ -49,12 +49,17 @@ class StoredState(Mapping[str, Tensor]):
     path : Path
     names : tuple of str
     device : torch.device
+    file : Intact
+        What is known of the file since it was written.
     """
 
-    def __init__(self, path: Path, names: tuple[str, ...], device: torch.device) -> None:
+    def __init__(
+        self, path: Path, names: tuple[str, ...], device: torch.device, file: Intact
+    ) -> None:
         self._path = path
         self._names = names
         self._device = device
+        self._file = file
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
@@ -65,6 +70,8 @@ class StoredState(Mapping[str, Tensor]):
                 on_disk("fastfpl.run", "a client's state", self._path, cure, rule=_READABLE),
                 safe_open(self._path, framework="pt") as file,
             ):
+                if not self._file.is_as_written():
+                    raise _damaged(self._path, "a file that was changed since")
                 # a copy: the file's pages are the system's to drop
                 tensor: Tensor = file.get_tensor(name).to(self._device, copy=True)
         except SafetensorError as error:
@@ -78,11 +85,43 @@ class StoredState(Mapping[str, Tensor]):
         return len(self._names)
 
 
+class Intact:
+    """A file as it was when all its bytes had been seen; they are read again if it was touched.
+
+    Parameters
+    ----------
+    path : Path
+        Written or read a moment ago.
+    digest : str
+        Of its content, by `digest_of`.
+    """
+
+    def __init__(self, path: Path, digest: str) -> None:
+        self.digest = digest
+        self._path = path
+        self._identity = _identity(path)
+
+    def is_as_written(self) -> bool:
+        """Look at the file's place, size and times, and at its bytes if one of these moved."""
+        now = _identity(self._path)
+        if now == self._identity:
+            return True
+        if digest_of(read_file(self._path)) != self.digest:
+            return False
+        self._identity = now
+        return True
+
+
+def _identity(path: Path) -> tuple[int, int, int, int]:
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
 @dataclass(frozen=True)
 class _Entry:
     version: int
     names: tuple[str, ...]
-    digest: str
+    file: Intact
 
 
 class StateFiles(Mapping[int, StoredState]):
@@ -90,8 +129,8 @@ class StateFiles(Mapping[int, StoredState]):
 
     A new state is a new file: the former one stays until `sweep`, so that a checkpoint which names
     it stays whole however a process ends. No file takes the place of another one, and none is
-    removed that was not made here or named by a checkpoint. Every byte is verified by `restore`
-    alone; whoever changes a file while the run that wrote it goes on is not noticed.
+    removed that was not made here or named by a checkpoint. Every byte is verified by `restore`,
+    and again when a file that was touched since is read.
 
     Parameters
     ----------
@@ -125,7 +164,8 @@ class StateFiles(Mapping[int, StoredState]):
 
     def __getitem__(self, client: int) -> StoredState:
         entry = self._entries[client]
-        return StoredState(self._path(client, entry.version), entry.names, self._device)
+        path = self._path(client, entry.version)
+        return StoredState(path, entry.names, self._device, entry.file)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._entries)
@@ -157,7 +197,8 @@ class StateFiles(Mapping[int, StoredState]):
                 version += 1
             path = self._path(client, version)
             write_new(path, content)
-        self._entries[client] = _Entry(version, tuple(state), _digest(content))
+            written = Intact(path, digest_of(content))
+        self._entries[client] = _Entry(version, tuple(state), written)
         if old is not None:
             self._former.append(self._path(client, old.version))
         if self.folder is None:
@@ -178,7 +219,7 @@ class StateFiles(Mapping[int, StoredState]):
         for path in self._former:
             announce(path)
         return {
-            str(client): {"version": e.version, "names": list(e.names), "blake2b": e.digest}
+            str(client): {"version": e.version, "names": list(e.names), "blake2b": e.file.digest}
             for client, e in self._entries.items()
         }
 
@@ -195,26 +236,26 @@ class StateFiles(Mapping[int, StoredState]):
         Damaged
             If a file is missing, truncated or changed.
         """
-        self._entries = {
-            int(client): _Entry(int(e["version"]), tuple(e["names"]), str(e["blake2b"]))
-            for client, e in written.items()
-        }
-        for client, entry in self._entries.items():
-            path = self._path(client, entry.version)
+        self._entries = {}
+        for client, e in written.items():
+            version, names = int(e["version"]), tuple(e["names"])
+            path = self._path(int(client), version)
             try:
                 own_folder(path.parent)
                 content = read_file(path)
+                file = Intact(path, str(e["blake2b"]))
             except OSError as error:
                 raise _damaged(path, f"{type(error).__name__}: {error.strerror}") from None
-            if _digest(content) != entry.digest:
+            if digest_of(content) != file.digest:
                 raise _damaged(path, "its checksum is not the one that was written")
             try:
-                with safe_open(path, framework="pt") as file:
-                    names = set(file.keys())
+                with safe_open(path, framework="pt") as tensors:
+                    found = set(tensors.keys())
             except SafetensorError as error:
                 raise _damaged(path, str(error)) from None
-            if names != set(entry.names):
-                raise _damaged(path, f"the tensors {', '.join(sorted(names))}")
+            if found != set(names):
+                raise _damaged(path, f"the tensors {', '.join(sorted(found))}")
+            self._entries[int(client)] = _Entry(version, names, file)
 
     def sweep(self) -> None:
         """Remove the files of former states."""
@@ -245,7 +286,8 @@ def flush(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _digest(content: bytes) -> str:
+def digest_of(content: bytes) -> str:
+    """Return the checksum that a checkpoint holds of a file."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 

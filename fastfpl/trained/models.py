@@ -262,9 +262,12 @@ def load(
         settings = Settings.model_validate_json(json.dumps(kept.settings))
         check_options(settings.method, settings.options)
     except (ValidationError, InputError, ValueError) as error:
-        raise Damaged(
-            f"{OP}: {place / CHECKPOINT} must hold a run's settings; got {error}"
-        ) from None
+        got = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            got = f"{where}: {first['msg']} instead of {shown(first['input'])}"
+        raise Damaged(f"{OP}: {place / CHECKPOINT} must hold a run's settings; got {got}") from None
     clip = _clip(settings, model, where)
     wanted = kept.facts.get("weights")
     if clip.weights_digest != wanted:
