@@ -1,8 +1,11 @@
 """What is exported answers as the run does, in processes that know nothing of this library."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,6 +31,7 @@ OPTIONS = {
     "promptfl-ft": {"epochs": 1},
     "fedapt-unsupervised": {"pseudo_rounds": 1, "threshold": 0.0},
 }
+ROOT = Path(__file__).resolve().parent.parent
 MIXED = ("pfedmoap", "fedotp", "promptfolio", "fedapt", "fedapt-unsupervised")
 
 
@@ -317,3 +321,63 @@ def test_formats_are_completed():
     from fastfpl.cli.entry import group
 
     assert "classifier" in CliRunner().invoke(group, ["export", "--help"]).output
+
+
+# -- the page ------------------------------------------------------------------------------------
+
+
+def test_the_page_of_what_was_trained_runs(tmp_path, called, monkeypatch):
+    """Every command and the Python of docs/trained.md, in their order."""
+    page = (ROOT / "docs" / "trained.md").read_text(encoding="utf-8")
+    (commands,) = re.findall(r"<!-- commands -->\n```bash\n(.*?)```", page, re.DOTALL)
+    (code,) = re.findall(r"<!-- python -->\n```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    image = np.random.default_rng(0).integers(0, 256, (40, 33, 3), dtype=np.uint8)
+    Image.fromarray(image).save("photo.png")
+    for line in commands.splitlines():
+        name, *arguments = shlex.split(line)
+        assert name == "fastfpl"
+        done = called(*arguments)
+        assert done[0] == 0, (line, done)
+    names = {}
+    exec(compile(code, "docs/trained.md", "exec"), names)  # the page's own lines
+    assert names["other"].predict("photo.png").names[0] in ("seven", "cat", "sea horse")
+    assert torch.equal(names["logits"], names["said"].logits)
+    assert {p.name for p in tmp_path.iterdir()} >= {
+        *("said.csv", "head.safetensors", "prompt.pth", "model.pt2"),
+    }
+
+
+OPEN_CLIP = """
+import json, open_clip, torch
+from open_clip.model import CLIP
+from PIL import Image
+from safetensors import safe_open
+with safe_open(sys.argv[1], framework="pt") as file:
+    weight, scale = file.get_tensor("weight"), file.get_tensor("logit_scale")
+    said = file.metadata()
+vision = {"image_size": 28, "patch_size": 7, "width": 32, "layers": 1, "head_width": 16}
+text = {"context_length": 24, "width": 32, "heads": 4, "layers": 2}
+torch.manual_seed(0)
+model = CLIP(32, vision, text).eval()
+size, mean, std = (json.loads(said[name]) for name in ("image_size", "mean", "std"))
+preprocess = open_clip.image_transform(size, is_train=False, mean=mean, std=std)
+with torch.no_grad():
+    features = model.encode_image(preprocess(Image.open(sys.argv[2]))[None])
+logits = scale * torch.nn.functional.normalize(features, dim=-1) @ weight.T
+print(json.loads(said["classnames"])[logits.argmax()])
+print(json.dumps(logits[0].tolist()))
+"""
+
+
+def test_open_clip_alone_classifies_the_same(client, tmp_path):
+    one = client("fedpgp")
+    image = np.random.default_rng(3).integers(0, 256, (40, 33, 3), dtype=np.uint8)
+    Image.fromarray(image).save(tmp_path / "a.png")
+    out = export(one, "classifier", tmp_path / "head.safetensors")
+    name, logits = alone(OPEN_CLIP, out, tmp_path / "a.png").splitlines()
+    mine = one.predict(tmp_path / "a.png")
+    assert name == mine.names[0]
+    # Pillow resizes there, torchvision here: to one level of 255 the same
+    np.testing.assert_allclose(json.loads(logits), mine.logits[0], atol=0.1)

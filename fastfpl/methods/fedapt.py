@@ -93,7 +93,8 @@ class FedAPT(Method):
         other = super().on(classes)
         assert isinstance(other, FedAPT)
         other._trained_names = self._trained_names
-        other._key_of, other.keys = self._key_of, self.keys
+        # a client that came later has its key here too
+        other._key_of, other.keys = self._key_of, self.keys.to(other.keys.device)
         return other
 
     def admit(self, server: State, name: str, domain: int | None) -> tuple[Method, State]:

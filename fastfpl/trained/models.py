@@ -265,8 +265,8 @@ def load(
         got = str(error)
         if isinstance(error, ValidationError):
             first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            got = f"{where}: {first['msg']} instead of {shown(first['input'])}"
+            key = ".".join(str(part) for part in first["loc"])
+            got = f"{key}: {first['msg']} instead of {shown(first['input'])}"
         raise Damaged(f"{OP}: {place / CHECKPOINT} must hold a run's settings; got {got}") from None
     clip = _clip(settings, model, where)
     wanted = kept.facts.get("weights")
