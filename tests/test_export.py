@@ -217,11 +217,17 @@ def test_images_that_stop_together_have_no_program(client, tmp_path):
         export(one, "torch", tmp_path / "out")
 
 
-def test_onnx_answers_as_the_client(client, pixels, tmp_path):
+@pytest.mark.parametrize("method", ["promptfl", "pfedmoap", "fedapt", "fedotp"])
+def test_onnx_answers_as_the_client(method, client, pixels, tmp_path):
     pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
-    one = client("promptfl")
+    one = client(method)
+    if method == "fedotp":
+        with pytest.raises(NotSupported, match="form in ONNX; got .* for fedotp; export it to tor"):
+            export(one, "onnx", tmp_path / "model.onnx")
+        assert list(tmp_path.iterdir()) == []
+        return
     out = export(one, "onnx", tmp_path / "model.onnx")
     session = runtime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
     (logits,) = session.run(None, {"pixels": np.load(pixels)})

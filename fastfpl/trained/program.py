@@ -164,13 +164,19 @@ def as_onnx(client: Client) -> bytes:
     exported = _exported(client)
     with tempfile.TemporaryDirectory() as folder, _quiet():
         path = Path(folder) / "model.onnx"
-        written = torch.onnx.export(
-            exported,
-            input_names=["pixels"],
-            output_names=["logits"],
-            dynamo=True,
-            verbose=False,
-        )
+        try:
+            written = torch.onnx.export(
+                exported,
+                input_names=["pixels"],
+                output_names=["logits"],
+                dynamo=True,
+                verbose=False,
+            )
+        except Exception as error:  # an operation that ONNX has not, such as FedOTP's loop
+            raise NotSupported(
+                f"{OP}: every operation must have a form in ONNX; got {type(error).__name__} for "
+                f"{client.head.method.name}; export it to torch"
+            ) from error
         assert written is not None
         written.save(path, external_data=False)
         return path.read_bytes()
