@@ -1,6 +1,7 @@
 """A run's folder is a model: it answers as the run's own evaluation did, bit for bit."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from fastfpl.errors import Damaged, InputError, KindError, Missing, NotSupported
 from fastfpl.federation.checkpoint import CHECKPOINT, _checksum
 from fastfpl.federation.preparation import prepare
 from fastfpl.methods import METHODS
+from fastfpl.trained import models
 from fastfpl.training import scoring
 from tests.worlds import GATE, TINY_RUN, small_clip
 
@@ -202,6 +204,31 @@ def test_folders_of_others(played, clip, tmp_path):
     other = changed(out, tmp_path / "c", library="0.0.7")
     with pytest.warns(UserWarning, match=r"is of fastfpl 0\.0\.7, this is .*: figures may differ"):
         assert fastfpl.load(other, model=clip).global_model().classnames
+
+
+def test_a_run_that_goes_on_meanwhile_is_read_again(played, clip, tmp_path, monkeypatch):
+    out, _, _ = played("promptfl")
+    shutil.copytree(out, tmp_path / "run")
+    path, read, tries = tmp_path / "run" / CHECKPOINT, models.read_checkpoint, []
+
+    def moved(folder, device):
+        tries.append(folder)
+        if len(tries) == 1:
+            os.utime(path, ns=(1, 1))
+            raise Damaged("names checkpoint-00001.safetensors, which is not there")
+        return read(folder, device)
+
+    monkeypatch.setattr(models, "read_checkpoint", moved)
+    assert fastfpl.load(tmp_path / "run", model=clip).round == 2
+    assert len(tries) == 2
+
+
+@pytest.mark.parametrize("method", ["fedapt", "pfedmoap", "fedpgp"])
+def test_a_client_on_another_device_is_the_same(method, played, clip):
+    """The device is this one: what is built anew must hold what was loaded."""
+    client = fastfpl.load(played(method)[0], model=clip).client(2)
+    image = torch.nn.functional.normalize(torch.randn(3, clip.dim), dim=-1)
+    assert torch.equal(client.moved(clip).logits(image), client.logits(image))
 
 
 def test_a_run_that_stopped_between_evaluations_says_so(clip, played, tmp_path):
