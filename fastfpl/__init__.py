@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fastfpl.federation import Result, Settings, compare, run, sweep
     from fastfpl.ops.faces import face
     from fastfpl.prompts import ClassPrompts, encode_prompts
+    from fastfpl.trained import load
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "encode_prompts",
     "explain",
     "face",
+    "load",
     "load_clip",
     "restore",
     "run",
@@ -47,6 +49,7 @@ _HOME = {
     "encode_prompts": "fastfpl.prompts",
     "explain": "fastfpl.dropin",
     "face": "fastfpl.ops.faces",
+    "load": "fastfpl.trained",
     "load_clip": "fastfpl.clip",
     "restore": "fastfpl.dropin",
     "run": "fastfpl.federation",
@@ -55,6 +58,7 @@ _HOME = {
 _ROOMS = (
     *("clip", "data", "dropin", "errors", "features", "federation", "methods", "ops", "prompts"),
     "testing",
+    "trained",
 )
 
 

@@ -93,12 +93,19 @@ class Settings(BaseModel):
         "leave-one-domain-out",
         "multi-domain",
         "cross-dataset",
+        "unseen-clients",
     ] = Field("personal", description="what is trained on and what is asked (docs/protocols.md)")
     target: str | None = Field(
         None, description="the domain left out, or the data set that is only tested on"
     )
     target_root: str | None = Field(
         None, description="folder of the target data set, if it lives in files"
+    )
+    unseen: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="share of the clients of unseen-clients that never train with the others (0.2)",
     )
     clip: str = Field("tiny", description="the frozen CLIP: tiny or a name of open_clip")
     pretrained: str | None = Field(
@@ -295,6 +302,8 @@ class Settings(BaseModel):
             )
         if self.target_root is not None and self.scenario != "cross-dataset":
             raise ValueError("target_root must be left out but with scenario='cross-dataset'")
+        if self.unseen is not None and self.scenario != "unseen-clients":
+            raise ValueError("unseen must be left out but with scenario='unseen-clients'")
         if self.scenario == "multi-domain" and not self.partition.startswith("domain"):
             raise ValueError(
                 "partition must be domain or domain-dirichlet with scenario='multi-domain'; got "

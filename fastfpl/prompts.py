@@ -202,6 +202,12 @@ class ClassPrompts:
         """Return the prompts of the same classes with another ending, "" for none."""
         return ClassPrompts(self._clip, self.names, self.position, ending)
 
+    def at(self, position: Position) -> ClassPrompts:
+        """Return the prompts of the same classes with the name at another place."""
+        if position == self.position:
+            return self
+        return ClassPrompts(self._clip, self.names, position, self.ending)
+
     def words(self, text: str) -> Tensor:
         """Return the token embeddings of ``text`` as a context: shape (tokens, W), a new tensor.
 

@@ -59,6 +59,9 @@ MODELS = {
     "more than there are layers": lambda: seeded(deep_model, clip(), COUNTS, layers=4),
     "none": lambda: seeded(deep_model, clip(), COUNTS, layers=0),
     "through 16 bits": lambda: seeded(deep_model, clip(), COUNTS, half=True),
+    "stacked, through 16 bits": lambda: seeded(
+        deep_model, clip(), COUNTS, gather=stacked, half=True
+    ),
     "class-specific": lambda: seeded(deep_model, clip(), COUNTS, own=True),
     "one slot": lambda: seeded(deep_model, clip(), COUNTS, slots=1),
     "one class": lambda: seeded(deep_model, clip(), [4]),
@@ -369,6 +372,43 @@ def test_encoders_that_cannot_do_without_are_proven_with_some():
     model = fastfpl.accelerate(copy.deepcopy(literal))
     assert_same(step(model, images()), step(literal, images()))
     assert all(call.startswith("fast") for call in how(model)), how(model)
+
+
+@pytest.mark.parametrize("name", ["through 16 bits", "own, through 16 bits", "projected", "own"])
+def test_verify_finds_nothing_where_nothing_is(name):
+    model = fastfpl.accelerate(MODELS[name](), verify="always")
+    for mode in (True, False):
+        step(model.train(mode), images())
+    assert all(call.startswith("fast") for call in how(model)), how(model)
+
+
+class Coarse(ListBlock):
+    """Through 16 bits, with a gradient for the states that is rounded, too."""
+
+    def forward(self, inputs):
+        x, deep, used = inputs
+        if not self.head and used < len(deep):
+            x, used = put(Rounding.apply(x), deep[used].half()), used + 1
+        return [OpenAIBlock.forward(self, x), deep, used]
+
+
+class Rounding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.half().float()
+
+
+def test_only_deep_prompts_may_have_rounded_gradients():
+    literal = MODELS["list"]()
+    for one in literal.text_encoder.transformer.resblocks:
+        one.__class__ = Coarse
+    model = fastfpl.accelerate(copy.deepcopy(literal))
+    step(model, images())
+    assert all("gave other gradients" in call for call in how(model)), how(model)
 
 
 def test_verify_watches_deep_prompts(monkeypatch):

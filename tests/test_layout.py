@@ -22,7 +22,7 @@ FLOORS = (
     {"config", "presets"},
     {"training"},
     {"federation"},
-    {"report", "flower", "dropin", "testing", "templates"},
+    {"report", "flower", "dropin", "testing", "templates", "trained"},
     {"cli"},
 )
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}

@@ -18,7 +18,6 @@ from fastfpl.cli.new import write_method
 from fastfpl.config import Settings
 from fastfpl.data import dataset_names, load_dataset
 from fastfpl.errors import InputError, KindError, Missing
-from fastfpl.federation.models import load_models
 from fastfpl.methods import METHODS, Method, PromptFL, find_method, method_name, method_names
 from fastfpl.methods.own import KNOWN, source_of
 from fastfpl.report import load_comparisons, write_report
@@ -99,7 +98,7 @@ def test_a_class_runs_resumes_and_is_compared(tmp_path):
     fastfpl.run(Renamed, **{**TINY_RUN, "rounds": 1}, out=out, **cache)
     rest = fastfpl.run(Renamed, **TINY_RUN, out=out, resume=True, **cache)
     assert figures(rest) == figures(whole)
-    assert load_models(out).settings.method == "renamed"
+    assert fastfpl.load(out).settings.method == "renamed"
     both = fastfpl.compare(["promptfl", Renamed], **SHORT, out=tmp_path / "both", **cache)
     assert list(both.results) == ["promptfl", "renamed"]
     (read,) = load_comparisons(tmp_path / "both")
@@ -151,14 +150,14 @@ def test_another_class_of_the_name_does_not_go_on(tmp_path):
         InputError, match=r"cell must be the one that .* was made with, Cell of __m"
     ):
         fastfpl.run(defined(2), **more)
-    with pytest.raises(InputError, match=r"load_models: cell must be the one that"):
-        load_models(out)
+    with pytest.raises(InputError, match=r"fastfpl\.load: cell must be the one that"):
+        fastfpl.load(out)
     assert len(fastfpl.run(defined(1), **more).rounds) == 2
     KNOWN.clear()
     with pytest.raises(
         InputError, match=r"cell, must be known; it is Cell of __main__, source .*: hand"
     ):
-        load_models(out)
+        fastfpl.load(out)
 
 
 # -- a file, a module ------------------------------------------------------------------------------
@@ -303,7 +302,7 @@ def test_an_installed_package_adds_methods_and_data_sets(tmp_path, monkeypatch, 
     content = json.loads((tmp_path / "run/result.json").read_text())
     assert content["settings"]["dataset"] == "ours"
     assert content["data"]["method_source"]["module"] == "thirdparty"
-    assert load_models(tmp_path / "run").settings.method == "mine"
+    assert fastfpl.load(tmp_path / "run").settings.method == "mine"
     monkeypatch.delitem(sys.modules, "thirdparty")
 
 

@@ -12,6 +12,7 @@ import random
 import resource
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ from fastfpl.data import load_dataset
 from fastfpl.errors import FastfplError
 from fastfpl.features import FeatureKey, FeatureStore
 from fastfpl.federation.checkpoint import CHECKPOINT, _checksum, read_checkpoint
-from fastfpl.federation.models import load_models
 from fastfpl.report.load import load_comparisons
+from fastfpl.trained import adapt
 from tests import own_trees, trees
 from tests.test_clip import make_open_clip, nano  # noqa: F401 - a fixture
 from tests.test_report import JUNK, places
@@ -192,15 +193,23 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Give the folder of a run that leaves files of every kind."""
     folder = tmp_path_factory.mktemp("run") / "o"
     more = {**TINY_RUN, "rounds": 1, "local_epochs": 1, "options": GATE, "threads": 1}
-    fastfpl.run("pfedmoap", out=folder, model=small_clip(), cache=folder.parent / "f", **more)
+    fastfpl.run("pfedmoap", out=folder, model=CLIP, cache=folder.parent / "f", **more)
+    adapt(folder, "digits", name="x", shots=1, model=CLIP, cache=folder.parent / "f")
     return folder
 
 
+CLIP = small_clip()
+
+
 def everything(folder: Path) -> None:
-    models = load_models(folder)
-    for states in (models.checkpoint.clients, models.checkpoint.downloads):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of another version of the library
+        model = fastfpl.load(folder, model=CLIP)
+    for states in (model.checkpoint.clients, model.checkpoint.downloads):
         for state in states.values():
             dict(state)
+    for name in model.joined:
+        model.client(name)
 
 
 def test_run_folders(played: Path, tmp_path: Path) -> None:

@@ -41,7 +41,8 @@ def test_the_example_method_is_the_template_and_runs(tmp_path: Path) -> None:
 def test_every_command_of_the_readme_is_known() -> None:
     commands = set(re.findall(r"^fastfpl (\w+)", README, re.MULTILINE))
     assert commands <= {
-        *("run", "compare", "report", "data", "doctor", "presets", "profile", "methods", "new")
+        *("run", "compare", "report", "data", "doctor", "presets", "profile", "methods", "new"),
+        *("predict", "export", "adapt"),
     }
     for name in re.findall(r"--preset (\S+)", README):
         load_preset(name)

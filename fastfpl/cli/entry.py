@@ -9,11 +9,14 @@ from collections.abc import Sequence
 import click
 
 from fastfpl import __version__
+from fastfpl.cli.adapt import adapt
 from fastfpl.cli.compare import compare
 from fastfpl.cli.data import data
 from fastfpl.cli.doctor import doctor
+from fastfpl.cli.export import export
 from fastfpl.cli.methods import methods
 from fastfpl.cli.new import new
+from fastfpl.cli.predict import predict
 from fastfpl.cli.presets import presets
 from fastfpl.cli.profile import profile
 from fastfpl.cli.quirks import quirks
@@ -66,5 +69,6 @@ def group() -> None:
     """Federated prompt learning of CLIP: exact, tested, fast."""
 
 
-for _command in (run, compare, profile, report, methods, presets, quirks, doctor, data, new):
+_COMMANDS = (run, compare, report, predict, export, adapt)
+for _command in (*_COMMANDS, profile, methods, presets, quirks, doctor, data, new):
     group.add_command(_command)

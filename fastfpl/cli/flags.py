@@ -35,7 +35,7 @@ _Command = Callable[..., None]
 GROUPS = {
     "Data": (
         *("dataset", "root", "layout", "columns", "digest", "on_corrupt", "statistics"),
-        *("scenario", "target", "target_root", "transductive"),
+        *("scenario", "target", "target_root", "transductive", "unseen"),
     ),
     "Clients": (
         *("clients", "partition", "partition_seed", "beta", "classes_per_client", "repeat_rate"),

@@ -63,6 +63,12 @@ def _quirks() -> Iterable[tuple[str, str]]:
     return (("all", ""), *((quirk.name, quirk.about) for quirk in QUIRKS.values()))
 
 
+def _formats() -> Iterable[tuple[str, str]]:
+    from fastfpl.trained import FORMATS
+
+    return ((name, "") for name in FORMATS)
+
+
 _KNOWN: dict[str, Callable[[], Iterable[tuple[str, str]]]] = {
     "method": _methods,
     "dataset": _datasets,
@@ -71,6 +77,7 @@ _KNOWN: dict[str, Callable[[], Iterable[tuple[str, str]]]] = {
     "preset": _presets,
     "clip": _clips,
     "quirk": _quirks,
+    "format": _formats,
 }
 
 

@@ -114,6 +114,11 @@ class FrozenCLIP:
         return self._image.image_size
 
     @property
+    def image_tower(self) -> ImageTower:
+        """The image tower's own modules, for programs that take them along."""
+        return self._image
+
+    @property
     def patches(self) -> int | None:
         """Tokens P per image for transport, or None."""
         return self._image.patches

@@ -85,6 +85,10 @@ class Text(Kind):
         family, holder = self.family, self.holder(module)
         return bool(towers.own_prompts(family.blocks(holder), family.positional(holder).shape[1]))
 
+    def rounded(self, module: Any, args: Any, kwargs: Any) -> list[Tensor]:
+        """Give the deep prompts of a call, whose gradients are rounded where they are."""
+        return [t for b in self.family.blocks(self.holder(module)) for t in _own(b)]
+
     def count(self, module: Any, args: Any, kwargs: Any) -> int:
         """Count the texts of a call."""
         tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()]
@@ -114,7 +118,7 @@ class Text(Kind):
         result, how = self.fast(module, state, args, kwargs, through)
         state.calls[how] += 1
         if state.due():
-            compare(self, module, state, args, kwargs, result)
+            compare(self, module, state, args, kwargs, result, through)
         return result
 
     def memory(self, module: Any, state: State) -> dict[Any, Any]:
@@ -142,7 +146,7 @@ class Text(Kind):
         embedding = getattr(embeddings, "token_embedding", None)
         if isinstance(embedding, nn.Embedding):
             learn.append(embedding.weight)
-        learn += [t for b in blocks for t in b._parameters.values()]
+        learn += [t for b in blocks for t in _own(b)]
         learn = [t for t in learn if isinstance(t, Tensor)]
         return [t for t in (*found, *learn) if isinstance(t, Tensor)], learn
 
@@ -240,8 +244,13 @@ def prove(kind: Text, module: Any, form: Any, count: int, other_mode: bool) -> T
                 "that neither a shared prefix nor a cut is exact"
             )
         refuse("a trial call of it gave other features than CLIP's text pass over its parts")
-    _compare_gradients(fast, literal, leaves, through)
+    narrow = kind.rounded(twin, args, kwargs)
+    _compare_gradients(fast, literal, leaves, narrow, through)
     return through
+
+
+def _own(block: Any) -> list[Tensor]:
+    return [t for t in block._parameters.values() if t is not None]
 
 
 def _ways(deep: bool, first: Tensor) -> list[Through]:
@@ -268,12 +277,16 @@ def _close(got: Tensor, want: Tensor) -> bool:
 
 
 def _compare_gradients(
-    fast: Tensor, literal: Tensor, leaves: list[Tensor], through: Through = None
+    fast: Tensor,
+    literal: Tensor,
+    leaves: list[Tensor],
+    narrow: list[Tensor],
+    through: Through,
 ) -> None:
     """Compare the gradients of a random loss.
 
-    Those of deep prompts that go ``through`` 16 bits the original rounds as well, prompt by prompt;
-    the pass rounds their sum.
+    Those of ``narrow``, deep prompts that go ``through`` 16 bits, the original rounds as well,
+    prompt by prompt; the pass rounds their sum.
     """
     other = "a trial call of it gave other gradients than CLIP's text pass over its parts"
     if literal.requires_grad != fast.requires_grad:
@@ -285,17 +298,26 @@ def _compare_gradients(
     want = torch.autograd.grad(literal, leaves, loss, retain_graph=True, allow_unused=True)
     with unwatched():
         got = torch.autograd.grad(fast, leaves, loss, retain_graph=True, allow_unused=True)
-    for g, w in zip(got, want, strict=True):
+    for leaf, g, w in zip(leaves, got, want, strict=True):
         if (g is None) != (w is None):
             refuse(other)
         if g is None or w is None or _close(g, w):
             continue
         off, size = float((g - w).abs().max()), float(w.abs().max())
-        if through is None or off > 4 * torch.finfo(through).eps * size:
+        rounds = through is not None and any(leaf is t for t in narrow)
+        if not rounds or off > 4 * torch.finfo(through or w.dtype).eps * size:
             refuse(other)
 
 
-def compare(kind: Text, module: Any, state: State, args: Any, kwargs: Any, result: Any) -> None:
+def compare(
+    kind: Text,
+    module: Any,
+    state: State,
+    args: Any,
+    kwargs: Any,
+    result: Any,
+    through: Through,
+) -> None:
     """Compare a result with what the original gives on a copy: values, and gradients if wanted."""
     with no_trace(module):
         twin = copy_of(module, moved=False)
@@ -307,7 +329,8 @@ def compare(kind: Text, module: Any, state: State, args: Any, kwargs: Any, resul
         inputs = _tensors(args, kwargs)
         graphs = [leaf for t in inputs if t.requires_grad for leaf in leaves_of(t)]
         learn = [p for p in module.parameters() if p.requires_grad]
-        _compare_gradients(fast, literal, [*graphs, *learn])
+        narrow = [x for t in kind.rounded(module, args, kwargs) for x in leaves_of(t)]
+        _compare_gradients(fast, literal, [*graphs, *learn], narrow, through)
     except Instead as reason:
         raise differs(state, str(reason)) from None
 
@@ -486,6 +509,12 @@ class Prompts(Text):
     def deep(self, module: Any, form: Any) -> bool:
         """Tell whether prompts are replaced between the layers."""
         return form[3] is not None or super().deep(module, form)
+
+    def rounded(self, module: Any, args: Any, kwargs: Any) -> list[Tensor]:
+        """Give those that the call hands over, too."""
+        deep = self._bound(module, args, kwargs).deep
+        handed = [deep] if isinstance(deep, Tensor) else list(deep)
+        return [*handed, *super().rounded(module, args, kwargs)]
 
     def form(self, module: Any, args: Any, kwargs: Any) -> Any:
         """Name the arguments: prompts, tokens, the empty ones with their type, deep prompts."""

@@ -72,7 +72,10 @@ class Checkpoint:
         All settings, options included.
     task : mapping
         ``classes``, ``domains``, ``client_domains`` and ``clients``, as `fastfpl.methods.Task` has
-        them.
+        them; ``pixels``, mean and deviation that they are normalised by; ``newcomers``, how many
+        clients were adapted after the last round, and their domains (`None` of images of several).
+    library : str
+        The version that wrote it.
     """
 
     facts: Mapping[str, Any]
@@ -85,6 +88,7 @@ class Checkpoint:
     tuned: SharedStates = field(default_factory=SharedStates)
     settings: Mapping[str, Any] = field(default_factory=dict)
     task: Mapping[str, Any] = field(default_factory=dict)
+    library: str = __version__
 
     @property
     def files(self) -> set[Path]:
@@ -126,11 +130,22 @@ class _Volumes(_Strict):
     clients: dict[_Number, _Part]
 
 
+_Three = Annotated[list[float], Field(min_length=3, max_length=3)]
+
+
+class _Pixels(_Strict):
+    mean: _Three
+    std: _Three
+
+
 class _Task(_Strict):
     classes: list[str]
     domains: list[str]
     client_domains: list[_Count] | None
     clients: Annotated[int, Field(ge=1, lt=2**40)]
+    pixels: _Pixels | None = None
+    newcomers: _Count = 0
+    newcomer_domains: list[_Count | None] | None = None
 
 
 class _Head(_Strict):
@@ -359,7 +374,7 @@ def _read_head(folder: Path) -> dict[str, Any]:
     numbers = [row.round for row in seen.rounds]
     if numbers != list(range(seen.rounds_done)) or not numbers:
         raise _damaged(path, f"rounds that are not those from 0 to {seen.rounds_done - 1}")
-    most = seen.task.clients
+    most = seen.task.clients + seen.task.newcomers
     of_clients = (seen.clients, seen.downloads.clients, seen.tuned.clients)
     if any(int(client) >= most for part in of_clients for client in part):
         raise _damaged(path, f"a client that is not one of {most}")
@@ -403,6 +418,7 @@ def _restored(folder: Path, head: dict[str, Any], device: torch.device | str) ->
         shared[TUNED],
         head["settings"],
         head["task"],
+        head["library"],
     )
 
 

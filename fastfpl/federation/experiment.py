@@ -38,7 +38,6 @@ from fastfpl.federation.result import (
     summarise,
 )
 from fastfpl.federation.rounds import Federation
-from fastfpl.federation.scenarios import client_names
 from fastfpl.federation.server import Round
 from fastfpl.federation.shared import DOWNLOADS, TUNED, SharedStates
 from fastfpl.federation.states import CLIENTS, StateFiles
@@ -279,9 +278,25 @@ def _save(federation: Federation, folder: Path, faces: Mapping[str, set[str]]) -
             federation.downloads,
             federation.tuned,
             _settings(federation),
-            task_of(federation.method.task),
+            _task(federation),
         ),
     )
+
+
+def _task(federation: Federation) -> dict[str, Any]:
+    """Say of a task what a checkpoint holds."""
+    found = {**task_of(federation.method.task), "pixels": _pixels(federation)}
+    if federation.newcomers is not None:
+        domains = list(federation.newcomers.domains)
+        found |= {"newcomers": len(domains), "newcomer_domains": domains}
+    return found
+
+
+def _pixels(federation: Federation) -> dict[str, list[float]]:
+    """Say by what pixels are normalised."""
+    own = federation.dataset.statistics if federation.settings.statistics == "dataset" else None
+    mean, std = own or (federation.clip.mean, federation.clip.std)
+    return {"mean": list(mean), "std": list(std)}
 
 
 def _settings(federation: Federation) -> dict[str, Any]:
@@ -301,8 +316,11 @@ def _unreplayed(federation: Federation) -> list[str]:
 
 
 def _result(federation: Federation, faces: dict[str, list[str]]) -> Result:
-    exams, budget = federation.examiner.exams, federation.trainer.budget
-    names = client_names(federation.settings, federation.dataset)
+    exams, budget = federation.exams, federation.trainer.budget
+    images = federation.trainer.images
+    together = len(federation.shards)
+    newcomers = range(together, len(images))
+    names = federation.names[together:] if newcomers else federation.names
     source = method_source(federation.settings.method)
     return Result(
         method=federation.settings.method,
@@ -319,7 +337,9 @@ def _result(federation: Federation, faces: dict[str, list[str]]) -> Result:
         data={
             "name": federation.dataset.name,
             "classes": list(federation.dataset.classnames),
-            "train_images": [len(s.train) for s in federation.shards],
+            # of the clients that the headline is about
+            "train_images": [len(images[c]) for c in newcomers or range(together)],
+            **({"others": together} if newcomers else {}),
             "test_images": [len(images) for images in exams[0].images],
             "exams": {exam.name: exam.about for exam in exams},
             "transductive": federation.settings.transductive,

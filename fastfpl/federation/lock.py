@@ -26,7 +26,8 @@ _OURS = re.compile(
     r"checkpoint-\d{5}(-\d+)?\.safetensors"
     r"|\.[\w.-]+\.\d+-[0-9a-f]{8}\.part"
     r"|\.uploads-[0-9a-f]{8}"
-    r"|clients|downloads|tuned"
+    r"|clients|downloads|tuned|joined"
+    r"|joined/\.[\w.-]+\.\d+-[0-9a-f]{8}\.part"
     r"|clients/\d{5}-\d{5}\.safetensors"
     r"|(downloads|tuned)/\d{5}\.safetensors"
 )

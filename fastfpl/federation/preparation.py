@@ -20,10 +20,11 @@ from fastfpl.errors import InputError
 from fastfpl.features import FeatureStore, TextFeatures
 from fastfpl.federation.checkpoint import settings_facts
 from fastfpl.federation.exams import Exam, Examiner
+from fastfpl.federation.newcomers import Newcomers
 from fastfpl.federation.rehearsal import rehearse
 from fastfpl.federation.rounds import Federation
 from fastfpl.federation.sampling import Sampling
-from fastfpl.federation.scenarios import Scenario, arrange, personal
+from fastfpl.federation.scenarios import Question, Scenario, arrange, personal
 from fastfpl.federation.server import Round
 from fastfpl.federation.turns import InTurn, Together
 from fastfpl.methods import Method, Task, check_options, find_method
@@ -144,10 +145,16 @@ def plan(
         )
     scenario = arrange(settings, dataset, lambda mine: _deal(settings, mine))
     if changes_data(quirks):
-        scenario = personal(*disturbed(scenario.dataset, scenario.shards, quirks, settings.seed))
+        changed = disturbed(scenario.dataset, scenario.shards, quirks, settings.seed)
+        scenario = replace(personal(*changed), names=scenario.names)
     if settings.transductive:
         scenario = scenario.transductive()
     scenario = scenario.noted(settings)
+    if scenario.newcomers and visits_of(quirks, settings.schedule, settings.lr) is not None:
+        raise InputError(
+            "fastfpl.run: as_released must leave out quirks by which clients follow one another in "
+            f"the scenario unseen-clients, whose newcomers follow nobody; got {', '.join(quirks)}"
+        )
     if settings.sampling == "domain" and scenario.client_domains is None:
         raise InputError(
             "fastfpl.run: sampling must be 'uniform' where a client holds several domains; got "
@@ -309,35 +316,31 @@ def prepare(
         for one, training in ((method, True), *((m, False) for _, m in exams)):
             one.text(*one.start(down, {}, training=training))
     method.task.text_features.clear()
-    train_rows = np.unique(np.concatenate([s.train for s in scenario.shards]))
+    everybody = [*scenario.shards, *scenario.newcomers]
+    train_rows = np.unique(np.concatenate([s.train for s in everybody]))
     trainer = Trainer(
         settings=settings,
         method=method,
         feed=training_feed(eye, scenario.dataset.train, train_rows, settings, paired=kind.paired)
         if kind.trains
         else None,
-        images={client: shard.train for client, shard in enumerate(scenario.shards)},
+        images={client: shard.train for client, shard in enumerate(everybody)},
         observer=observer,
         graphs=graphs,
         budget=budget,
     )
-    examiner = Examiner(
-        trainer,
-        [
-            Exam(
-                question.name,
-                question.about,
-                asked,
-                evaluation_feed(
-                    eye, question.split, "test", np.unique(np.concatenate(question.images))
-                ),
-                question.images,
-                question.domains,
-            )
-            for question, asked in exams
-        ],
-        len(scenario.shards),
-    )
+
+    def ready(question: Question, asked: Method) -> Exam:
+        rows = np.unique(np.concatenate(question.images))
+        feed = evaluation_feed(eye, question.split, "test", rows)
+        name, about = question.name, question.about
+        return Exam(name, about, asked, feed, question.images, question.domains)
+
+    examiner = Examiner(trainer, [ready(*exam) for exam in exams], len(scenario.shards))
+    newcomers = None
+    if scenario.newcomers:
+        adapted, before = (ready(question, method) for question in scenario.arrivals)
+        newcomers = Newcomers(adapted, before, scenario.newcomer_domains)
     if budget is not None:
         budget.settle()
         rehearse(examiner, now)
@@ -345,6 +348,7 @@ def prepare(
         clip=clip,
         dataset=scenario.dataset,
         shards=scenario.shards,
+        names=scenario.names,
         trainer=trainer,
         examiner=examiner,
         sampling=Sampling(
@@ -352,6 +356,7 @@ def prepare(
         ),
         now=now,
         order=_order(settings),
+        newcomers=newcomers,
     )
 
 

@@ -98,6 +98,7 @@ class _Data(_Part):
     deal: _Deal | None = None
     training: _Training | None = None
     clients: list[_Name] | None = None
+    others: _Count | None = None
 
 
 class _Published(_Part):
@@ -143,16 +144,18 @@ class _Result(_Part):
         if len(rows) not in (wanted, self.settings.rounds):
             raise ValueError(f"rounds must be {wanted} where a run is finished; not {len(rows)}")
         exams = list(self.data.exams)
+        # where clients came later, the headline is about these, and the others trained
+        others = self.data.others or clients
         for row in rows:
             evaluated = exams if row.accuracy is not None else []
             if list(row.exams) != evaluated or bool(row.clients) != bool(evaluated):
                 raise ValueError(f"round {row.round} must answer the exams of data, or none")
-            if any(len(exam.clients) != clients for exam in row.exams.values()) or (
+            if any(len(exam.clients) not in (clients, others) for exam in row.exams.values()) or (
                 evaluated and len(row.clients) != clients
             ):
                 raise ValueError(f"round {row.round} must have an accuracy of {clients} clients")
-            if any(client >= clients for client in (*row.selected, *row.lost)):
-                raise ValueError(f"round {row.round} must name clients from 0 to {clients - 1}")
+            if any(client >= others for client in (*row.selected, *row.lost)):
+                raise ValueError(f"round {row.round} must name clients from 0 to {others - 1}")
         if rows[-1].accuracy is None:
             raise ValueError("the last of the rounds must be evaluated")
         if list(self.final.exams) != exams:

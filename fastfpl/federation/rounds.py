@@ -13,8 +13,9 @@ from fastfpl.clip import FrozenCLIP
 from fastfpl.config import Settings
 from fastfpl.data import Dataset, Shard
 from fastfpl.federation.checkpoint import settings_facts
-from fastfpl.federation.exams import Examiner, marks
+from fastfpl.federation.exams import Exam, Examiner, marks
 from fastfpl.federation.models import answers_with
+from fastfpl.federation.newcomers import Newcomers
 from fastfpl.federation.sampling import Sampling
 from fastfpl.federation.server import Round
 from fastfpl.federation.shared import SharedStates
@@ -40,6 +41,8 @@ class Federation:
         What is trained on.
     shards : list of Shard
         Each client's images.
+    names : tuple of str
+        What the data set calls the clients, newcomers last; empty if they are but numbers.
     trainer : Trainer
     examiner : Examiner
     sampling : Sampling
@@ -58,6 +61,8 @@ class Federation:
         Of the run.
     rounds : list of dict
         Rows of ``result.json``.
+    newcomers : Newcomers or None
+        Clients that join after every evaluated round, if the scenario has some.
     """
 
     clip: FrozenCLIP
@@ -71,8 +76,16 @@ class Federation:
     clients: StateFiles = field(default_factory=StateFiles)
     downloads: SharedStates = field(default_factory=SharedStates)
     tuned: SharedStates = field(default_factory=SharedStates)
+    names: tuple[str, ...] = ()
     folder: Path | None = None
     rounds: list[dict[str, Any]] = field(default_factory=list)
+    newcomers: Newcomers | None = None
+
+    @property
+    def exams(self) -> list[Exam]:
+        """All that is asked; the first is the headline."""
+        arriving = [] if self.newcomers is None else self.newcomers.exams
+        return [*arriving, *self.examiner.exams]
 
     @property
     def settings(self) -> Settings:
@@ -96,7 +109,7 @@ class Federation:
             **kept,
             "weights": self.clip.weights_digest,
             "train_images": self.dataset.train.fingerprint,
-            "test_images": [exam.feed.split.fingerprint for exam in self.examiner.exams],
+            "test_images": [exam.feed.split.fingerprint for exam in self.exams],
         }
 
     def round(self) -> dict[str, Any]:
@@ -127,7 +140,7 @@ class Federation:
         if last or (round_ + 1) % settings.evaluate_every == 0:
             with record_function(PHASE + "evaluation"):
                 asked = self.ask()
-            exams = self.examiner.exams
+            exams = self.exams
             for exam, scores in zip(exams, asked, strict=True):
                 line["exams"][exam.name] = marks(scores, exam.domains)
             headline = line["exams"][exams[0].name]
@@ -168,7 +181,7 @@ class Federation:
         line["images_per_second"] = seen / (time.perf_counter() - begin)
 
     def ask(self) -> list[list[Scores]]:
-        """Put every exam to every client's model as it is now; one list of scores an exam."""
+        """Put every exam to the clients' models as they are now; one list of scores an exam."""
         now, keep = self.now, None if self.folder is None else self.tuned.put
 
         def states(client: int) -> tuple[State, State]:
@@ -176,7 +189,10 @@ class Federation:
                 self.method, now.server, self.clients, self.downloads, client, now.number
             )
 
-        return self.examiner.ask(now.number - 1, states, keep)
+        asked = self.examiner.ask(now.number - 1, states, keep)
+        if self.newcomers is None:
+            return asked
+        return [*self.newcomers.ask(self.trainer, now, keep), *asked]
 
     @property
     def finished(self) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from fastfpl.config import Settings
 from fastfpl.data import (
@@ -23,8 +24,9 @@ from fastfpl.data import (
     split_domain,
 )
 from fastfpl.errors import InputError
+from fastfpl.seeds import generator
 
-__all__ = ["Question", "Scenario", "arrange", "client_names", "listed_clients", "personal"]
+__all__ = ["Question", "Scenario", "arrange", "listed_clients", "personal"]
 
 # whose files have a digest
 _DATED = ("folder", "manifest")
@@ -66,11 +68,21 @@ class Scenario:
         Classes and domains that are trained on.
     shards : list of Shard
     questions : list of Question
+        What they are asked.
+    newcomers : list of Shard
+        Of clients that never train with those, and join after them.
+    arrivals : list of Question
+        What the newcomers are asked; these come first.
+    names : tuple of str
+        What the data set calls the clients, newcomers last; empty if they are but numbers.
     """
 
     dataset: Dataset
     shards: list[Shard]
     questions: list[Question]
+    newcomers: list[Shard] = field(default_factory=list)
+    arrivals: list[Question] = field(default_factory=list)
+    names: tuple[str, ...] = ()
 
     @property
     def client_domains(self) -> tuple[int, ...] | None:
@@ -89,11 +101,15 @@ class Scenario:
             If nobody is asked a question, or a client would train on test images that it lacks.
         """
         notes = list(self.dataset.notes)
-        for question in self.questions:
-            lacking = [u for u, images in enumerate(question.images) if not len(images)]
+        together, exams = len(self.shards), len(self.questions) + len(self.arrivals)
+        for first, question in (
+            *((0, question) for question in self.questions),
+            *((together, question) for question in self.arrivals),
+        ):
+            lacking = [first + u for u, images in enumerate(question.images) if not len(images)]
             if not lacking:
                 continue
-            names = client_names(settings, self.dataset)
+            names = self.names
             if settings.partition == "domain":  # numbers in tables, which say little here
                 names = tuple(f"{u} ({name})" for u, name in enumerate(self.dataset.domains))
             who = listed_clients(lacking, names)
@@ -110,16 +126,25 @@ class Scenario:
             notes.append(
                 f"{who} {'has' if len(lacking) == 1 else 'have'} no test images of "
                 f"{'its' if len(lacking) == 1 else 'their'} own, left out of the mean"
-                + (f" of {question.name}" if len(self.questions) > 1 else "")
+                + (f" of {question.name}" if exams > 1 else "")
             )
         for note in notes[len(self.dataset.notes) :]:
             _LOG.warning("fastfpl.run: %s", note)
         return replace(self, dataset=replace(self.dataset, notes=tuple(notes)))
 
+    @property
+    def newcomer_domains(self) -> tuple[int | None, ...]:
+        """Domain of each newcomer; None where its training images come from several."""
+        found = [np.unique(self.dataset.train.domains[s.train]) for s in self.newcomers]
+        return tuple(int(domains[0]) if len(domains) == 1 else None for domains in found)
+
     def transductive(self) -> Scenario:
         """Return the scenario in which every client trains on its own test images."""
-        shards = [Shard(s.test, s.test) for s in self.shards]
-        return replace(self, dataset=replace(self.dataset, train=self.dataset.test), shards=shards)
+        shards, newcomers = (
+            [Shard(s.test, s.test) for s in some] for some in (self.shards, self.newcomers)
+        )
+        dataset = replace(self.dataset, train=self.dataset.test)
+        return replace(self, dataset=dataset, shards=shards, newcomers=newcomers)
 
 
 def arrange(
@@ -145,6 +170,18 @@ def arrange(
     client's model on the images of its own base classes, then on all base and all novel ones;
     leave-one-domain-out as in FedPGP: every source client's model on all images of the target.
     """
+    found = _laid_out(settings, dataset, deal)
+    return found if found.names else replace(found, names=_names(settings, dataset))
+
+
+def _names(settings: Settings, dataset: Dataset) -> tuple[str, ...]:
+    """Return what the data set calls the clients of its own deal."""
+    return dataset.clients if settings.partition == "given" else ()
+
+
+def _laid_out(
+    settings: Settings, dataset: Dataset, deal: Callable[[Dataset], list[Shard]]
+) -> Scenario:
     kind = settings.scenario
     if kind == "base-to-novel":
         base, novel = (restrict(dataset, half) for half in base_novel(len(dataset.classnames)))
@@ -178,6 +215,8 @@ def arrange(
     (own,) = plain.questions
     if kind == "global":
         return Scenario(dataset, shards, [_all("all", "all test images", dataset, shards), own])
+    if kind == "unseen-clients":
+        return _unseen(settings, dataset, shards)
     if kind == "multi-domain":
         return Scenario(dataset, shards, [_domain(dataset, shards), own])
     if kind == "cross-dataset":
@@ -192,16 +231,45 @@ def arrange(
     return plain
 
 
-def client_names(settings: Settings, dataset: Dataset) -> tuple[str, ...]:
-    """Return what the data set calls the clients of a run; empty if they are but numbers."""
-    return dataset.clients if settings.partition == "given" else ()
-
-
 def listed_clients(clients: Sequence[int], names: Sequence[str]) -> str:
     """Write clients for a sentence, the first ten."""
     said = [names[u] if names else str(u) for u in clients[:10]]
     more = f" and {len(clients) - 10} more" if len(clients) > 10 else ""
     return f"client{'s' * (len(clients) > 1)} {', '.join(said)}{more}"
+
+
+def _unseen(settings: Settings, dataset: Dataset, shards: list[Shard]) -> Scenario:
+    """Keep a share of the clients, drawn by the seed, from the others; they come last."""
+    if len(shards) < 2:
+        raise InputError(
+            "fastfpl.run: clients must be two at least in the scenario unseen-clients; got "
+            f"{len(shards)}"
+        )
+    share = 0.2 if settings.unseen is None else settings.unseen
+    count = min(max(round(share * len(shards)), 1), len(shards) - 1)
+    draw = generator(settings.seed, "unseen")
+    drawn = torch.randperm(len(shards), generator=draw)[:count].tolist()
+    later = sorted(drawn)
+    there = [shard for c, shard in enumerate(shards) if c not in drawn]
+    newcomers = [shards[c] for c in later]
+    names = _names(settings, dataset)
+    who = f"{listed_clients(later, names)} of the deal"
+    order = [*(c for c in range(len(shards)) if c not in drawn), *later]
+    plain = personal(dataset, there)
+    return replace(
+        plain,
+        names=tuple(names[c] for c in order) if names else (),
+        newcomers=newcomers,
+        arrivals=[
+            _own(
+                "unseen",
+                f"its own test images, after it joined those that trained together: {who}",
+                dataset,
+                newcomers,
+            ),
+            _own("before", "the same, before it has trained at all", dataset, newcomers),
+        ],
+    )
 
 
 def personal(dataset: Dataset, shards: list[Shard]) -> Scenario:

@@ -185,6 +185,11 @@ class Method(ABC):
     scored_together : int
         Images of an evaluation whose logits depend on each other: the first so many, the next ones
         and so on. 1 for every method as its paper has it.
+    scores : str
+        How it scores an image where that is not one text feature a class; ends a sentence that
+        begins with its name.
+    joins : int
+        How often a client that comes later takes part until it has everything of its own.
     """
 
     name: ClassVar[str]
@@ -199,6 +204,8 @@ class Method(ABC):
     supervised: ClassVar[bool] = True
     all_first: ClassVar[bool] = False
     scored_together: ClassVar[int] = 1
+    scores: ClassVar[str] = "scores images in a way of its own"
+    joins: ClassVar[int] = 1
     Options: ClassVar[type[Options]] = Options
 
     def __init__(self, task: Task, options: Mapping[str, Any] | None = None) -> None:
@@ -223,6 +230,22 @@ class Method(ABC):
         cache = TextFeatures(self.task.text_features.max_bytes)
         task = replace(self.task, classes=classes, text_features=cache)
         return type(self)(task, self.options.model_dump())
+
+    def admit(self, server: State, name: str, domain: int | None) -> tuple[Method, State]:
+        """Return method and server with room for one client more, whose number is `Task.clients`.
+
+        Neither is changed, and nothing of the other clients: it is a copy for the newcomer alone.
+
+        Parameters
+        ----------
+        server : State
+        name : str
+            Of the newcomer; whatever is drawn for it depends on the run's seed and on this alone.
+        domain : int or None
+            Visual domain of its images, an index into `Task.domains`; None if it has none that the
+            run knows.
+        """
+        return self, server
 
     # -- values ------------------------------------------------------------------------------
 
@@ -281,6 +304,24 @@ class Method(ABC):
     def logits(self, text: Tensor, trained: State, fixed: State, image: Tensor) -> Tensor:
         """Score unit-length image features (U, B, D) -> logits (U, B, C)."""
         return self.task.logit_scale * image @ text.mT
+
+    def class_features(self, text: Tensor, trained: State, fixed: State) -> Tensor | None:
+        """Return the features (U, C, D) whose product with an image, scaled, is all of its logits.
+
+        None where `logits` is more than that; `scores` says what. Arguments are those of `logits`.
+        """
+        return text if type(self).logits is Method.logits and text.ndim == 3 else None
+
+    def one_context(self, trained: State, fixed: State) -> Tensor | None:
+        """Return the one context (U, T, W) whose encoding `class_features` is, None if none is."""
+        return trained.get("ctx") if type(self).text is Method.text else None
+
+    def traced_logits(self, text: Tensor, trained: State, fixed: State, image: Tensor) -> Tensor:
+        """Score as `logits` does, in plain tensor operations that depend on no value.
+
+        That is what `torch.export` can follow; ``image`` may have any number of rows.
+        """
+        return self.logits(text, trained, fixed, image)
 
     def scoring_numbers(self, fixed: State, image: Sequence[int]) -> int:
         """Count the numbers that `logits` holds for each image beside its features, about.

@@ -23,6 +23,7 @@ from fastfpl.methods.base import Options as _Options
 from fastfpl.ops.memory import current_limit
 from fastfpl.ops.text import encode_text
 from fastfpl.prompts import ClassPrompts
+from fastfpl.reference.text import encode_together
 from fastfpl.seeds import generator
 
 __all__ = ["FedAPT", "key_weights"]
@@ -61,6 +62,7 @@ class FedAPT(Method):
     sends = "the context and the domain query network"
     receives = "the context, the domain query network, and which key is its own"
     image_kind = "raw"
+    scores = "mixes its keys anew for every image"
 
     class Options(_Options):
         """Options of FedAPT."""
@@ -91,7 +93,30 @@ class FedAPT(Method):
         other = super().on(classes)
         assert isinstance(other, FedAPT)
         other._trained_names = self._trained_names
+        # a client that came later has its key here too
+        other._key_of, other.keys = self._key_of, self.keys.to(other.keys.device)
         return other
+
+    def admit(self, server: State, name: str, domain: int | None) -> tuple[Method, State]:
+        """Give the newcomer the key of its domain, if a client has it, or a key of its own.
+
+        A new key is drawn as the others were, T W numbers of U[0, 1), and a row of the query
+        network for it as ``torch.nn.Linear`` draws it, both from the run's seed and the name.
+        """
+        other = type(self)(self.task, self.options.model_dump())
+        other._trained_names = self._trained_names
+        other._key_of, other.keys = [*self._key_of], self.keys
+        domains = self.task.client_domains or ()
+        if len(set(domains)) > 1 and domain in domains:
+            other._key_of.append(self._key_of[domains.index(domain)])
+            return other, server
+        other._key_of.append(len(self.keys))
+        draw = generator(self.task.seed, "keys", name)
+        key = torch.rand(*self.keys.shape[1:], generator=draw, dtype=torch.float32)
+        row = 2 * torch.rand(server["query"].shape[1], generator=draw, dtype=torch.float32) - 1
+        other.keys = torch.cat((self.keys, key.to(self.keys)[None]))
+        row = (row / len(row) ** 0.5).to(server["query"])
+        return other, {**server, "query": torch.cat((server["query"], row[None]))}
 
     def server_init(self) -> State:
         """Hold the context, and the query network as ``torch.nn.Linear`` draws its weights."""
@@ -207,6 +232,37 @@ class FedAPT(Method):
                     logits[at] = self.task.logit_scale * unit[at] @ feature.mT
                     group += 1
         return logits
+
+    def traced_logits(self, text: Tensor, trained: State, fixed: State, image: Tensor) -> Tensor:
+        """Score every image under its own mixture, encoded literally at full length."""
+        unit = unit_images(image)
+        if "key" in fixed:
+            return self.task.logit_scale * unit @ text.mT
+        classes, parts = self.task.classes, []
+        rows = zip(trained["ctx"], self.domain_scores(trained, image), unit, strict=True)
+        for ctx, scores, images in rows:
+            weights = key_weights(scores, self.options.temperature).to(text.dtype)
+            mixed = 1 + torch.einsum("bk,ktw->btw", weights.to(self.task.dtype), self.keys)
+            if self.options.class_specific:
+                ctx, mixed = self._of_classes(ctx), mixed[:, None]
+            own = ctx * mixed
+            if not self.options.class_specific:
+                own = own[:, None].expand(-1, len(classes), -1, -1)
+            features = encode_together(classes.tower, classes.layout(ctx.shape[-2]), own)
+            parts.append(self.task.logit_scale * torch.einsum("bd,bcd->bc", images, features))
+        return torch.stack(parts)
+
+    def class_features(self, text: Tensor, trained: State, fixed: State) -> Tensor | None:
+        """Return the features under the only key, where there is one."""
+        if "key" in fixed:
+            return text
+        return text[:, 0] if len(self.keys) == 1 else None
+
+    def one_context(self, trained: State, fixed: State) -> Tensor | None:
+        """Return the context under the only key, where classes share it."""
+        if "key" in fixed or len(self.keys) > 1 or self.options.class_specific:
+            return None
+        return trained["ctx"] * (1 + self.keys[0])
 
     def domain_scores(self, trained: State, image: Tensor) -> Tensor:
         """W_q f of raw image features (U, B, D) -> (U, B, K), in the dtype of the task."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastfpl.errors import InputError
-from fastfpl.methods.base import Batch, State, Task, Upload, masked_mean
+from fastfpl.methods.base import Batch, Method, State, Task, Upload, masked_mean
 from fastfpl.methods.fedapt import FedAPT, unit_images
 
 __all__ = ["FedAPTUnsupervised"]
@@ -76,6 +76,12 @@ class FedAPTUnsupervised(FedAPT):
                 f"fastfpl.run: position must be 'end' for {self.name}, whose teacher's words stand "
                 f"before the class name; got {task.classes.position!r}"
             )
+
+    def admit(self, server: State, name: str, domain: int | None) -> tuple[Method, State]:
+        """Admit like FedAPT; the newcomer has no bank yet."""
+        other, room = super().admit(server, name, domain)
+        surveyed = server["surveyed"]
+        return other, {**room, "surveyed": torch.cat((surveyed, torch.zeros_like(surveyed[:1])))}
 
     def server_init(self) -> State:
         """Hold FedAPT's state and the context with which the second phase begins."""

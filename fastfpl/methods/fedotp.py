@@ -13,6 +13,7 @@ from fastfpl.errors import InputError
 from fastfpl.methods.base import Batch, Method, State, Task, Tolerance, cross_entropy
 from fastfpl.methods.base import Options as _Options
 from fastfpl.ops.transport import transport_logits
+from fastfpl.reference import transport as reference
 from fastfpl.seeds import generator
 
 __all__ = ["FedOTP"]
@@ -41,6 +42,7 @@ class FedOTP(Method):
     personal = True
     image_kind = "patches"
     all_first = True
+    scores = "transports the patches of an image onto several prompts a class"
 
     class Options(_Options):
         """Options of FedOTP."""
@@ -98,6 +100,25 @@ class FedOTP(Method):
         # the wider dtype decides about the logits
         logits: Tensor = transport_logits(image, text.to(self.task.dtype), **self._transport())
         return self.task.logit_scale * logits
+
+    def class_features(self, text: Tensor, trained: State, fixed: State) -> None:
+        """Return none: an image is a set of patches."""
+        return
+
+    def one_context(self, trained: State, fixed: State) -> None:
+        """Return none: there are several prompts a class."""
+        return
+
+    def traced_logits(self, text: Tensor, trained: State, fixed: State, image: Tensor) -> Tensor:
+        """Transport to the optimum, by the published iteration.
+
+        A face ends as near to it as ``tol`` says; no other number is common to all of them.
+        """
+        wide = torch.promote_types(self.task.dtype, image.dtype)
+        o = self.options
+        sim = reference.similarities(image.to(wide), text.to(wide))
+        plan = reference.optimal_plan(sim, o.eps, o.mass, o.balanced).to(wide)
+        return self.task.logit_scale * (plan * sim).sum((-2, -1))
 
     def _transport(self) -> dict[str, Any]:
         return self.options.model_dump(include={"eps", "mass", "balanced", "max_iter", "tol"})

@@ -98,10 +98,18 @@ class FedPGP(Method):
 
     def text(self, trained: State, fixed: State) -> Tensor:
         """Encode sigma + U V, and for the contrastive term sigma alone: (U, 1 or 2, C, D)."""
-        contexts = [trained["ctx"] + trained["u"] @ trained["v"]]
+        contexts = [self.one_context(trained, fixed)]
         if "reference" in fixed:
             contexts.append(trained["ctx"])
         return self.task.encode(torch.stack(contexts, dim=1))
+
+    def one_context(self, trained: State, fixed: State) -> Tensor:
+        """Return sigma + U V."""
+        return trained["ctx"] + trained["u"] @ trained["v"]
+
+    def class_features(self, text: Tensor, trained: State, fixed: State) -> Tensor:
+        """Return the features of the personal prompt."""
+        return text[:, 0]
 
     def logits(self, text: Tensor, trained: State, fixed: State, image: Tensor) -> Tensor:
         """Score images with the personal prompt."""

@@ -140,7 +140,11 @@ class FedTPG(Method):
 
     def text(self, trained: State, fixed: State) -> Tensor:
         """Generate the context and encode it."""
-        return self.task.encode(self.context(trained, fixed["names"]))
+        return self.task.encode(self.one_context(trained, fixed))
+
+    def one_context(self, trained: State, fixed: State) -> Tensor:
+        """Generate the context."""
+        return self.context(trained, fixed["names"])
 
     def finish(self, trained: State, fixed: State, own: State) -> tuple[State, State]:
         """Send the generator."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,6 +14,7 @@ from fastfpl.features import TextKey
 from fastfpl.methods.base import Method, State, Task, Upload, weighted_mean
 from fastfpl.methods.base import Options as _Options
 from fastfpl.ops.gate import Gate, gate_experts
+from fastfpl.reference import gate as reference
 from fastfpl.seeds import generator
 
 __all__ = ["PFedMoAP"]
@@ -53,6 +54,8 @@ class PFedMoAP(Method):
     )
     personal = True
     evaluates_download = "trained"
+    scores = "mixes experts behind a gate anew for every image"
+    joins = 2  # the gate trains from the second time on
 
     class Options(_Options):
         """Options of pFedMoAP."""
@@ -78,6 +81,15 @@ class PFedMoAP(Method):
                 f"heads={self.options.heads}; got {width}"
             )
         self._stride = dim // width
+
+    def admit(self, server: State, name: str, domain: int | None) -> tuple[Method, State]:
+        """Give the pool a place more, from which nobody has uploaded."""
+        pool, when = server["pool"], server["pool_round"]
+        room = {
+            "pool": torch.cat((pool, torch.zeros_like(pool[:1]))),
+            "pool_round": torch.cat((when, torch.full_like(when[:1], -1))),
+        }
+        return self, {**server, **room}
 
     def server_init(self) -> State:
         """Hold the global prompt and an empty pool."""
@@ -185,6 +197,21 @@ class PFedMoAP(Method):
 
     def logits(self, text: Tensor, trained: State, fixed: State, image: Tensor) -> Tensor:
         """Mix the local logits with the gated ones; plain CoOp where there are no experts."""
+        return self._mixed(text, trained, fixed, image, gate_experts)
+
+    def traced_logits(self, text: Tensor, trained: State, fixed: State, image: Tensor) -> Tensor:
+        """Score by the literal gate."""
+        return self._mixed(text, trained, fixed, image, reference.gate_experts)
+
+    def _mixed(
+        self,
+        text: Tensor,
+        trained: State,
+        fixed: State,
+        image: Tensor,
+        gated: Callable[[Tensor, Tensor, Gate], Tensor],
+    ) -> Tensor:
+        """Mix the local logits with those that ``gated`` gives."""
         local = super().logits(text, trained, fixed, image)
         if "experts" not in fixed:
             return local
@@ -195,8 +222,12 @@ class PFedMoAP(Method):
         )
         mine = text[..., None, :: self._stride]
         experts = torch.cat((mine, fixed["experts"].to(text.dtype)), dim=-2).to(self.task.dtype)
-        mixed = gate_experts(image[..., :: self._stride].to(self.task.dtype), experts, gate)
+        mixed = gated(image[..., :: self._stride].to(self.task.dtype), experts, gate)
         return self.options.local_weight * local + self.task.logit_scale * mixed
+
+    def class_features(self, text: Tensor, trained: State, fixed: State) -> Tensor | None:
+        """Return the own prompt's features of a client whose gate has not trained yet."""
+        return None if "experts" in fixed else text
 
     def scoring_numbers(self, fixed: State, image: Sequence[int]) -> int:
         """Count the scores of the gate too, and their softmax: one a head, class and expert."""

@@ -64,6 +64,15 @@ class PromptFedAMP(Method):
         self._alpha = o.sigma / task.clients if o.alpha is None else o.alpha
         self._weight = 1.0 if o.lam is None else o.lam / self._alpha
 
+    def admit(self, server: State, name: str, domain: int | None) -> tuple[Method, State]:
+        """Give the pool a place more; alpha stays that of the clients that trained together."""
+        pool, uploaded = server["pool"], server["uploaded"]
+        room = {
+            "pool": torch.cat((pool, torch.zeros_like(pool[:1]))),
+            "uploaded": torch.cat((uploaded, torch.zeros_like(uploaded[:1]))),
+        }
+        return self, {**server, **room}
+
     def server_init(self) -> State:
         """Hold the initial prompt and an empty pool of uploads."""
         ctx = self.task.initial_ctx()

@@ -65,7 +65,11 @@ class PromptFedPer(Method):
 
     def text(self, trained: State, fixed: State) -> Tensor:
         """Encode shared and personal vectors as one context."""
-        return self.task.encode(torch.cat((trained["ctx"], trained["personal"]), dim=-2))
+        return self.task.encode(self.one_context(trained, fixed))
+
+    def one_context(self, trained: State, fixed: State) -> Tensor:
+        """Put the personal vectors behind the shared ones."""
+        return torch.cat((trained["ctx"], trained["personal"]), dim=-2)
 
     def finish(self, trained: State, fixed: State, own: State) -> tuple[State, State]:
         """Send the shared vectors; keep the personal ones."""

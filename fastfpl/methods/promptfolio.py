@@ -29,6 +29,7 @@ class PromptFolio(Method):
     sends = "the global prompt"
     receives = "the global prompt"
     personal = True
+    scores = "mixes two features a class, whose mean has another length in every class"
 
     class Options(_Options):
         """Options of PromptFolio."""

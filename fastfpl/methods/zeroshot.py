@@ -43,6 +43,10 @@ class ZeroShot(Method):
         """Train nothing."""
         return {}, {"ctx": down["ctx"]}
 
+    def one_context(self, trained: State, fixed: State):  # type: ignore[no-untyped-def]
+        """Return the embeddings of the words."""
+        return fixed["ctx"]
+
     def text(self, trained: State, fixed: State):  # type: ignore[no-untyped-def]
         """Encode the hand-written prompt."""
         return self.task.encode(fixed["ctx"])

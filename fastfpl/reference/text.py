@@ -17,6 +17,7 @@ __all__ = [
     "activate",
     "block_norm",
     "encode_text",
+    "encode_together",
     "pooled_rows",
     "unit_length",
 ]
@@ -242,15 +243,45 @@ def encode_text(
     return torch.stack(encoded).reshape(*lead, classes, tower.dim)
 
 
+def encode_together(tower: TextTower, layout: PromptLayout, ctx: Tensor) -> Tensor:
+    """Encode class-specific contexts (B, C, T, W) in one pass of B C prompts -> (B, C, D)."""
+    tokens = tower.token_embedding[layout.tokens].to(tower.dtype)
+    rows = torch.arange(len(tokens), device=tokens.device)[:, None]
+    # any number of contexts in one pass: what is the same in all of them is written B times
+    x = tokens.expand(ctx.shape[0], *tokens.shape).transpose(0, 1)
+    places = ctx.to(tower.dtype).permute(1, 2, 0, 3)
+    x = x.transpose(1, 2).index_put((rows, layout.slots), places).transpose(1, 2)
+    x = (x + tower.positional.to(tower.dtype)).transpose(0, 1)
+    count = layout.tokens.shape[0]
+    flat = x.reshape(-1, *x.shape[2:])
+    eot = pooled_rows(tower, layout).repeat(ctx.shape[0])
+    features: Tensor = _transformed(tower, flat, eot).unflatten(0, (ctx.shape[0], count))
+    return features
+
+
 def _encode_one(tower: TextTower, layout: PromptLayout, ctx: Tensor, deep: Tensor) -> Tensor:
-    x = embed_prompts(tower, layout, ctx)
+    x, eot = embed_prompts(tower, layout, ctx), pooled_rows(tower, layout)
+    return _transformed(tower, x, eot, layout.slots, deep)
+
+
+def _transformed(
+    tower: TextTower,
+    x: Tensor,
+    pooled_at: Tensor,
+    slots: Tensor | None = None,
+    deep: Tensor | None = None,
+) -> Tensor:
+    """Pass embedded prompts (count, L, W) through the tower; the feature is that of one token.
+
+    Deep prompts (..., K, T, W) take the place of the states in ``slots`` (count, T).
+    """
     count, length, width = x.shape
     rows = torch.arange(count, device=x.device)[:, None]
     for depth, block in enumerate(tower.blocks):
-        if 1 <= depth <= deep.shape[-3]:
+        if slots is not None and deep is not None and 1 <= depth <= deep.shape[-3]:
             # without positions: the layer's own prompts take the place of what was made of the last
             own = deep[..., depth - 1, :, :].to(x.dtype).expand(count, -1, -1)
-            x = x.index_put((rows, layout.slots), own)
+            x = x.index_put((rows, slots), own)
         h = block_norm(x, block.ln_1_w, block.ln_1_b, tower.eps)
         qkv = F.linear(h, block.qkv_w, block.qkv_b)
         q, k, v = (
@@ -265,7 +296,7 @@ def _encode_one(tower: TextTower, layout: PromptLayout, ctx: Tensor, deep: Tenso
         h = activate(F.linear(h, block.fc_w, block.fc_b), tower.activation)
         x = x + F.linear(h, block.proj_w, block.proj_b)
     x = block_norm(x, tower.ln_w, tower.ln_b, tower.eps)
-    pooled = x[torch.arange(count, device=x.device), pooled_rows(tower, layout)]
+    pooled = x[torch.arange(count, device=x.device), pooled_at]
     features = pooled @ tower.projection
     if tower.projection_b is not None:
         features = features + tower.projection_b

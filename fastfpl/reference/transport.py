@@ -6,8 +6,13 @@ import math
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops.while_loop import while_loop
 
-__all__ = ["similarities", "transport_logits", "transport_plan"]
+__all__ = ["optimal_plan", "similarities", "transport_logits", "transport_plan"]
+
+
+# where a plan is taken for optimal, in logarithms of its columns, and steps at most
+_STILL, _MOST = 1e-7, 20_000
 
 
 def transport_plan(
@@ -42,6 +47,41 @@ def transport_plan(
         residual = torch.where(running, change, residual)
         iterations += running
     return (log_u + log_k + log_v).exp(), iterations, residual
+
+
+def optimal_plan(sim: Tensor, eps: float, mass: float, balanced: bool) -> Tensor:
+    """Iterate as `transport_plan` does until nothing changes: plans (..., P, N) in float64.
+
+    One loop over all problems that `torch.export` can follow: no number is read. None stops on its
+    own, since past its fixed point a problem stays there.
+    """
+    n_patches, n_prompts = sim.shape[-2:]
+    wide = sim.double()
+    mean = wide.mean((-2, -1), keepdim=True)
+    log_k = (wide - mean) / eps
+    begin = ((mean - 1) / eps).expand(*sim.shape[:-2], 1, n_prompts).clone()
+
+    def going(step: Tensor, log_u: Tensor, log_v: Tensor, change: Tensor) -> Tensor:
+        return (step < _MOST) & (change > _STILL)
+
+    def again(
+        step: Tensor, log_u: Tensor, log_v: Tensor, change: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        new_u = -math.log(n_patches) - (log_k + log_v).logsumexp(-1, keepdim=True)
+        new_u = new_u + math.log(mass) if balanced else new_u.clamp(max=0)
+        new_v = math.log(mass / n_prompts) - (log_k + new_u).logsumexp(-2, keepdim=True)
+        # a loop's tensors keep their layout
+        return step + 1, new_u.contiguous(), new_v.contiguous(), (new_v - log_v).abs().amax()
+
+    first = (
+        torch.zeros((), dtype=torch.int64, device=sim.device),
+        log_k.new_zeros(log_k.shape[:-1]).unsqueeze(-1),
+        begin.contiguous(),
+        torch.full((), math.inf, dtype=torch.float64, device=sim.device),
+    )
+    _, log_u, log_v, _ = while_loop(going, again, first)
+    plan: Tensor = (log_u + log_k + log_v).exp()
+    return plan
 
 
 def similarities(patches: Tensor, prompts: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from fastfpl.methods.contract import check_logits, check_text, started
 from fastfpl.ops.memory import current_limit
 from fastfpl.training.feeds import Feed
 
-__all__ = ["Scores", "score"]
+__all__ = ["Scores", "at_once", "score"]
 
 Indices = npt.NDArray[np.int64]
 
@@ -94,7 +94,7 @@ def score(
     trained, fixed = started(method, down, own, rows, training=False)
     text = method.text(trained, fixed)
     check_text(method, text, rows)
-    count = _at_once(method, fixed, feed.batch(images[asked[0]][None, :1]))
+    count = at_once(method, fixed, feed.batch(images[asked[0]][None, :1]))
     shared: dict[bytes, Scores] = {}
     for u, client in enumerate(members):
         if client not in there:
@@ -135,7 +135,7 @@ def _unasked(feed: Feed) -> Scores:
     return Scores(none, feed.split.labels[none], feed.split.domains[none])
 
 
-def _at_once(method: Method, fixed: State, image: Tensor) -> int:
+def at_once(method: Method, fixed: State, image: Tensor) -> int:
     """Say how many images are scored at once, given the features of one: (1, 1, ...)."""
     numbers = method.scoring_numbers(fixed, image.shape[2:])
     wide = torch.promote_types(image.dtype, method.task.dtype).itemsize

@@ -1,0 +1,67 @@
+"""`fastfpl adapt`: a client that was not there in training joins a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fastfpl.cli.flags import Count, Place
+from fastfpl.cli.names import Name
+from fastfpl.cli.predict import DEVICE, RUN
+from fastfpl.cli.screen import progress
+from fastfpl.terminal import say
+
+
+@click.command()
+@RUN
+@click.option("--dataset", required=True, type=Name("dataset"), help="the client's images")
+@click.option("--root", type=Place(), metavar="FOLDER", help="of a data set that lives in files")
+@click.option("--client-name", metavar="NAME", help="to be asked for by  [the data set's]")
+@click.option(
+    "--shots", type=Count(everything=True), help="training images a class, or all  [as in the run]"
+)
+@click.option(
+    "--participations",
+    type=Count(),
+    help="rounds that it takes part in  [as many as the method needs]",
+)
+@click.option("--cache", type=Place(), metavar="FOLDER", help="folder of image features")
+@DEVICE
+def adapt(
+    folder: Path,
+    dataset: str,
+    root: Path | None,
+    client_name: str | None,
+    shots: int | str | None,
+    participations: int | None,
+    cache: Path | None,
+    device: str,
+) -> None:
+    """Let a client that was not there in training join the run in RUN.
+
+    It starts from the server's state and trains by the method's own rule, as if the run went on for
+    it alone; the run itself is not touched. predict and export know it by its name.
+    """
+    from fastfpl.trained import adapt as join
+
+    more: dict[str, Any] = {}
+    if shots is not None:
+        more["shots"] = None if shots == "all" else shots
+    with progress() as (observer, _):
+        one = join(
+            folder,
+            dataset,
+            name=client_name,
+            root=root,
+            participations=participations,
+            cache=cache,
+            device=device,
+            observer=observer,
+            **more,
+        )
+    say(
+        f"{one.name}: {one.images} training images; accuracy on its {one.test_images} test images "
+        f"{100 * one.before:.1f} % before, {100 * one.after:.1f} % after"
+    )

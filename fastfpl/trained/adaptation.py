@@ -1,0 +1,260 @@
+"""A client that was not there in training joins a run that is over."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastfpl.data import Dataset, Shard, load_dataset, partition
+from fastfpl.data.loader import Workers, choose_workers
+from fastfpl.data.names import readable
+from fastfpl.errors import InputError
+from fastfpl.features import FeatureStore
+from fastfpl.federation.exams import Exam
+from fastfpl.federation.experiment import threads
+from fastfpl.federation.lock import alone_in
+from fastfpl.federation.newcomers import join, stranger
+from fastfpl.federation.server import Round
+from fastfpl.ops.precision import without_autocast
+from fastfpl.released import visits_of
+from fastfpl.trained.joined import Joined, check_name, joined_names, write_joined
+from fastfpl.trained.models import Model, load
+from fastfpl.training.feeds import Observer, evaluation_feed, silent, training_feed
+from fastfpl.training.trainer import Trainer
+
+__all__ = ["Adapted", "adapt"]
+
+OP = "fastfpl.adapt"
+#: That a number of images a class was not named; None is all of them.
+AS_THE_RUN = -1
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A client that has joined.
+
+    Attributes
+    ----------
+    name : str
+        For `Model.client`.
+    images, test_images : int
+        That it trained on, and that it was asked about.
+    before, after : float
+        Its accuracy on these in [0, 1], with what it downloaded and with what it has become.
+    loss : float or None
+        Mean over the last epoch; None if it was only fine-tuned.
+    """
+
+    name: str
+    images: int
+    test_images: int
+    before: float
+    after: float
+    loss: float | None
+
+
+def adapt(
+    folder: str | Path,
+    dataset: str | Dataset,
+    *,
+    name: str | None = None,
+    root: str | Path | None = None,
+    shots: int | None = AS_THE_RUN,
+    participations: int | None = None,
+    model: Any = None,
+    device: torch.device | str = "cpu",
+    cache: str | Path | None = None,
+    observer: Observer = silent,
+) -> Adapted:
+    """Let a client that was not there in training join a run, and keep it beside the others.
+
+    It starts from what the server holds after the last round. The federation goes on for it alone,
+    on a copy of the server, as `fastfpl.federation.newcomers.join` says; the run's own files are
+    not touched, and the run can go on as if nobody had come.
+
+    Parameters
+    ----------
+    folder : path
+        The ``out`` of `fastfpl.run`.
+    dataset : str or Dataset
+        Its images: the training images are trained on, the test images show what it brought. The
+        classes are those of the run.
+    name : str, optional
+        What it is asked for by; the data set's name if left out, numbered if that is taken.
+        Whatever is drawn for it (FedAPT's key) depends on this and the run's seed.
+    root : path, optional
+        Folder of a data set that lives in files.
+    shots : int or None
+        Training images a class, None for all; as in the run if left out.
+    participations : int, optional
+        Rounds that it takes part in; as many as the method needs for all that a client has (two for
+        pFedMoAP, whose gate trains from the second on, one elsewhere) if left out.
+    model : FrozenCLIP or live CLIP, optional
+        See `fastfpl.load`.
+    device : torch.device or str
+    cache : path, optional
+        Folder of the feature store.
+    observer : callable
+        ``observer(what, done, total)`` is told of every long step.
+
+    Returns
+    -------
+    Adapted
+
+    Raises
+    ------
+    InputError
+        If the classes are not the run's, the name is taken or no file's, the method trains nothing,
+        another process is at work in the folder, or it cannot be written to.
+    """
+    trained = load(folder, model=model, device=device)
+    settings, method = trained.settings, trained.method
+    if not method.trains:
+        raise InputError(
+            f"{OP}: the run must be of a method that trains; got {method.name}, with which every "
+            "client answers alike"
+        )
+    if visits_of(settings.as_released, settings.schedule, settings.lr) is not None:
+        raise InputError(
+            f"{OP}: the run must be one in which clients train side by side; got as_released "
+            f"{', '.join(settings.as_released)}, where each inherits from the one before"
+        )
+    for what, number in (("shots", shots), ("participations", participations)):
+        if number is not None and number < 1 and number != AS_THE_RUN:
+            raise InputError(f"{OP}: {what} must be at least 1; got {number}")
+    if name is not None:
+        check_name(OP, name)
+    if isinstance(dataset, str):
+        place = None if root is None else Path(root)
+        dataset = load_dataset(dataset, place, on_corrupt=settings.on_corrupt)
+    _same_classes(trained, dataset.classnames)
+    chosen = settings.shots if shots == AS_THE_RUN else shots
+    with alone_in(Path(folder)) as held, threads(settings.threads), without_autocast():
+        name = _free(trained, dataset.name) if name is None else name
+        if name in trained.joined:
+            raise InputError(
+                f"{OP}: the name of a client must be new; got {name!r}, which has joined: choose "
+                "another one"
+            )
+        found, one = _joined(
+            trained,
+            dataset,
+            name,
+            chosen,
+            participations,
+            cache,
+            observer,
+            _shard(trained, dataset, chosen),
+        )
+        write_joined(Path(folder), one)
+        held.settle()
+    return found
+
+
+def _joined(
+    trained: Model,
+    dataset: Dataset,
+    name: str,
+    shots: int | None,
+    participations: int | None,
+    cache: str | Path | None,
+    observer: Observer,
+    shard: Shard,
+) -> tuple[Adapted, Joined]:
+    settings, method, kept = trained.settings, trained.method, trained.checkpoint
+    train = dataset.test if settings.transductive else dataset.train
+    number = method.task.clients + trained.newcomers
+    store = FeatureStore(None if cache is None else Path(cache))
+    store.check()
+    workers = Workers(choose_workers(trained.clip.device.type, settings.workers))
+    eye = trained.look(store, observer, workers)
+    feed = training_feed(eye, train, shard.train, settings, paired=method.paired)
+    trainer = Trainer(settings, method, feed, {number: shard.train}, observer)
+    asked = evaluation_feed(eye, dataset.test, "test", shard.test)
+    exam = Exam("own", "its own test images", method, asked, [shard.test], dataset.domains)
+    now = Round(len(kept.rounds), kept.server)
+    domain = _domain(trained, dataset, train.domains[shard.train])
+    other = stranger(method, now, name, domain)
+    one = join(trainer, now, number, name, domain, participations)
+    figures = [c.answers(exam, number, 0).accuracy for c in (other, one)]
+    before, after = (figure for figure in figures if figure is not None)  # it has test images
+    found = Adapted(name, len(shard.train), len(shard.test), before, after, one.loss)
+    about = {
+        "dataset": dataset.name,
+        "shots": shots,
+        "images": found.images,
+        "test_images": found.test_images,
+        "round": trained.round,
+        "participations": method.joins if participations is None else participations,
+        "accuracy_before": before,
+        "accuracy_after": after,
+    }
+    digest = trained.clip.weights_digest
+    return found, Joined(name, one.down, one.own, digest, name, domain, about)
+
+
+def _shard(trained: Model, dataset: Dataset, shots: int | None) -> Shard:
+    """Give all images to the one client, or so many of each class."""
+    (shard,) = partition(
+        "iid" if shots is None else "iid-fewshot",
+        dataset.train.labels,
+        dataset.test.labels,
+        dataset.train.domains,
+        dataset.test.domains,
+        classes=len(dataset.classnames),
+        clients=1,
+        seed=trained.settings.seed,
+        shots=shots,
+    )
+    every = np.arange(len(dataset.test), dtype=np.int64)
+    train = every if trained.settings.transductive else np.sort(shard.train)
+    if not len(train) or not len(every):
+        raise InputError(
+            f"{OP}: dataset must have training images and test images; got {len(train)} and "
+            f"{len(every)} of {dataset.name}"
+        )
+    return Shard(train, every)
+
+
+def _same_classes(trained: Model, classnames: Sequence[str]) -> None:
+    """Refuse other classes than those that were trained, or in another order."""
+    names = tuple(readable(name) for name in classnames)
+    mine = tuple(readable(name) for name in trained.classnames)
+    if names == mine:
+        return
+    rule = f"{OP}: dataset must have the run's {len(mine)} classes in their order; got "
+    lacking = [name for name in mine if name not in names]
+    further = [name for name in names if name not in mine]
+    if lacking or further:
+        parts = [
+            f"{what} {', '.join(map(repr, some[:3]))}{', ...' * (len(some) > 3)}"
+            for what, some in (("none of", lacking), ("besides", further))
+            if some
+        ]
+        raise InputError(f"{rule}{len(names)} with {', '.join(parts)}")
+    first = next(c for c, (a, b) in enumerate(zip(names, mine, strict=True)) if a != b)
+    raise InputError(f"{rule}{names[first]!r} at {first}, where the run has {mine[first]!r}")
+
+
+def _domain(trained: Model, dataset: Dataset, domains: Any) -> int | None:
+    """Return the domain of the images among those of the run, None if it has none of them."""
+    own = np.unique(domains)
+    known: list[str] = trained.checkpoint.task["domains"]
+    if len(own) != 1 or dataset.domains[int(own[0])] not in known:
+        return None
+    return known.index(dataset.domains[int(own[0])])
+
+
+def _free(trained: Model, dataset: str) -> str:
+    """Make a name of the data set's that nobody has."""
+    base = re.sub(r"[^\w.-]+", "-", dataset).strip("-.")[:80] or "newcomer"
+    base = f"client-{base}" if base.isdecimal() or base == "global" else base
+    taken = joined_names(trained.folder)
+    names = (base if k == 1 else f"{base}-{k}" for k in range(1, len(taken) + 2))
+    return check_name(OP, next(name for name in names if name not in taken))
