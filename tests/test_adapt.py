@@ -338,6 +338,14 @@ def test_an_unseen_run_resumes(clip, cache, tmp_path):
     assert figures(resumed) == figures(fastfpl.run("pfedmoap", **{**same, "out": tmp_path / "w"}))
 
 
+def test_an_unseen_run_within_a_budget(clip, cache):
+    settings = {**RUN, "scenario": "unseen-clients", "options": GATE}
+    free = fastfpl.run("pfedmoap", model=clip, cache=cache, **settings)
+    bound = fastfpl.run("pfedmoap", model=clip, cache=cache, max_memory="8GiB", **settings)
+    assert bound.memory is not None
+    assert bound.final["exams"] == pytest.approx(free.final["exams"], abs=0.02)
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
