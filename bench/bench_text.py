@@ -331,6 +331,41 @@ def bench_class_specific(benchmark, way):
     )
 
 
+def deep_step(way: str, dtype: torch.dtype) -> Tensor:
+    """Features and the gradients of context and of eight layers' deep prompts: depth 9."""
+    made, slots = Way(way, 100, 4, dtype), 4
+    draw = torch.Generator().manual_seed(3)
+    deep = (0.02 * torch.randn(8, slots, WIDTH, generator=draw)).to(DEVICE, dtype)
+    leaves = [contexts(1, slots)[0].to(dtype).requires_grad_(), deep.requires_grad_()]
+    with fastfpl.face("reference" if way == "literal" else way):
+        features = encode_text(made.tower, made.layout, leaves[0], deep=leaves[1])
+    weight = torch.randn(features.shape, generator=draw).to(features)
+    grads = torch.autograd.grad((features * weight).sum(), leaves)
+    return torch.cat([(x / x.norm()).flatten() for x in (features.detach(), *grads)])
+
+
+@pytest.mark.parametrize("way", ["literal", *FAST])
+def bench_deep(benchmark, way):
+    """Prompts that are replaced layer by layer, as MaPLe's and PromptSRC's."""
+    if way in FAST and (reasons := missing(way)):
+        pytest.skip("; ".join(reasons))
+    made = Way(way, 100, 4, torch.float32)
+    row = {"op": "encode_text", "C": 100, "T": 4, "G": "1, depth 9", "direction": "fwd+bwd"}
+    row |= {"dtype": "float32", "threads": torch.get_num_threads(), "device": DEVICE}
+    checked(
+        benchmark,
+        lambda: deep_step(way, torch.float32),
+        deep_step(FAST_HERE, torch.float64),
+        LIMIT["float32"],
+        rounds=3 if way == "literal" else 7,
+        flops=operations(made.tokens(), "fwd+bwd"),
+        gemm=(made.tokens(), WIDTH, 4 * WIDTH),
+        **row,
+        face=way,
+    )
+    benchmark.extra_info["tokens"] = made.tokens()
+
+
 @pytest.mark.parametrize("limit", [None, "2GiB", "512MiB", "128MiB"])
 @pytest.mark.parametrize("classes", [100, 1000])
 def bench_memory(benchmark, classes, limit):

@@ -16,11 +16,13 @@ from fastfpl.ops.memory import parse_bytes
 from fastfpl.plain_yaml import parse_yaml, read_yaml
 
 __all__ = [
+    "COUNTED",
     "PROFILED",
     "Bytes",
     "Preset",
     "Published",
     "Settings",
+    "column_names",
     "for_methods",
     "load_preset",
     "load_yaml",
@@ -35,6 +37,8 @@ __all__ = [
 _LARGEST = 2**63 - 1
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
+#: Partitions of which the data set says how many clients there are.
+COUNTED = ("domain", "given")
 #: A number of bytes; `make_settings` also reads it from a text such as "2GiB".
 Bytes = Annotated[int, "bytes"]
 
@@ -53,8 +57,27 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     method: str = Field(description="the algorithm")
-    dataset: str = Field("glyphs", description="the data set")
-    root: str | None = Field(None, description="folder of a data set that lives in files")
+    dataset: str = Field(
+        "glyphs",
+        description="the data set: a name, or your own as folder:PATH (or a zip file), "
+        "manifest:FILE, hf:PATH_OR_NAME (docs/own_images.md)",
+    )
+    root: str | None = Field(
+        None,
+        description="folder of a data set that lives in files, or that paths of a manifest begin "
+        "in",
+    )
+    layout: str | None = Field(
+        None, description="what the folders of folder: are, as domain/class; told by the tree"
+    )
+    columns: dict[str, str] | None = Field(
+        None, description="what manifest: or hf: calls its columns, as path=file,label=kind"
+    )
+    digest: Literal["time", "content"] | None = Field(
+        None,
+        description="what tells one version of your images from another: size and time, or a "
+        "digest of the content, for which all are read  [time]",
+    )
     on_corrupt: Literal["refuse", "skip"] = Field(
         "refuse", description="what becomes of image files that do not decode; skipped are counted"
     )
@@ -109,7 +132,11 @@ class Settings(BaseModel):
         "labeluni",
         "domain",
         "domain-dirichlet",
-    ] = Field("pathological", description="how the data set is dealt to clients")
+        "given",
+    ] = Field(
+        "pathological",
+        description="how the data set is dealt to clients; given: as its folders or file say",
+    )
     partition_seed: int | None = Field(
         None,
         ge=0,
@@ -135,7 +162,12 @@ class Settings(BaseModel):
     transductive: bool = Field(
         False, description="train on the test images, for methods that look at no label"
     )
-    clients: int = Field(10, ge=1, description="clients that hold the training data")
+    clients: int | None = Field(
+        10,
+        ge=1,
+        description="clients that hold the training data; known by the data set where the "
+        "partition is domain or given",
+    )
     participation: float = Field(
         1.0, gt=0, le=1, description="share of the clients that train in a round"
     )
@@ -222,8 +254,19 @@ class Settings(BaseModel):
                 )
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _count(cls, values: Any) -> Any:
+        """Leave the number of clients to the data set where that decides it."""
+        decided = isinstance(values, dict) and values.get("partition") in COUNTED
+        return {"clients": None, **values} if decided else values
+
     @model_validator(mode="after")
     def _combine(self) -> Settings:
+        if self.clients is None and self.partition not in COUNTED:
+            raise ValueError(
+                f"clients must be a number with partition={self.partition!r}; got None"
+            )
         if self.n_ctx is not None and self.ctx_init is not None:
             raise ValueError("n_ctx must be left out with ctx_init, whose words decide the length")
         drawn = "dirichlet" in self.partition or self.partition == "labeldir100"
@@ -289,7 +332,8 @@ def make_settings(values: Mapping[str, Any]) -> Settings:
     """Check values and fill in defaults, or refuse with a sentence that names the key.
 
     ``shots`` also takes ``"all"``, ``as_released`` names separated by commas, ``max_memory`` and
-    ``resident`` a text such as ``"2GiB"``, ``cuda_graphs`` and ``quick_gelu`` the truth values that
+    ``resident`` a text such as ``"2GiB"``, ``columns`` a text such as ``"path=file,label=kind"``,
+    ``cuda_graphs`` and ``quick_gelu`` the truth values that
     YAML makes of on and off, yes and no, and numbers may come as integers where a float is meant.
     """
     known = Settings.model_fields
@@ -317,6 +361,8 @@ def make_settings(values: Mapping[str, Any]) -> Settings:
     for key, on, off in (("cuda_graphs", "on", "off"), ("quick_gelu", "yes", "no")):
         if isinstance(clean.get(key), bool):
             clean[key] = on if clean[key] else off
+    if isinstance(clean.get("columns"), str):
+        clean["columns"] = column_names(clean["columns"])
     clean["as_released"] = quirk_names(clean.get("as_released", []))
     for key, value in clean.items():
         if isinstance(value, Path):
@@ -333,6 +379,18 @@ def make_settings(values: Mapping[str, Any]) -> Settings:
             f"fastfpl.Settings: {key} is refused: {rule[0].lower() + rule[1:]}; "
             f"got {shown(first['input'])}"
         ) from None
+
+
+def column_names(text: str) -> dict[str, str]:
+    """Read names of columns from ``path=file,label=kind``."""
+    pairs = [part.partition("=") for part in text.split(",")]
+    names = {key.strip(): value.strip() for key, _, value in pairs}
+    if len(names) < len(pairs) or not all(key and value for key, value in names.items()):
+        raise InputError(
+            "fastfpl.Settings: columns is refused: it must read path=file,label=kind, each once; "
+            f"got {shown(text)}"
+        )
+    return names
 
 
 def quirk_names(value: Any) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastfpl.data.names import both, flaw, readable, shown
 from fastfpl.errors import InputError, KindError, near
 from fastfpl.ops.memory import current_limit, memory_limit, parse_bytes
-from fastfpl.ops.text import PromptLayout, TextTower, encode_text
+from fastfpl.ops.text import PromptLayout, TextTower, broadcast_deep, encode_text
 from fastfpl.shapes import check_shapes
 
 if TYPE_CHECKING:
@@ -224,6 +224,7 @@ def encode_prompts(
     ctx: Tensor,
     *,
     class_specific: bool = False,
+    deep: Tensor | None = None,
     max_memory: int | str | None = None,
 ) -> Tensor:
     """Encode class prompts under learned contexts into unit-length text features.
@@ -237,6 +238,12 @@ def encode_prompts(
     class_specific : bool
         Every class has its own context vectors. Shapes alone cannot tell (three clients or three
         classes), so it is said.
+    deep : Tensor, shape (..., K, T, W), floating point, optional
+        Deep prompts, which MaPLe and VPT learn for the layers behind the first: before layer i of
+        1 to K (the first is 0) the states in the T slots of the context are replaced by
+        ``deep[..., i - 1, :, :]``, without positions. A prompt depth of 9 has K = 8. Everything
+        before K T W broadcasts to what ctx has before T W: (K, T, W) serves all contexts,
+        (E, K, T, W) each of E experts, (..., C, K, T, W) each class, if class_specific.
     max_memory : int or str, optional
         What the activations of the pass may take: bytes, or a text such as ``"2GiB"``. Contexts,
         features and weights are not counted.
@@ -249,15 +256,18 @@ def encode_prompts(
     Raises
     ------
     InputError
-        If the width or the number of classes disagrees, the prompt does not fit, ctx is not
-        finite, or max_memory is no positive number of bytes.
+        If the width or the number of classes disagrees, the prompt does not fit, ctx or deep is not
+        finite, deep has other slots than ctx, more layers than the tower behind its first or does
+        not broadcast, or max_memory is no positive number of bytes.
     KindError
-        If ctx is not a floating point tensor on the tower's device.
+        If ctx or deep is not a floating point tensor on the tower's device.
 
     Notes
     -----
-    Differentiable in: ctx. The check for finite values waits for the device; loops that cannot
-    afford it call `fastfpl.ops.encode_text`.
+    Differentiable in: ctx and deep. The check for finite values waits for the device; loops that
+    cannot afford it call `fastfpl.ops.encode_text`.
+    Source of deep prompts: Jia et al. 2022 (VPT, arXiv 2203.12119); in a text tower Khattak et al.
+    2023 (MaPLe, arXiv 2210.03117), section 3.2.
     """
     op = "fastfpl.encode_prompts"
     if not isinstance(ctx, Tensor) or not ctx.is_floating_point():
@@ -268,11 +278,18 @@ def encode_prompts(
         check_shapes(op, {"C": len(classes), "W": tower.width}, ctx=(ctx, "... C T W"))
     else:
         check_shapes(op, {"W": tower.width}, ctx=(ctx, "... T W"))
-    finite = torch.isfinite(ctx.detach())
-    if not finite.all():
-        first = tuple((~finite).nonzero()[0].tolist())
-        raise InputError(f"{op}: ctx must be finite; got {ctx[first].item()} at {first}")
+    _check_finite(op, "ctx", ctx)
+    if deep is not None:
+        deep = broadcast_deep(op, tower, deep, ctx.shape[:-2], ctx.shape[-2], "ctx")
+        _check_finite(op, "deep", deep)
     limit = current_limit() if max_memory is None else parse_bytes(op, max_memory)
     layout = classes.layout(ctx.shape[-2])
     with memory_limit(limit):
-        return encode_text(tower, layout, ctx, class_specific=class_specific)
+        return encode_text(tower, layout, ctx, class_specific=class_specific, deep=deep)
+
+
+def _check_finite(op: str, name: str, tensor: Tensor) -> None:
+    finite = torch.isfinite(tensor.detach())
+    if not finite.all():
+        first = tuple((~finite).nonzero()[0].tolist())
+        raise InputError(f"{op}: {name} must be finite; got {tensor[first].item()} at {first}")

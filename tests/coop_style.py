@@ -216,7 +216,8 @@ class Mixture(Model):
         text = self.texts()[0]
         experts = torch.cat([text[None], self.experts()]).transpose(0, 1)
         query = image.unsqueeze(0).repeat(len(text), 1, 1)
-        mixed = self.gating(query.float(), experts.float()).type(self.dtype)
+        wide = self.gating.q.weight.dtype
+        mixed = self.gating(query.to(wide), experts.to(wide)).type(self.dtype)
         gated = torch.einsum("bd,cbd->bc", image, mixed)
         return self.logit_scale.exp() * (0.5 * image @ text.t() + gated)
 

@@ -590,6 +590,49 @@ def test_compiled_models_stay_right():
     assert model.prompt_learner.ctx.grad is not None
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_one_graph_is_the_originals():
+    """``fullgraph=True`` stands no break: it compiles what was there before."""
+    torch._dynamo.reset()  # code that another test compiled with breaks would be taken
+    literal = coop()
+    model = fastfpl.accelerate(copy.deepcopy(literal))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    want = step(literal, images())
+    assert_same(
+        step(compiled, images()),
+        {f"_orig_mod.{k}" if k != "logits" else k: v for k, v in want.items()},
+    )
+    assert not how(model), "nothing of ours runs"
+    assert_same(step(model, images()), want)
+    assert how(model) == ["fast, cut behind the EOT, 5 leading rows shared"]
+
+
+def test_calls_that_are_never_fast_are_not_looked_at_every_time(monkeypatch):
+    swap = sys.modules["fastfpl.dropin.swap"]
+    monkeypatch.setattr(swap, "_PATIENCE", 3)
+    monkeypatch.setattr(swap, "_LOOKS", 4)
+    literal = coop()
+    model = fastfpl.accelerate(copy.deepcopy(literal))
+    hook = model.text_encoder.transformer.register_forward_hook(lambda *a: None)
+    looks = []
+    run = type(swap.kind_of(model.text_encoder)).run
+    monkeypatch.setattr(
+        type(swap.kind_of(model.text_encoder)),
+        "run",
+        lambda *a: looks.append(len(calls)) or run(*a),
+    )
+    calls: list[int] = []
+    for _ in range(10):
+        calls.append(1)
+        model(images())
+    assert looks == [1, 2, 3, 5, 9]
+    assert sum(fastfpl.explain(model).swapped[0].calls.values()) == 10
+    hook.remove()
+    for _ in range(4):
+        assert_same(step(model, images()), step(literal, images()))
+    assert any(call.startswith("fast") for call in how(model)), how(model)
+
+
 def test_hooks_of_the_swapped_fire_and_inner_hooks_bring_the_original_back():
     literal = coop()
     model = fastfpl.accelerate(copy.deepcopy(literal))

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 import fastfpl
 from tests.coop_style import ids_of
-from tests.test_clip import OpenAIClip, scramble
+from tests.deep_style import put
+from tests.test_clip import OpenAIBlock, OpenAIClip, scramble
 
 STRUCTURES = int(os.environ.get("FASTFPL_FUZZ", "100"))
 PART = 25
@@ -163,6 +164,9 @@ class Encoder(nn.Module):
         self.box = Box(False)
 
     def forward(self, prompts, tokens):
+        return self.through(prompts, tokens)
+
+    def through(self, prompts, tokens, *deeper):
         extras = self.extras + (self.later if self.box.value else [])
         if "reverse" in extras:
             prompts = Reversed.apply(prompts)
@@ -171,7 +175,9 @@ class Encoder(nn.Module):
         x = prompts + self.positional_embedding
         if "delta" in extras:
             x = x + self.delta
-        x = self.transformer(x.transpose(0, 1)).transpose(0, 1)
+        x = x.transpose(0, 1)
+        x = self.transformer([x, deeper[0], 0])[0] if deeper else self.transformer(x)
+        x = x.transpose(0, 1)
         x = self.ln_final(x)[torch.arange(len(x)), tokens.argmax(-1)] @ self.text_projection
         if "adapter" in extras:
             x = x + x @ self.down @ self.up
@@ -193,6 +199,43 @@ class Encoder(nn.Module):
 EXTRAS = ["reverse", "stop", "delta", "adapter", "gain", "unit", "dropout", "half", "keep", "mean"]
 
 
+class DeepEncoder(Encoder):
+    def forward(self, prompts, tokens, deeper):
+        return self.through(prompts, tokens, deeper)
+
+
+QUIRKS = ["place", "add", "stop", "turn", "half", "mix"]
+
+
+class Block(OpenAIBlock):
+    """Deep prompts, handed over in a list or its own, with a quirk from the start or later."""
+
+    head, quirk, late, box = False, "", "", Box(False)
+
+    def forward(self, inputs):
+        if not isinstance(inputs, list):
+            x, own = inputs, self.prompt
+            return super().forward(x if own is None else self.put(x, own))
+        x, deep, used = inputs
+        if not self.head and used < len(deep):
+            x, used = self.put(x, deep[used]), used + 1
+        return [super().forward(x), deep, used]
+
+    def put(self, x, own):
+        quirk = self.late if self.box.value else self.quirk
+        if quirk == "add":
+            return torch.cat([x[:1], x[1 : 1 + len(own)] + own[:, None], x[1 + len(own) :]])
+        if quirk == "stop":
+            own = own.detach()
+        if quirk == "turn":
+            own = own.flip(0)
+        if quirk == "half":
+            own = own.half()
+        if quirk == "mix":
+            own = own + x[1 : 1 + len(own)].mean(1)
+        return put(x, own, first=2 if quirk == "place" else 1)
+
+
 class Model(nn.Module):
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -203,11 +246,38 @@ class Model(nn.Module):
         counts = [rng.choice([1, 2, 3]) for _ in range(rng.choice([1, 2, 4, 6]))]
         self.learner, self.encoder = Learner(clip, counts, rng), Encoder(clip, rng)
         self.look = rng.random() < 0.2
+        self.gather, self.deeper = None, nn.ParameterList()
+        if seed % 3 == 2:
+            self.deepen(random.Random(seed))
+
+    def deepen(self, rng) -> None:
+        """Prompts between the layers, in one of two manners."""
+        blocks = self.encoder.transformer.resblocks
+        while len(blocks) < 3:
+            blocks.append(copy.deepcopy(blocks[-1]))
+        scramble(blocks)
+        handed = rng.random() < 0.6
+        box, quirk, late = Box(False), rng.choice(["", "", "", *QUIRKS]), rng.choice(QUIRKS)
+        drawn = [nn.Parameter(0.3 * torch.randn(SLOTS, WIDTH)) for _ in range(rng.choice([1, 2]))]
+        for i, block in enumerate(blocks):
+            block.__class__ = Block
+            block.head, block.box = i == 0, box
+            # some layers only, sometimes
+            block.quirk, block.late = quirk if i < rng.choice([2, 3]) else "", late
+            block.register_parameter("prompt", None)
+            if not handed and 0 < i <= len(drawn):
+                block.prompt = drawn[i - 1]
+        self.deep_box = box
+        if handed:
+            self.encoder.__class__ = DeepEncoder
+            self.deeper = nn.ParameterList(drawn)
+            self.gather = rng.choice([list, tuple, torch.stack, nn.ParameterList])
 
     def forward(self, image):
         prompts = self.learner()
         self.seen = prompts if self.look and prompts.requires_grad else None
-        text = self.encoder(prompts, self.learner.tokens)
+        deeper = () if self.gather is None else (self.gather(list(self.deeper)),)
+        text = self.encoder(prompts, self.learner.tokens, *deeper)
         if self.seen is not None:
             prompts.retain_grad()
         return 5 * image @ F.normalize(text, dim=-1).t()
@@ -227,6 +297,7 @@ ACTIONS = {
     "move": move,
     "extras": lambda m, g: m.encoder.extras.reverse() or m.encoder.extras[:1].clear(),
     "weight": lambda m, g: m.learner.weight.data[:1].zero_(),
+    "quirk": lambda m, g: setattr(m.deep_box, "value", True) if hasattr(m, "deep_box") else None,
     "step": lambda m, g: None,
 }
 
@@ -246,10 +317,15 @@ def take(model, image, optimiser) -> dict[str, Tensor | None]:
     return {name: None if t is None else t.clone() for name, t in found.items()}
 
 
-def differs(got: Tensor | None, want: Tensor | None) -> bool:
+def differs(got: Tensor | None, want: Tensor | None, limit: float = 1e-4) -> bool:
     if got is None or want is None:
         return got is not want
-    return float((got - want).abs().max()) > 1e-4 * max(1.0, float(want.abs().max()))
+    return float((got - want).abs().max()) > limit * max(1.0, float(want.abs().max()))
+
+
+def halves(model) -> bool:
+    blocks = model.encoder.transformer.resblocks
+    return any("half" in (getattr(b, "quirk", ""), getattr(b, "late", "")) for b in blocks)
 
 
 def check(seed: int) -> int:
@@ -272,7 +348,11 @@ def check(seed: int) -> int:
             torch.manual_seed(seed)
             found.append(take(m, image, optimiser))
         want, got = found
-        wrong = [key for key in want if differs(got[key], want[key])]
+        # the original rounds these gradients to 16 bits class by class, the pass their sum
+        narrow = (
+            [key for key in want if "deeper" in key or "prompt" in key] if halves(model) else []
+        )
+        wrong = [k for k in want if differs(got[k], want[k], 2e-3 if k in narrow else 1e-4)]
         assert not wrong, (seed, done, wrong, str(fastfpl.explain(model)))
         for optimiser in optimisers:
             optimiser.step()

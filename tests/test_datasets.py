@@ -1494,7 +1494,8 @@ def test_check_counts_the_images_that_are_there(
     [
         ("data check digits --root .", "must be a data set that lives in files; got 'digits'"),
         ("data check food10 --root .", "did you mean 'food101'"),
-        ("data check food101", "Missing option '--root'"),
+        ("data check food101", "root (--root) must name the folder that holds the set's folder"),
+        ("data check food101 --root . --layout class", "layout must be left out with 'food101'"),
         ("data split cifar10 --root .", "name must be one of caltech101"),
         ("data download food101 --root .", "got 'food101': get it from https://data.vision"),
         ("data download glyphs --root .", "name must be one of cifar10, cifar100"),

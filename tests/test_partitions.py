@@ -24,6 +24,9 @@ def labels_of(classes, per_class, seed=0):
 def split(kind, *, classes=10, train=60, test=20, domains=1, **options):
     """Partition balanced labels, spread over domains; returns them with the shards."""
     y = labels_of(classes, train, 1), labels_of(classes, test, 2)
+    if kind == "given":
+        named = [np.arange(len(labels)) % options["clients"] for labels in y]
+        options |= dict(zip(("train_clients", "test_clients"), named, strict=True))
     d = [np.arange(len(labels)) % domains for labels in y]
     return *y, *d, partition(kind, *y, *d, classes=classes, **options)
 
@@ -133,6 +136,7 @@ EVERY = {
     "labeluni": {"clients": 5, "classes_per_client": 2},
     "domain": {"clients": 2, "domains": 2},
     "domain-dirichlet": {"clients": 4, "domains": 2, "beta": 5.0},
+    "given": {"clients": 3},
 }
 
 
@@ -452,10 +456,15 @@ def test_clients_that_do_not_fit_the_domains_are_refused(kind, clients, rest):
         split(kind, domains=3, clients=clients, seed=0)
 
 
-def test_a_domain_without_test_images_is_refused():
-    y = np.zeros(4, dtype=int)
+def test_a_domain_without_test_images_is_a_client_without():
+    y, domains = np.zeros(4, dtype=int), ([0, 0, 1, 1], [0, 0, 0, 0])
+    one, other = partition("domain", y, y, *domains, classes=1, clients=2, seed=0)
+    assert one.test.tolist() == [0, 1, 2, 3]
+    assert (other.train.tolist(), other.test.tolist()) == ([2, 3], [])
     with pytest.raises(InputError, match="no test image of domain 1"):
-        partition("domain", y, y, [0, 0, 1, 1], [0, 0, 0, 0], classes=1, clients=2, seed=0)
+        partition("domain-dirichlet", y, y, *domains, classes=1, clients=2, seed=0)
+    with pytest.raises(InputError, match="no train image of domain 0"):
+        partition("domain", y, y, [1] * 4, [0, 1, 1, 1], classes=1, clients=2, seed=0)
 
 
 # --- what is refused everywhere -------------------------------------------------------------------
@@ -514,3 +523,43 @@ def test_base_is_the_larger_half(classes, half):
 def test_one_class_has_no_halves():
     with pytest.raises(InputError, match="classes must be at least 2; got 1"):
         base_novel(1)
+
+
+# --- given ----------------------------------------------------------------------------------------
+
+
+def given_to(train_clients, test_clients, clients=2, kind="given"):
+    y = [0, 1] * 2
+    return partition(
+        *(kind, y, y, [0] * 4, [0] * 4),
+        classes=2,
+        clients=clients,
+        seed=0,
+        train_clients=train_clients,
+        test_clients=test_clients,
+    )
+
+
+def test_given_gives_a_client_its_own_images_and_those_of_all():
+    one, other = given_to([1, 0, 1, 0], [-1, 0, 0, 0])
+    assert (one.train.tolist(), other.train.tolist()) == ([1, 3], [0, 2])
+    assert (one.test.tolist(), other.test.tolist()) == ([0, 1, 2, 3], [0])
+    assert not len(given_to([1, 0, 1, 0], [0, 0, 0, 0])[1].test)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"train_clients": None}, "with kind='given', and with no other.*that names its clients"),
+        ({"kind": "iid"}, "must be given with kind='given', and with no other; got kind='iid'"),
+        ({"train_clients": [0, 1]}, "train_clients must be 4 integers, one an image"),
+        ({"test_clients": [0.0, 1, 0, 1]}, "test_clients must be 4 integers"),
+        ({"train_clients": [0, 1, 0, -1]}, r"train_clients must lie in \[0, 2\); got -1 to 1"),
+        ({"test_clients": [0, 1, 0, 2]}, r"must lie in \[-1, 2\); got 0 to 2: use clients=3"),
+        ({"train_clients": [0, 0, 0, 0]}, "got none for client 1 of 2: leave the client out"),
+    ],
+)
+def test_given_clients_that_are_none_are_refused(options, sentence):
+    good = {"train_clients": [0, 1, 0, 1], "test_clients": [0, 1, 0, 1]}
+    with pytest.raises(InputError, match=sentence):
+        given_to(**{**good, **options})

@@ -28,7 +28,7 @@ from fastfpl.features import FeatureKey, FeatureStore
 from fastfpl.federation.checkpoint import CHECKPOINT, _checksum, read_checkpoint
 from fastfpl.report.load import load_comparisons
 from fastfpl.trained import adapt
-from tests import trees
+from tests import own_trees, trees
 from tests.test_clip import make_open_clip, nano  # noqa: F401 - a fixture
 from tests.test_report import JUNK, places
 from tests.worlds import GATE, TINY_RUN, small_clip
@@ -154,6 +154,35 @@ def test_cifar(name: str, tmp_path: Path) -> None:
     names = tuple(f"c{n}" for n in range(10 if name == "cifar10" else 100))
     trees.cifar(tmp_path, name, name, labels=range(len(names)), names=names)
     tell(tmp_path, lambda: load_dataset(name, tmp_path).train.images([0, 1]))
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "csv", "tsv", "jsonl"])
+def test_own_images(kind: str, tmp_path: Path) -> None:
+    folder = tmp_path / kind
+    paths = [f"{who}/{what}/{n}.png" for who in "ab" for what in ("cat", "dog") for n in range(3)]
+    own_trees.tree(folder, *paths)
+    names = json.dumps({"cat": "house cat", "dog": "dog"})
+    rows = [{"path": path, "label": path[2:5], "client": path[0]} for path in paths]
+    name = f"folder:{folder}"
+    if kind in ("csv", "tsv"):
+        name = f"manifest:{own_trees.table(folder / f'list.{kind}', rows)}"
+    elif kind == "jsonl":
+        (folder / "list.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+        name = f"manifest:{folder / 'list.jsonl'}"
+    (folder / "classes.json").write_text(names)
+    if kind == "zip":
+        archive = shutil.make_archive(str(tmp_path / "packed"), "zip", folder)
+        shutil.rmtree(folder)
+        folder.mkdir()
+        name = f"folder:{shutil.move(archive, folder / 'packed.zip')}"
+
+    def read() -> None:
+        for corrupt in ("refuse", "skip"):
+            dataset = load_dataset(name, on_corrupt=corrupt)  # type: ignore[arg-type]
+            for split in (dataset.train, dataset.test):
+                split.images(range(len(split)))
+
+    tell(folder, read)
 
 
 # --- runs -----------------------------------------------------------------------------------------

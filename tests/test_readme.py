@@ -6,12 +6,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 import fastfpl
+from fastfpl.cli.new import write_method
 from fastfpl.config import load_preset
-from fastfpl.methods import METHODS
+from fastfpl.methods import find_method
+from fastfpl.methods.own import KNOWN
 from fastfpl.testing import check_method
 from tests.worlds import figures, small_clip
 
@@ -19,27 +20,28 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_example_method_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = re.findall(r"```python\n(# fastfpl/methods/fedper\.py.*?)```", README, re.DOTALL)
-    names: dict[str, Any] = {}
-    exec(compile(code, "fedper.py", "exec"), names)  # the README's own lines
-    monkeypatch.setitem(METHODS, "fedper", names["FedPer"])
+def test_the_example_method_is_the_template_and_runs(tmp_path: Path) -> None:
+    (code,) = re.findall(r"```python\n(\"\"\"fed-half: .*?)```", README, re.DOTALL)
+    files = {path.name: path for path in write_method("fed-half", tmp_path / "fed-half")}
+    assert files["fed_half.py"].read_text(encoding="utf-8") == code
     same: dict[str, Any] = {"dataset": "digits", "clients": 2, "rounds": 2, "local_epochs": 1}
-    same |= {"shots": 2, "n_ctx": 4}
-    result = fastfpl.run("fedper", **same, out=tmp_path / "run", cache=tmp_path / "cache")
-    assert len(result.rounds) == 2
+    same |= {"shots": 2, "n_ctx": 4, "cache": tmp_path / "cache"}
+    spec = f"{files['fed_half.py']}:FedHalf"
+    result = fastfpl.run(spec, **same, out=tmp_path / "run")
+    assert result.method == "fed-half"
     # half of four vectors travels, both ways; all else is the library's own method
     half = 2 * 2 * 128 * 4
     assert [(r["bytes_up"], r["bytes_down"]) for r in result.rounds] == [(half, half)] * 2
-    own = fastfpl.run("prompt-fedper", **same, out=tmp_path / "own", cache=tmp_path / "cache")
+    own = fastfpl.run("prompt-fedper", **same, out=tmp_path / "own")
     assert figures(own) == figures(result)
-    check_method(names["FedPer"], clip=small_clip().to(dtype=torch.float64))
+    check_method(find_method("fed-half"), clip=small_clip().to(dtype=torch.float64))
+    del KNOWN["fed-half"]
 
 
 def test_every_command_of_the_readme_is_known() -> None:
     commands = set(re.findall(r"^fastfpl (\w+)", README, re.MULTILINE))
     assert commands <= {
-        *("run", "compare", "report", "data", "doctor", "presets", "profile", "methods"),
+        *("run", "compare", "report", "data", "doctor", "presets", "profile", "methods", "new"),
         *("predict", "export", "adapt"),
     }
     for name in re.findall(r"--preset (\S+)", README):

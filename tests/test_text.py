@@ -435,11 +435,13 @@ def test_an_ending_inside_the_name_s_last_token_is_counted_once() -> None:
         ClassPrompts(clip, ["iris"]).layout(21)
 
 
-def living(tower: TextTower, layout: Any, ctx: Tensor, limit: int | None) -> tuple[Any, ...]:
+def living(
+    tower: TextTower, layout: Any, ctx: Tensor, limit: int | None, deep: Tensor | None = None
+) -> tuple[Any, ...]:
     """Features, gradient, and the most bytes beside them that one step had at a time."""
     leaf = ctx.clone().requires_grad_()
     with memory_limit(limit), Living() as seen:
-        features = encode_text(tower, layout, leaf)
+        features = encode_text(tower, layout, leaf, deep=deep)
         weight = torch.linspace(-1, 1, features.numel(), dtype=features.dtype).view_as(features)
         (gradient,) = torch.autograd.grad(features, leaf, weight)
     results = 3 * features.nbytes + 3 * gradient.nbytes  # with their own gradients and copies

@@ -44,8 +44,10 @@ def compare(
 
     The scenario leave-one-domain-out without --target leaves out every domain in turn.
     """
+    from fastfpl.data import short_name
     from fastfpl.federation import compare as play
     from fastfpl.federation import sweep as play_each
+    from fastfpl.methods import method_name
     from fastfpl.report import sweep_table, write_report, write_sweep
 
     try:
@@ -54,11 +56,12 @@ def compare(
         raise InputError(
             f"fastfpl compare: seeds must be whole numbers separated by commas; got {shown(seeds)}"
         ) from None
+    methods = tuple(method_name(method, "fastfpl compare") for method in methods)
     values = gather(methods, config, options, flags)
     if "seed" in values:
         raise InputError("fastfpl compare: seed must be left out; seeds are given by --seeds")
     whole = {**(load_preset(preset).settings if preset else {}), **values}
-    folder = out or Path("runs") / f"compare-{whole.get('dataset', 'glyphs')}"
+    folder = out or Path("runs") / f"compare-{short_name(whole.get('dataset', 'glyphs'))}"
     chosen = _swept(sweep, whole)
     with progress() as (observer, on_round):
         shared = {
@@ -99,7 +102,8 @@ def _swept(text: str | None, values: Mapping[str, Any]) -> tuple[str, list[Any]]
     if values.get("scenario") == "leave-one-domain-out" and values.get("target") is None:
         from fastfpl.data import load_dataset
 
-        root = values.get("root")
-        dataset = load_dataset(values.get("dataset", "glyphs"), root and Path(root))
+        root, own = values.get("root"), ("layout", "digest")
+        how = {name: values[name] for name in own if values.get(name) is not None}
+        dataset = load_dataset(values.get("dataset", "glyphs"), root and Path(root), **how)
         return "target", list(dataset.domains)
     return None

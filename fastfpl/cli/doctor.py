@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from fastfpl.cli.names import Name
-from fastfpl.errors import InputError, Missing
+from fastfpl.errors import FastfplError, InputError, Missing
 from fastfpl.terminal import console, say, table
 
 if TYPE_CHECKING:
@@ -28,9 +29,9 @@ def doctor(clip: str | None) -> None:
     import torch
     from rich.table import Table
 
-    from fastfpl.data import DATASETS
+    from fastfpl.data import dataset_names
     from fastfpl.federation.result import environment
-    from fastfpl.methods import METHODS
+    from fastfpl.methods import method_names
     from fastfpl.ops import all_faces
     from fastfpl.report.machine import machine_facts, unchecked
 
@@ -41,10 +42,16 @@ def doctor(clip: str | None) -> None:
         facts.add_row(key.replace("_", " "), str(value))
     for key, value in machine_facts().items():
         facts.add_row(key, value)
-    facts.add_row("methods", " ".join(METHODS))
-    facts.add_row("data sets", " ".join(DATASETS))
+    facts.add_row("methods", " ".join(method_names()))
+    facts.add_row("data sets", " ".join(dataset_names()))
     facts.add_row("feature store", _store())
     shown.print(facts)
+    more = list(_added())
+    if more:
+        packages = table("added", "by", "answers here")
+        for row in more:
+            packages.add_row(*row)
+        shown.print(packages)
     faces = table("op", "face", "answers here")
     for op, candidates in sorted(all_faces().items()):
         for face in candidates:
@@ -60,6 +67,26 @@ def doctor(clip: str | None) -> None:
     click.echo("cannot be checked here:" if blind else "everything can be checked here")
     for what in blind:
         say(f"  {what}")
+
+
+def _added() -> Iterator[tuple[str, str, str]]:
+    """Say what installed packages add, and whether it can be imported."""
+    from fastfpl.data import GROUP as DATASETS
+    from fastfpl.installed import added, load_added
+    from fastfpl.methods import find_method
+    from fastfpl.methods.own import GROUP as METHODS
+
+    for what, group in (("method", METHODS), ("data set", DATASETS)):
+        for name, point in added(group).items():
+            answer = "yes"
+            try:
+                if group == METHODS:
+                    find_method(name)
+                else:
+                    load_added("fastfpl.data", point)
+            except FastfplError as error:
+                answer = str(error)
+            yield f"{what} {name}", point.value, answer
 
 
 def _takers(clip: str, device: torch.device) -> RichTable:

@@ -15,6 +15,7 @@ from fastfpl.cli.data import data
 from fastfpl.cli.doctor import doctor
 from fastfpl.cli.export import export
 from fastfpl.cli.methods import methods
+from fastfpl.cli.new import new
 from fastfpl.cli.predict import predict
 from fastfpl.cli.presets import presets
 from fastfpl.cli.profile import profile
@@ -69,5 +70,5 @@ def group() -> None:
 
 
 _COMMANDS = (run, compare, report, predict, export, adapt)
-for _command in (*_COMMANDS, profile, methods, presets, quirks, doctor, data):
+for _command in (*_COMMANDS, profile, methods, presets, quirks, doctor, data, new):
     group.add_command(_command)

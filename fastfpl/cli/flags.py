@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -33,8 +34,8 @@ _Command = Callable[..., None]
 #: The settings as people look for them in the help.
 GROUPS = {
     "Data": (
-        *("dataset", "root", "on_corrupt", "statistics", "scenario", "target", "target_root"),
-        *("transductive", "unseen"),
+        *("dataset", "root", "layout", "columns", "digest", "on_corrupt", "statistics"),
+        *("scenario", "target", "target_root", "transductive", "unseen"),
     ),
     "Clients": (
         *("clients", "partition", "partition_seed", "beta", "classes_per_client", "repeat_rate"),
@@ -78,6 +79,16 @@ class Grouped(click.Command):
         for title, records in sections.items():
             with formatter.section(title):
                 formatter.write_dl(records)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the methods, those of installed packages too."""
+        from fastfpl.methods import method_names
+
+        text = f"{', '.join(method_names())}; or path/to/mine.py:MyMethod, package.module:MyMethod"
+        with formatter.section("Methods"):
+            # a name that is cut at its hyphen cannot be copied
+            for line in textwrap.wrap(text, formatter.width - 2, break_on_hyphens=False):
+                formatter.write(f"  {line}\n")
 
 
 class Count(click.ParamType):  # type: ignore[type-arg]
@@ -125,6 +136,8 @@ class Place(click.Path):
 _METAVARS = {
     "root": "FOLDER",
     "target_root": "FOLDER",
+    "layout": "split/domain/class|...",
+    "columns": "path=NAME,...",
     "pretrained": "TAG|FILE|random",
     "ctx_init": "WORDS",
     "augment": "none|views:V|fresh",
@@ -132,6 +145,7 @@ _METAVARS = {
 }
 _NAMES = {
     "dataset": "dataset",
+    "layout": "layout",
     "target": "target",
     "clip": "clip",
     "as_released": "quirk",
@@ -279,8 +293,9 @@ def settings_of(
 ) -> Settings:
     """Put a run's settings together from preset, file and flags."""
     from fastfpl.config import make_settings
-    from fastfpl.methods import find_method
+    from fastfpl.methods import find_method, method_name
 
+    method = method_name(method)
     find_method(method)
     values = gather([method], config, options, flags)
     values["options"] = values["options"].get(method, {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from fastfpl.cli.names import Name
+from fastfpl.errors import FastfplError
 from fastfpl.terminal import console, say, table
 
 
@@ -12,18 +13,22 @@ from fastfpl.terminal import console, say, table
 @click.argument("name", required=False, type=Name("method"))
 def methods(name: str | None) -> None:
     """List the methods, or show one: options with defaults, source, needs, what travels."""
-    from fastfpl.methods import METHODS
+    from fastfpl.methods import method_name, method_names
     from fastfpl.methods.facts import method_facts
 
     if name is None:
         found = table("method", "what it is", "answers with", "options")
-        for known in METHODS:
-            one = method_facts(known)
+        for known in method_names():
+            try:
+                one = method_facts(known)
+            except FastfplError as error:  # of an installed package
+                found.add_row(known, str(error), "", "")
+                continue
             whose = "a client's own" if one.personal else "one global model"
             found.add_row(known, one.summary, whose, " ".join(o.name for o in one.options))
         console().print(found)
         return
-    one = method_facts(name)
+    one = method_facts(method_name(name))
     for line in (f"{one.name}: {one.summary}", "", *one.about.splitlines(), ""):
         say(line)
     for title, text in (

@@ -10,19 +10,30 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from fastfpl.errors import FastfplError
+
 __all__ = ["Name", "option_keys"]
 
 
 def _methods() -> Iterable[tuple[str, str]]:
-    from fastfpl.methods import METHODS
+    from fastfpl.methods import METHODS, method_names
 
-    return ((name, method.summary) for name, method in METHODS.items())
+    # a shell waits for no package to be imported
+    return (
+        (name, METHODS[name].summary if name in METHODS else "installed") for name in method_names()
+    )
 
 
 def _datasets() -> Iterable[tuple[str, str]]:
-    from fastfpl.data import DATASETS
+    from fastfpl.data import dataset_names
 
-    return ((name, "") for name in DATASETS)
+    return ((name, "") for name in dataset_names())
+
+
+def _layouts() -> Iterable[tuple[str, str]]:
+    from fastfpl.data.layouts import LAYOUTS
+
+    return ((name, "") for name in LAYOUTS)
 
 
 def _targets() -> Iterable[tuple[str, str]]:
@@ -61,6 +72,7 @@ def _formats() -> Iterable[tuple[str, str]]:
 _KNOWN: dict[str, Callable[[], Iterable[tuple[str, str]]]] = {
     "method": _methods,
     "dataset": _datasets,
+    "layout": _layouts,
     "target": _targets,
     "preset": _presets,
     "clip": _clips,
@@ -100,9 +112,10 @@ class Name(click.ParamType):  # type: ignore[type-arg]
 
 def option_keys(method: str) -> Iterable[tuple[str, str]]:
     """Give the options of a method with what they mean; none if it is unknown."""
-    from fastfpl.methods import METHODS
+    from fastfpl.methods import find_method, method_name
 
-    if method not in METHODS:
+    try:
+        fields = find_method(method_name(method)).Options.model_fields
+    except FastfplError:
         return ()
-    fields = METHODS[method].Options.model_fields
     return ((key, field.description or "") for key, field in fields.items())

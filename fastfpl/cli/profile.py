@@ -54,10 +54,11 @@ def profile(
 
     Open trace.json at ui.perfetto.dev or in chrome://tracing.
     """
+    from fastfpl.data import short_name
     from fastfpl.federation.profiling import profile as measure
 
     settings = settings_of(method, preset, config, options, flags)
-    folder = out or Path("runs") / f"profile-{method}-{settings.dataset}"
+    folder = out or Path("runs") / f"profile-{settings.method}-{short_name(settings.dataset)}"
     with progress() as (observer, on_round):
         seen = measure(
             settings, folder, steps=steps, cache=cache, observer=observer, on_round=on_round

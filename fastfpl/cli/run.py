@@ -39,11 +39,13 @@ def run(
     --cuda-graphs=auto replays training steps on a GPU from their third time on, unless an op has
     to wait for the device; result.json says in environment.cuda_graphs what happened.
     """
+    from fastfpl.data import short_name
     from fastfpl.federation import Comparison
     from fastfpl.federation import run as play
 
     settings = settings_of(method, preset, config, options, flags)
-    folder = out or Path("runs") / f"{method}-{settings.dataset}-seed{settings.seed}"
+    method = settings.method
+    folder = out or Path("runs") / f"{method}-{short_name(settings.dataset)}-seed{settings.seed}"
     with progress() as (observer, on_round):
         result = play(
             settings,

@@ -27,12 +27,15 @@ class Split(ABC):
         Row c of every logit matrix is class c of `Dataset.classnames`.
     domains : ndarray, shape (n,), int64
         Index into `Dataset.domains`.
+    clients : ndarray, shape (n,), int64, or None
+        Index into `Dataset.clients`, -1 for an image of all clients; None where the set names none.
     fingerprint : str
         Changes whenever an image could change; keys the feature store.
     """
 
     labels: npt.NDArray[np.int64]
     domains: npt.NDArray[np.int64]
+    clients: npt.NDArray[np.int64] | None = None
     fingerprint: str
 
     def __len__(self) -> int:
@@ -70,12 +73,14 @@ class Dataset:
         Image files that did not decode and were left out of both lists.
     notes : tuple of str
         What a reader of figures on these lists must know, e.g. that a split was drawn here.
+    clients : tuple of str
+        Names of the clients that the set itself deals its images to; empty where it does not.
 
     Raises
     ------
     InputError
-        If two class names or two domains are alike, or a name holds a character that cannot be
-        seen.
+        If two class names, two domains or two clients are alike, or a name holds a character that
+        cannot be seen.
     """
 
     name: str
@@ -86,9 +91,11 @@ class Dataset:
     statistics: Statistics | None = None
     skipped: int = 0
     notes: tuple[str, ...] = ()
+    clients: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for what, names in (("classnames", self.classnames), ("domains", self.domains)):
+        for what in ("classnames", "domains", "clients"):
+            names: tuple[str, ...] = getattr(self, what)
             for name in names:
                 if flaw(name):
                     raise InputError(

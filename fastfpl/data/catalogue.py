@@ -78,6 +78,8 @@ class Facts:
         How the lists are then made, or empty if nothing is spare.
     download : str
         Torchvision's class that downloads the set, or empty.
+    function : str
+        What begins the set's errors in place of its name, or empty.
     """
 
     name: str
@@ -94,11 +96,12 @@ class Facts:
     stand_in: tuple[Need, ...] = ()
     drawn: str = ""
     download: str = ""
+    function: str = ""
 
     @property
     def op(self) -> str:
         """What begins the set's errors."""
-        return f"fastfpl.data.{self.name}"
+        return f"fastfpl.data.{self.function or self.name}"
 
     @property
     def sources(self) -> str:

@@ -7,9 +7,17 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastfpl.errors import Damaged
+from fastfpl.errors import Damaged, shown
 
-__all__ = ["SUFFIXES", "image_names", "kind_of", "size_of", "subfolders"]
+__all__ = [
+    "SUFFIXES",
+    "image_names",
+    "kind_of",
+    "left_behind",
+    "size_of",
+    "subfolders",
+    "walk",
+]
 
 #: What the name of an image file ends with where a folder is listed.
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -57,6 +65,44 @@ def image_names(op: str, path: Path) -> list[str]:
     )
 
 
+def walk(op: str, path: Path, deepest: int) -> Iterator[tuple[str, list[str]]]:
+    """Yield every folder below a folder, and itself, with the names of its files, both in order.
+
+    Folders are named by their path from the first one with ``/``, which itself is empty.
+
+    Raises
+    ------
+    Damaged
+        If one cannot be listed, is a link that leads nowhere or to a folder around it, or lies
+        deeper than so many folders.
+    """
+    level = [""]
+    for depth in range(deepest + 1):
+        below: list[str] = []
+        for inside in level:
+            here = path / inside
+            names: list[str] = []
+            for entry in _entries(op, here):
+                if entry.is_symlink():
+                    _follow(op, here, entry.name)
+                if _is_folder(entry):
+                    below.append(f"{inside}/{entry.name}".lstrip("/"))
+                else:
+                    names.append(entry.name)
+            yield inside, sorted(names)
+        level = sorted(below)
+        if level and depth == deepest:
+            raise Damaged(
+                f"{op}: {path} must hold its images at most {deepest} folders deep; got "
+                f"{shown(level[0])}: move them up"
+            )
+
+
+def left_behind(name: str) -> bool:
+    """Whether a name is hidden, or one that systems and programs leave behind."""
+    return name.startswith(".") or name.casefold() in _LEFT_BEHIND
+
+
 def kind_of(path: Path) -> str:
     """Say what is there: a file, a folder, a link to nothing, nothing, or something else."""
     try:
@@ -87,7 +133,7 @@ def _entries(op: str, path: Path) -> Iterator[os.DirEntry[str]]:
             f"{op}: {path} must be a folder that can be listed; got {error.strerror}"
         ) from error
     for entry in found:
-        if not entry.name.startswith(".") and entry.name.casefold() not in _LEFT_BEHIND:
+        if not left_behind(entry.name):
             yield entry
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -100,34 +101,77 @@ class Listing(Split):
     items : sequence of Item
     sizes : sequence of int
         Bytes of each file.
+    marks : sequence of str, optional
+        What tells one version of each file from another beside its size, e.g. its time.
+    clients : sequence of int, optional
+        Client of each image, -1 for all of them; see `Split.clients`.
+    unpack : callable, optional
+        ``unpack(path)`` returns the bytes of an image in an archive, ``base`` being the archive.
 
     Notes
     -----
     Files are read by `images` only, in torch's number of threads. The fingerprint covers paths,
-    sizes in bytes, labels and domains: a copy elsewhere or at another time has the same one, and an
-    image that is changed without changing its size is not noticed.
+    sizes in bytes, labels and domains, and marks and clients where they are given: without marks a
+    copy elsewhere or at another time has the same one, and an image that is changed without
+    changing its size is not noticed.
     Palettes, greys and CMYK become RGB as Pillow does it; orientation tags are not looked at, as in
     the released codes.
     """
 
     def __init__(
-        self, facts: Facts, base: Path, items: Sequence[Item], sizes: Sequence[int]
+        self,
+        facts: Facts,
+        base: Path,
+        items: Sequence[Item],
+        sizes: Sequence[int],
+        *,
+        marks: Sequence[str] | None = None,
+        clients: Sequence[int] | None = None,
+        unpack: Callable[[str], bytes] | None = None,
     ) -> None:
         self._facts = facts
         self._base = base
         self._items = list(items)
         self._sizes = list(sizes)
+        self._marks = None if marks is None else list(marks)
+        self._unpack = unpack
         self.labels = np.array([item.label for item in items], dtype=np.int64)
         self.domains = np.array([item.domain for item in items], dtype=np.int64)
+        self.clients = None if clients is None else np.array(clients, dtype=np.int64)
         digest = hashlib.blake2b(digest_size=16)
-        for item, size in zip(self._items, self._sizes, strict=True):
-            line = f"{item.path}\0{size}\0{item.label}\0{item.domain}\n"
-            digest.update(line.encode("utf-8", "surrogateescape"))
+        for index, (item, size) in enumerate(zip(self._items, self._sizes, strict=True)):
+            line = f"{item.path}\0{size}\0{item.label}\0{item.domain}"
+            line += "" if marks is None else f"\0{marks[index]}"
+            line += "" if clients is None else f"\0client {clients[index]}"
+            digest.update(f"{line}\n".encode("utf-8", "surrogateescape"))
         self.fingerprint = f"{facts.name}-{digest.hexdigest()}"
 
     def path(self, index: int) -> Path:
-        """Return where an image lies."""
+        """Return where an image lies; of one in an archive, that and the path inside."""
         return self._base / self._items[index].path
+
+    def content(self, index: int) -> bytes:
+        """Return the bytes of an image's file.
+
+        Raises
+        ------
+        OSError
+            If it cannot be read.
+        ValueError
+            If an archive does not give it.
+        """
+        if self._unpack is None:
+            return self.path(index).read_bytes()
+        return self._unpack(self._items[index].path)
+
+    def size(self, index: int) -> int:
+        """Return the bytes of an image's file as they were counted when the list was made."""
+        return self._sizes[index]
+
+    def _decoded(self, index: int) -> npt.NDArray[np.uint8]:
+        if self._unpack is None:
+            return decode(self.path(index))
+        return decode(io.BytesIO(self._unpack(self._items[index].path)))
 
     def images(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> Images:
         """Return RGB images; see `Split.images`.
@@ -147,7 +191,7 @@ class Listing(Split):
     def _read(self, index: int) -> npt.NDArray[np.uint8]:
         path = self.path(index)
         try:
-            return decode(path)
+            return self._decoded(index)
         except OSError as error:
             raise self._gone(path, error) from None
         except TooLarge as error:
@@ -188,7 +232,7 @@ class Listing(Split):
     def _verdict(self, index: int) -> str:
         path = self.path(index)
         try:
-            decode(path)
+            self._decoded(index)
         except OSError as error:
             raise self._gone(path, error) from None
         except ValueError as error:
@@ -202,11 +246,17 @@ class Listing(Split):
         if not kept:
             raise Damaged(f"{self._facts.op}: an image must decode; got none of {len(self)}")
         return Listing(
-            self._facts, self._base, [self._items[i] for i in kept], [self._sizes[i] for i in kept]
+            self._facts,
+            self._base,
+            [self._items[i] for i in kept],
+            [self._sizes[i] for i in kept],
+            marks=None if self._marks is None else [self._marks[i] for i in kept],
+            clients=None if self.clients is None else self.clients[kept].tolist(),
+            unpack=self._unpack,
         )
 
 
-def decode(path: Path) -> npt.NDArray[np.uint8]:
+def decode(file: Path | BinaryIO) -> npt.NDArray[np.uint8]:
     """Read an image file as RGB, uint8 of shape (height, width, 3).
 
     Raises
@@ -218,12 +268,12 @@ def decode(path: Path) -> npt.NDArray[np.uint8]:
         that Pillow takes the file for a trap.
     """
     try:
-        with Image.open(path, formats=_FORMATS) as file:
-            if file.mode.startswith(("I", "F")):
-                raise ValueError(f"pixels of mode {file.mode}, not of 8 bits")
+        with Image.open(file, formats=_FORMATS) as found:
+            if found.mode.startswith(("I", "F")):
+                raise ValueError(f"pixels of mode {found.mode}, not of 8 bits")
             # Pillow warns when it drops a palette's transparency in one step
-            see_through = file.mode == "P" and "transparency" in file.info
-            image: Image.Image = file.convert("RGBA") if see_through else file
+            see_through = found.mode == "P" and "transparency" in found.info
+            image: Image.Image = found.convert("RGBA") if see_through else found
             return np.asarray(image.convert("RGB"))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         pixels = re.search(r"\d+", str(error))

@@ -20,6 +20,7 @@ KINDS = (
     "dirichlet",
     "domain",
     "domain-dirichlet",
+    "given",
     "iid",
     "iid-fewshot",
     "labeldir100",
@@ -48,6 +49,8 @@ def partition(
     classes_per_client: int | None = None,
     repeat_rate: float = 0.0,
     split_test: bool = True,
+    train_clients: Sequence[int] | Indices | None = None,
+    test_clients: Sequence[int] | Indices | None = None,
 ) -> list[Shard]:
     """Deal the images of a data set to clients.
 
@@ -61,7 +64,9 @@ def partition(
         (half to even), the last one the rest, and all test images of its classes.
         ``"dirichlet"``: of each class, client u gets the share p_u, p ~ Dir(beta), the same p for
         train and test; a client that holds its n/U train images gets no more classes.
-        ``"domain"``: client u is domain u.
+        ``"domain"``: client u is domain u; one without test images has an empty test list.
+        ``"given"``: client u has the images that ``train_clients`` and ``test_clients`` give to u,
+        and the test images of all clients; one without test images has an empty test list.
         ``"domain-dirichlet"``: every domain is cut in U / domains clients like ``"dirichlet"``,
         all clients of domain 0 first.
         ``"labeldir100"``: pachinko allocation, CIFAR-100 only: a client has weights of the coarse
@@ -101,13 +106,15 @@ def partition(
     split_test : bool
         Of ``"domain-dirichlet"``: if False, only train lists are cut and every client has its
         domain's whole test list (the device setting of FedAPT).
+    train_clients, test_clients : sequence of int, shape (n,), optional
+        Of ``"given"``, which needs both: clients in [0, clients), of test images also -1 for all.
 
     Returns
     -------
     shards : list of Shard
-        One per client. No image is in two shards, with three exceptions named above: train images
-        of ``"iid-fewshot"``, images of classes shared by ``repeat_rate``, and test images if
-        ``split_test`` is False.
+        One per client. No image is in two shards, with four exceptions named above: train images
+        of ``"iid-fewshot"``, images of classes shared by ``repeat_rate``, test images if
+        ``split_test`` is False, and test images that are given to all.
 
     Raises
     ------
@@ -161,7 +168,8 @@ def partition(
     train_d = _check_labels("train_domains", train_domains, None)
     test_d = _check_labels("test_domains", test_domains, None)
     apart = {"train": kind != "iid-fewshot" and not repeat_rate, "test": split_test}
-    apart["test"] = apart["test"] and not repeat_rate
+    # who has which test images is no cut of theirs: some clients may have none
+    apart["test"] = apart["test"] and not repeat_rate and kind not in ("domain", "given")
     for name, y, y_domains in (("train", train_y, train_d), ("test", test_y, test_d)):
         if len(y) != len(y_domains):
             raise refuse(
@@ -176,6 +184,12 @@ def partition(
                 f"{len(y)} images: use at most {len(y)}"
             )
 
+    if (kind == "given") != (train_clients is not None and test_clients is not None):
+        raise refuse(
+            "train_clients and test_clients must be given with kind='given', and with no other; "
+            f"got kind={kind!r}"
+            + (": use a data set that names its clients" if kind == "given" else "")
+        )
     if kind == "pathological":
         stream = random.Random(int(seed if deal_seed is None else deal_seed))
         shared = _shared_classes(classes, repeat_rate)
@@ -200,8 +214,10 @@ def partition(
             )
         rng = np.random.default_rng(cutting)
         shards = uniform_shares(train_y, test_y, classes, clients, per_client, rng)
+    elif kind == "given":
+        shards = _given(train_clients, test_clients, len(train_y), len(test_y), clients)
     else:
-        whole = _whole_domains(train_d, test_d)
+        whole = _whole_domains(train_d, test_d, tested=kind != "domain")
         domains = len(whole)
         if kind == "domain":
             if clients != domains:
@@ -251,6 +267,7 @@ _DRAWN = {
     "labeldir100": ("which client is which number", "the lists of images, which are published"),
     "labeluni": ("which classes a client holds, and which images of them", ""),
     "domain": ("", "client u holds domain u"),
+    "given": ("", "a client holds the images that the data set gives it"),
     "domain-dirichlet": (
         "the share of each class that a client holds, and which images",
         "the domain of a client",
@@ -285,7 +302,7 @@ def deal_depends_on_seed(kind: str, shots: int | None = None) -> tuple[str, str]
             + near(kind, KINDS)
         )
     drawn, fixed = _DRAWN[kind]
-    if shots is not None and kind in ("labeldir100", "domain"):
+    if shots is not None and kind in ("labeldir100", "domain", "given"):
         few = f"which {shots} training images of a class a client keeps"
         drawn = f"{drawn}, and {few}" if drawn else few
     return drawn, fixed
@@ -343,8 +360,46 @@ def _check_labels(
     return array.astype(np.int64)
 
 
-def _whole_domains(train_d: Indices, test_d: Indices) -> list[Shard]:
-    """Make one shard a domain; refuses domains that lack train or test images."""
+def _given(
+    train: Sequence[int] | Indices | None,
+    test: Sequence[int] | Indices | None,
+    train_images: int,
+    test_images: int,
+    clients: int,
+) -> list[Shard]:
+    """Make one shard a client of the data set; refuses clients without a train image."""
+    found: list[Indices] = []
+    for name, values, images, low in (
+        ("train_clients", train, train_images, 0),
+        ("test_clients", test, test_images, -1),
+    ):
+        array = np.asarray(values)
+        if array.shape != (images,) or not np.issubdtype(array.dtype, np.integer):
+            raise refuse(
+                f"{name} must be {images} integers, one an image; got {array.dtype} of shape "
+                f"{array.shape}"
+            )
+        if array.min() < low or array.max() >= clients:
+            raise refuse(
+                f"{name} must lie in [{low}, {clients}); got {array.min()} to {array.max()}: use "
+                f"clients={array.max() + 1}"
+            )
+        found.append(array.astype(np.int64))
+    shards = [
+        Shard(np.flatnonzero(found[0] == u), np.flatnonzero((found[1] == u) | (found[1] == -1)))
+        for u in range(clients)
+    ]
+    for client, shard in enumerate(shards):
+        if not len(shard.train):
+            raise refuse(
+                f"train_clients must give every client an image; got none for client {client} of "
+                f"{clients}: leave the client out"
+            )
+    return shards
+
+
+def _whole_domains(train_d: Indices, test_d: Indices, *, tested: bool) -> list[Shard]:
+    """Make one shard a domain; refuses domains that lack train images, or test images if so."""
     domains = 1 + int(max(train_d.max(initial=-1), test_d.max(initial=-1)))
     if not domains:
         raise refuse("train_domains must hold an image; got none")
@@ -353,7 +408,7 @@ def _whole_domains(train_d: Indices, test_d: Indices) -> list[Shard]:
     ]
     for d, mine in enumerate(whole):
         for name, items in (("train", mine.train), ("test", mine.test)):
-            if not len(items):
+            if not len(items) and (tested or name == "train"):
                 raise refuse(
                     f"{name}_domains must name every domain from 0 to {domains - 1}; got no "
                     f"{name} image of domain {d}: count the domains from 0 without a gap",

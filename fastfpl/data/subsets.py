@@ -58,6 +58,7 @@ class ClassSubset(_View):
         self.indices = np.flatnonzero(np.isin(split.labels, kept)).astype(np.int64)
         self.labels = np.searchsorted(kept, split.labels[self.indices]).astype(np.int64)
         self.domains = split.domains[self.indices]
+        self.clients = None if split.clients is None else split.clients[self.indices]
         self.fingerprint = self._sign("subset", kept)
 
 
@@ -82,6 +83,7 @@ class DomainSubset(_View):
         self.indices = np.flatnonzero(np.isin(split.domains, kept)).astype(np.int64)
         self.labels = split.labels[self.indices]
         self.domains = np.searchsorted(kept, split.domains[self.indices]).astype(np.int64)
+        self.clients = None if split.clients is None else split.clients[self.indices]
         self.fingerprint = self._sign("domains", kept)
 
 
@@ -92,6 +94,8 @@ class Joined(Split):
         self._parts = (first, second)
         self.labels = np.concatenate([first.labels, second.labels])
         self.domains = np.concatenate([first.domains, second.domains])
+        if first.clients is not None and second.clients is not None:
+            self.clients = np.concatenate([first.clients, second.clients])
         both = f"{first.fingerprint}\n{second.fingerprint}"
         self.fingerprint = f"joined-{hashlib.blake2b(both.encode(), digest_size=16).hexdigest()}"
 

@@ -13,7 +13,7 @@ from fastfpl.dropin.keys import key_of
 from fastfpl.dropin.outside import DIAGONALS, gates
 from fastfpl.dropin.report import Finding, Report
 from fastfpl.dropin.swap import Instead, Kind, is_swapped, kind_of, named, state_of, swap, swap_back
-from fastfpl.dropin.text import KINDS, Text, proof_of
+from fastfpl.dropin.text import KINDS, Proof, Text, proof_of
 from fastfpl.errors import InputError, KindError
 
 _ORDER: tuple[Kind, ...] = (*KINDS, DIAGONALS)
@@ -21,7 +21,7 @@ _ORDER: tuple[Kind, ...] = (*KINDS, DIAGONALS)
 __all__ = ["Finding", "Report", "accelerate", "accelerated", "explain", "restore"]
 
 Model = TypeVar("Model", bound=nn.Module)
-_Proofs = dict[Any, tuple[str, int]]
+_Proofs = dict[Any, Proof]
 
 
 def accelerate(model: Model, *, verify: int | Literal["always"] | None = None) -> Model:
@@ -190,7 +190,7 @@ def _proven(kind: Text, module: nn.Module) -> _Proofs:
         for other in (False, True):
             for form in kind.forms(module):
                 proof = proof_of(kind, module, form, 3, other_mode=other)
-                if not proof[0]:
+                if not proof.reason:
                     return {} if other else {(key_of(module), form, True): proof}
-                first = first or proof[0]
+                first = first or proof.reason
     raise Instead(first)

@@ -28,6 +28,8 @@ __all__ = [
 ]
 
 _STATE = "_fastfpl"
+# after so many calls in a row that were the original's, only every so many are looked at
+_PATIENCE, _LOOKS = 32, 16
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -49,12 +51,22 @@ class State:
         The module's place in the model.
     verify : int
         Every how many calls one is compared with the original; 0 for none.
+    refused : int
+        How many calls in a row were the original's; ``last`` says why the last one was.
     """
 
     def __init__(self, path: str = "", verify: int = 0) -> None:
         self.calls: Counter[str] = Counter()
         self.memory: dict[Any, Any] = {}
         self.path, self.verify, self.compared = path, verify, 0
+        self.refused, self.last = 0, ""
+
+    def rests(self) -> bool:
+        """Tell whether a call is the original's without a look, since those before it all were.
+
+        A look takes milliseconds, which a small model would feel at every call for nothing.
+        """
+        return self.refused >= _PATIENCE and bool(self.refused % _LOOKS)
 
     def due(self) -> bool:
         """Count a fast call, and tell whether it is one to compare with the original."""
@@ -108,9 +120,15 @@ def _run(kind: str, base: type, method: str, module: Any, args: Any, kwargs: Any
     try:
         if _captured():
             refuse(CAPTURED)
-        return _KINDS[kind].run(module, state, original, args, kwargs)
+        if state.rests():
+            refuse(state.last)
+        result = _KINDS[kind].run(module, state, original, args, kwargs)
+        state.refused = 0
+        return result
     except Instead as reason:
-        state.calls[str(reason)] += 1
+        state.last = str(reason)
+        state.refused += 1
+        state.calls[state.last] += 1
         return original(*args, **kwargs)
 
 
@@ -137,17 +155,32 @@ def _outside_graphs() -> Callable[..., Any]:
 
 
 @functools.cache
+def _in_one_graph() -> Callable[[], bool]:
+    """Ask dynamo, while it traces, whether it was told not to break the graph."""
+
+    def asked() -> bool:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        tracer: Any = InstructionTranslator.current_tx()
+        names = ("one_graph", "error_on_graph_break")
+        return any(bool(getattr(tracer, name, False)) for name in names)
+
+    constant: Callable[[], bool] = torch.compiler.assume_constant_result(asked)
+    return constant
+
+
+@functools.cache
 def _subclass(base: type, kind_name: str) -> type:
-    call = _outside_graphs()
+    call, whole = _outside_graphs(), _in_one_graph()
     compiler, compiling = torch.compiler, torch.compiler.is_dynamo_compiling
 
     def exchanged(method: str) -> Any:
         original = getattr(base, method)
 
         def fast(self: Any, *args: Any, **kwargs: Any) -> Any:
-            # dynamo, when it exports, goes through the original: it would stop at ours
+            # dynamo, where it may not break the graph, takes the original: ours would stop it
             # the flag: to dynamo of torch 2.11, is_exporting() is always true
-            if compiler._is_exporting_flag and compiling():
+            if compiling() and (compiler._is_exporting_flag or whole()):
                 return original(self, *args, **kwargs)
             return call(kind_name, base, method, self, args, kwargs)
 

@@ -6,12 +6,13 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from fastfpl.dropin import tower as towers
 from fastfpl.dropin.keys import key_of, plain_class
@@ -31,10 +32,22 @@ from fastfpl.ops.embedded import encode_embedded
 from fastfpl.ops.memory import current_limit
 from fastfpl.reference.text import TextTower
 
-__all__ = ["KINDS", "Text", "proof_of"]
+__all__ = ["KINDS", "Proof", "Text", "proof_of"]
 
 # arguments that a signature gathers: nothing in them is no argument at all
 _GATHERS = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+# a dtype that deep prompts are rounded to on their way, as codes made for 16 bits do
+Through = torch.dtype | None
+
+
+class Proof(NamedTuple):
+    """Why a call is no text pass, or ""; for how many texts; what deep prompts are rounded to."""
+
+    reason: str
+    most: int
+    through: Through = None
 
 
 class Text(Kind):
@@ -42,12 +55,17 @@ class Text(Kind):
 
     family: towers.Family = towers.Resblocks
 
-    def fast(self, module: Any, state: State, args: Any, kwargs: Any) -> tuple[Any, str]:
-        """Return the result of a call and how it was computed."""
+    def fast(
+        self, module: Any, state: State, args: Any, kwargs: Any, through: Through = None
+    ) -> tuple[Any, str]:
+        """Return the result of a call and how it was computed.
+
+        Deep prompts are rounded to ``through``.
+        """
         raise NotImplementedError
 
-    def example(self, module: Any, count: int) -> tuple[Tensor, ...]:
-        """Draw tensors for a proof with ``count`` texts, then the same with rows behind the EOT."""
+    def example(self, module: Any, form: Any, count: int) -> tuple[Tensor, ...]:
+        """Draw tensors for a proof of ``count`` texts, then the first with rows behind the EOT."""
         raise NotImplementedError
 
     def call(self, form: Any, tensors: tuple[Tensor, ...]) -> tuple[tuple[Any, ...], Any]:
@@ -62,7 +80,16 @@ class Text(Kind):
         """Give the forms to try before there is a call."""
         return [()]
 
-    def count(self, args: Any, kwargs: Any) -> int:
+    def deep(self, module: Any, form: Any) -> bool:
+        """Tell whether prompts are replaced between the layers."""
+        family, holder = self.family, self.holder(module)
+        return bool(towers.own_prompts(family.blocks(holder), family.positional(holder).shape[1]))
+
+    def rounded(self, module: Any, args: Any, kwargs: Any) -> list[Tensor]:
+        """Give the deep prompts of a call, whose gradients are rounded where they are."""
+        return [t for b in self.family.blocks(self.holder(module)) for t in _own(b)]
+
+    def count(self, module: Any, args: Any, kwargs: Any) -> int:
         """Count the texts of a call."""
         tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()]
         return len(tensors[0]) if tensors else 0
@@ -87,11 +114,11 @@ class Text(Kind):
     ) -> Any:
         """Answer a call with the packed pass, where its proof holds."""
         _no_transform()
-        check_proof(self, module, state, args, kwargs)
-        result, how = self.fast(module, state, args, kwargs)
+        through = check_proof(self, module, state, args, kwargs)
+        result, how = self.fast(module, state, args, kwargs, through)
         state.calls[how] += 1
         if state.due():
-            compare(self, module, state, args, kwargs, result)
+            compare(self, module, state, args, kwargs, result, through)
         return result
 
     def memory(self, module: Any, state: State) -> dict[Any, Any]:
@@ -119,6 +146,7 @@ class Text(Kind):
         embedding = getattr(embeddings, "token_embedding", None)
         if isinstance(embedding, nn.Embedding):
             learn.append(embedding.weight)
+        learn += [t for b in blocks for t in _own(b)]
         learn = [t for t in learn if isinstance(t, Tensor)]
         return [t for t in (*found, *learn) if isinstance(t, Tensor)], learn
 
@@ -127,7 +155,7 @@ class Text(Kind):
 _MOST_KEYS = 32
 
 
-def check_proof(kind: Text, module: Any, state: State, args: Any, kwargs: Any) -> None:
+def check_proof(kind: Text, module: Any, state: State, args: Any, kwargs: Any) -> Through:
     """Prove that a call of this form, in the state that the module is in, is a text pass.
 
     A proof is kept under all that may decide what the module's code does: classes, modes,
@@ -138,24 +166,22 @@ def check_proof(kind: Text, module: Any, state: State, args: Any, kwargs: Any) -
     form = kind.form(module, args, kwargs)
     key = (key_of(module), form, torch.is_grad_enabled())
     proofs = memory.setdefault("proofs", {})
-    proof = proofs.get(key)
+    proof: Proof | None = proofs.get(key)
     asked = memory["asked"] = memory.get("asked", 0) + 1
     if proof is None:
         if len(proofs) >= _MOST_KEYS and asked < 4 * len(proofs):
             refuse("what its code depends on changes with every call")
         proof = proofs[key] = proof_of(kind, module, form, 3)
-    reason, most = proof
-    count = kind.count(args, kwargs)
-    if not reason and count > most:
-        reason, most = proofs[key] = proof_of(kind, module, form, count)
-    if reason:
-        refuse(reason)
+    count = kind.count(module, args, kwargs)
+    if not proof.reason and count > proof.most:
+        proof = proofs[key] = proof_of(kind, module, form, count)
+    if proof.reason:
+        refuse(proof.reason)
+    return proof.through
 
 
-def proof_of(
-    kind: Text, module: Any, form: Any, count: int, *, other_mode: bool = False
-) -> tuple[str, int]:
-    """Return why a call is no text pass, or "", and for how many texts that is so."""
+def proof_of(kind: Text, module: Any, form: Any, count: int, *, other_mode: bool = False) -> Proof:
+    """Try a call on a copy, and say what was found."""
     modes = torch.is_grad_enabled()
     device = next((p.device.type for p in module.parameters()), "cpu")
     try:
@@ -165,48 +191,52 @@ def proof_of(
             torch.set_grad_enabled(modes),
             torch.autocast(device, enabled=False),
         ):
-            prove(kind, module, form, count, other_mode)
+            return Proof("", count, prove(kind, module, form, count, other_mode))
     except Instead as reason:
-        return str(reason), count
-    return "", count
+        return Proof(str(reason), count)
 
 
-def prove(kind: Text, module: Any, form: Any, count: int, other_mode: bool) -> None:
+def prove(kind: Text, module: Any, form: Any, count: int, other_mode: bool) -> Through:
     """Compare the fast pass with the original on random prompts; `Instead` if they differ.
 
     Both run on a copy whose small parameters are moved from where they begin. Features and, where
     gradients are wanted, their gradients must agree; the original may read nothing but a text
-    tower's parts. Up to three texts go through all blocks, more through the first.
+    tower's parts. Up to three texts go through all blocks, more through the first; where prompts
+    are replaced between the layers, through the first two. Returns what these are rounded to.
     """
     with torch.no_grad():  # hooks and the like, which a copy has not
         towers.read(kind.family, kind.holder(module), {}, ())
     twin = copy_of(module, moved=True)
     if other_mode:
         twin.train(not module.training)
+    deep = kind.deep(twin, form)
     if count > 3:
-        kind.family.shorten(kind.holder(twin))
+        kind.family.shorten(kind.holder(twin), 2 if deep else 1)
     known, learn = kind.known(twin)
     for parameter in learn:
         if isinstance(parameter, nn.Parameter):
             parameter.requires_grad_(torch.is_grad_enabled())
-    *tensors, other = kind.example(twin, count)
+    *tensors, other = kind.example(twin, form, count)
     leaves = [t for t in (*tensors, *learn) if t.requires_grad]
     given = kind.call(form, tuple(tensors))
-    laid = tuple(_laid(t) for t in tensors)
+    laid = (_laid(tensors[0]), *tensors[1:])
     args, kwargs = kind.call(form, laid)
     literal_call = functools.partial(getattr(type(twin), kind.method), twin)
     kind.fast(twin, State(), *given)  # says what its parts lack before the original is asked
     literal = watched(twin, known, lambda: literal_call(*args, **kwargs), (laid, tensors))
-    fast = kind.fast(twin, State(), args, kwargs)[0]
+    ways = {way: kind.fast(twin, State(), args, kwargs, way)[0] for way in _ways(deep, tensors[0])}
     changed_args, changed_kwargs = kind.call(form, (other, *tensors[1:]))
     try:
-        literal, fast = kind.features(literal), kind.features(fast)
+        literal, found = kind.features(literal), {w: kind.features(f) for w, f in ways.items()}
         with torch.no_grad():
             changed = kind.features(literal_call(*changed_args, **changed_kwargs))
     except Exception as error:
         refuse(f"a trial call of it raised {type(error).__name__}")
-    if not isinstance(literal, Tensor) or literal.shape != fast.shape:
+    if not isinstance(literal, Tensor) or any(literal.shape != f.shape for f in found.values()):
         refuse("a trial call of it did not return one feature a prompt")
+    with torch.no_grad():  # the nearest: a rounding may be too small to fail by
+        through = min(found, key=lambda way: float((found[way] - literal).abs().max()))
+    fast = found[through]
     if literal.dtype != fast.dtype or not _close(fast, literal):
         if not _close(changed, literal):
             refuse(
@@ -214,7 +244,19 @@ def prove(kind: Text, module: Any, form: Any, count: int, other_mode: bool) -> N
                 "that neither a shared prefix nor a cut is exact"
             )
         refuse("a trial call of it gave other features than CLIP's text pass over its parts")
-    _compare_gradients(fast, literal, leaves)
+    narrow = kind.rounded(twin, args, kwargs)
+    _compare_gradients(fast, literal, leaves, narrow, through)
+    return through
+
+
+def _own(block: Any) -> list[Tensor]:
+    return [t for t in block._parameters.values() if t is not None]
+
+
+def _ways(deep: bool, first: Tensor) -> list[Through]:
+    """Give the roundings of deep prompts to try."""
+    narrow = first.is_floating_point() and first.element_size() < 4
+    return [None, torch.float16] if deep and not narrow else [None]
 
 
 def _forward_of(module: nn.Module) -> Any:
@@ -234,7 +276,18 @@ def _close(got: Tensor, want: Tensor) -> bool:
         return float((got - want).abs().max()) <= near(want)
 
 
-def _compare_gradients(fast: Tensor, literal: Tensor, leaves: list[Tensor]) -> None:
+def _compare_gradients(
+    fast: Tensor,
+    literal: Tensor,
+    leaves: list[Tensor],
+    narrow: list[Tensor],
+    through: Through,
+) -> None:
+    """Compare the gradients of a random loss.
+
+    Those of ``narrow``, deep prompts that go ``through`` 16 bits, the original rounds as well,
+    prompt by prompt; the pass rounds their sum.
+    """
     other = "a trial call of it gave other gradients than CLIP's text pass over its parts"
     if literal.requires_grad != fast.requires_grad:
         refuse(other)
@@ -245,12 +298,26 @@ def _compare_gradients(fast: Tensor, literal: Tensor, leaves: list[Tensor]) -> N
     want = torch.autograd.grad(literal, leaves, loss, retain_graph=True, allow_unused=True)
     with unwatched():
         got = torch.autograd.grad(fast, leaves, loss, retain_graph=True, allow_unused=True)
-    for g, w in zip(got, want, strict=True):
-        if (g is None) != (w is None) or (w is not None and g is not None and not _close(g, w)):
+    for leaf, g, w in zip(leaves, got, want, strict=True):
+        if (g is None) != (w is None):
+            refuse(other)
+        if g is None or w is None or _close(g, w):
+            continue
+        off, size = float((g - w).abs().max()), float(w.abs().max())
+        rounds = through is not None and any(leaf is t for t in narrow)
+        if not rounds or off > 4 * torch.finfo(through or w.dtype).eps * size:
             refuse(other)
 
 
-def compare(kind: Text, module: Any, state: State, args: Any, kwargs: Any, result: Any) -> None:
+def compare(
+    kind: Text,
+    module: Any,
+    state: State,
+    args: Any,
+    kwargs: Any,
+    result: Any,
+    through: Through,
+) -> None:
     """Compare a result with what the original gives on a copy: values, and gradients if wanted."""
     with no_trace(module):
         twin = copy_of(module, moved=False)
@@ -259,12 +326,19 @@ def compare(kind: Text, module: Any, state: State, args: Any, kwargs: Any, resul
     try:
         if literal.shape != fast.shape or literal.dtype != fast.dtype or not _close(fast, literal):
             refuse("other features than the original's")
-        inputs = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+        inputs = _tensors(args, kwargs)
         graphs = [leaf for t in inputs if t.requires_grad for leaf in leaves_of(t)]
         learn = [p for p in module.parameters() if p.requires_grad]
-        _compare_gradients(fast, literal, [*graphs, *learn])
+        narrow = [x for t in kind.rounded(module, args, kwargs) for x in leaves_of(t)]
+        _compare_gradients(fast, literal, [*graphs, *learn], narrow, through)
     except Instead as reason:
         raise differs(state, str(reason)) from None
+
+
+def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
+    """Give the tensors of a call, those in lists too."""
+    given = [list(v) if isinstance(v, nn.ParameterList) else v for v in (*args, *kwargs.values())]
+    return [t for t in tree_leaves(given) if isinstance(t, Tensor)]
 
 
 def _no_transform() -> None:
@@ -292,19 +366,48 @@ def _kinds_agree(x: Tensor, weight: Tensor) -> None:
         refuse(f"the embeddings are {x.dtype} and the text tower {weight.dtype}")
 
 
+def _rounded(deep: Any, live: TextTower, prompts: Tensor, through: Through) -> Tensor | None:
+    """Give deep prompts as one tensor (K, T, W) on their way into the pass; None where none is.
+
+    Those that no layer would ask for are left out.
+    """
+    deep = (deep if isinstance(deep, Tensor) else tuple(deep))[: len(live.blocks) - 1]
+    if not len(deep):
+        return None
+    whole: Tensor = deep if isinstance(deep, Tensor) else torch.stack(deep)
+    if whole.device != prompts.device:
+        refuse(f"the deep prompts are on {whole.device} and the prompts on {prompts.device}")
+    if whole.shape[1] >= prompts.shape[1]:
+        refuse("the deep prompts do not fit behind the first token")
+    return whole if through is None else whole.to(through).to(whole.dtype)
+
+
 def _states(
-    live: TextTower, prompts: Tensor, ends: list[int], sharing: Sharing
+    live: TextTower,
+    prompts: Tensor,
+    ends: list[int],
+    sharing: Sharing,
+    deep: Tensor | None = None,
 ) -> tuple[Tensor, str]:
-    """Encode (R, L, W) with EOTs at ``ends`` into states (R, W); say how."""
+    """Encode (R, L, W) with EOTs at ``ends`` into states (R, W); say how.
+
+    Deep prompts (K, T, W) take the place of the states behind the first token.
+    """
+    if deep is not None and max(ends) < deep.shape[1]:
+        refuse("the prompts end among the deep prompts")
     shared = min(sharing.shared, *ends)
     prompts = sharing.grouped(prompts[:, : max(ends) + 1])
     eot = sharing.grouped(torch.tensor(ends))
     if bool((eot == eot[:1]).all()):
-        states = encode_embedded(live, prompts, eot[0], shared=shared)
+        states = encode_embedded(live, prompts, eot[0], shared=shared, deep=deep)
     else:
         parts = zip(prompts, eot, strict=True)
-        states = torch.stack([encode_embedded(live, x, e, shared=shared) for x, e in parts])
+        states = torch.stack(
+            [encode_embedded(live, x, e, shared=shared, deep=deep) for x, e in parts]
+        )
     how = f"fast, cut behind the EOT, {shared} leading rows shared"
+    if deep is not None:
+        how += f", prompts replaced before {len(deep)} layers"
     return sharing.ungrouped(states), how
 
 
@@ -346,11 +449,37 @@ def _check_mask(module: Any) -> None:
         )
 
 
+class _Bound(NamedTuple):
+    """A call of a text encoder, its arguments told apart."""
+
+    form: Any
+    prompts: Tensor
+    tokens: Tensor
+    deep: Any  # a list of (T, W), one tensor (K, T, W), or nothing
+
+
+# what a call may gather deep prompts in
+_LISTS = (list, tuple, nn.ParameterList)
+
+
+def _form_of_deep(name: str, value: Any, width: int) -> tuple[Any, ...]:
+    """Name the argument of deep prompts, its type, how many layers, (T, W) and the dtype."""
+    kind = Tensor if isinstance(value, Tensor) else type(value)
+    layers = list(value)
+    tensors = [t for t in layers if isinstance(t, Tensor) and t.is_floating_point()]
+    kinds = {(tuple(t.shape), t.dtype) for t in tensors}
+    shape, dtype = kinds.pop() if len(kinds) == 1 else ((), None)
+    fits = len(shape) == 2 and shape[1] == width and shape[0]
+    if len(tensors) != len(layers) or not fits:
+        refuse(f"the call has the argument {name} beside prompts and tokenized prompts")
+    return name, kind, len(layers), shape, dtype
+
+
 class Prompts(Text):
     """CoOp's text encoder: embedded prompts and their tokens over CLIP's parts.
 
     Which argument is which is told from a call: one tensor of floats, one of token ids, and nothing
-    in any other.
+    in any other, or deep prompts: a list of (T, W), or (K, T, W), for the layers behind the first.
     """
 
     name = "text encoder of embedded prompts"
@@ -369,19 +498,33 @@ class Prompts(Text):
         """Try prompts first or tokens first, and nothing, in two ways, for what else it needs."""
         names = [p.name for p in _takes(type(module).forward)]
         orders = [(names[0], names[1]), (names[1], names[0])]
-        empty = [tuple((n, kind) for n in names[2:]) for kind in (type(None), list)]
-        return [(*order, rest) for order in orders for rest in (empty if names[2:] else [()])]
+        rests: list[Any] = [((), None)]
+        if len(names) > 2:
+            rests = [(tuple((n, k) for n in names[2:]), None) for k in (type(None), list)]
+        if len(names) == 3:
+            width, dtype = module.positional_embedding.shape[1], module.positional_embedding.dtype
+            rests += [((), (names[2], k, 1, (2, width), dtype)) for k in (list, nn.ParameterList)]
+        return [(*order, *rest) for order in orders for rest in rests]
+
+    def deep(self, module: Any, form: Any) -> bool:
+        """Tell whether prompts are replaced between the layers."""
+        return form[3] is not None or super().deep(module, form)
+
+    def rounded(self, module: Any, args: Any, kwargs: Any) -> list[Tensor]:
+        """Give those that the call hands over, too."""
+        deep = self._bound(module, args, kwargs).deep
+        handed = [deep] if isinstance(deep, Tensor) else list(deep)
+        return [*handed, *super().rounded(module, args, kwargs)]
 
     def form(self, module: Any, args: Any, kwargs: Any) -> Any:
-        """Name the argument of prompts, that of tokens, and the empty ones with their type."""
-        return self._bound(module, args, kwargs)[0]
+        """Name the arguments: prompts, tokens, the empty ones with their type, deep prompts."""
+        return self._bound(module, args, kwargs).form
 
-    def count(self, args: Any, kwargs: Any) -> int:
+    def count(self, module: Any, args: Any, kwargs: Any) -> int:
         """Count the prompts."""
-        tensors = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
-        return next(len(t) for t in tensors if t.is_floating_point())
+        return len(self._bound(module, args, kwargs).prompts)
 
-    def _bound(self, module: Any, args: Any, kwargs: Any) -> tuple[Any, Tensor, Tensor]:
+    def _bound(self, module: Any, args: Any, kwargs: Any) -> _Bound:
         try:
             bound = inspect.signature(_forward_of(module)).bind(module, *args, **kwargs)
         except TypeError:
@@ -389,27 +532,40 @@ class Prompts(Text):
         parameters = bound.signature.parameters
         prompts: list[tuple[str, Tensor]] = []
         tokens: list[tuple[str, Tensor]] = []
+        deep: list[tuple[str, Any]] = []
         empty = []
+        size = tuple(module.positional_embedding.shape)
         for name, value in list(bound.arguments.items())[1:]:
-            if isinstance(value, Tensor):
-                (prompts if value.is_floating_point() else tokens).append((name, value))
+            if isinstance(value, Tensor) and not value.is_floating_point():
+                tokens.append((name, value))
+            elif isinstance(value, Tensor):
+                first = not prompts or prompts[0][1].shape[1:] != size
+                if prompts and first and value.shape[1:] == size:
+                    deep.append(prompts.pop())
+                (prompts if first else deep).append((name, value))
+            elif type(value) in _LISTS and len(value):
+                deep.append((name, value))
             elif value is None or (isinstance(value, list | tuple | dict) and not value):
                 if parameters[name].kind not in _GATHERS:
                     empty.append((name, type(value)))
             elif value is not parameters[name].default:
                 refuse(f"the call has the argument {name} beside prompts and tokenized prompts")
-        if len(prompts) != 1 or len(tokens) != 1:
+        if len(prompts) != 1 or len(tokens) != 1 or len(deep) > 1:
             refuse("the call has other arguments than prompts and tokenized prompts")
-        form = (prompts[0][0], tokens[0][0], tuple(empty))
-        return form, prompts[0][1], tokens[0][1]
+        rest = _form_of_deep(*deep[0], size[1]) if deep else None
+        form = (prompts[0][0], tokens[0][0], tuple(empty), rest)
+        return _Bound(form, prompts[0][1], tokens[0][1], deep[0][1] if deep else ())
 
     def call(self, form: Any, tensors: tuple[Tensor, ...]) -> tuple[tuple[Any, ...], Any]:
-        """Give prompts and tokens by name, and nothing of the same type for the rest."""
-        prompts, tokens, empty = form
-        given = dict(zip((prompts, tokens), tensors, strict=True))
+        """Give all by name: prompts, tokens, deep prompts, nothing of its type for the rest."""
+        prompts, tokens, empty, deep = form
+        given: dict[str, Any] = dict(zip((prompts, tokens), tensors[:2], strict=True))
+        if deep is not None:
+            kind = deep[1]
+            given[deep[0]] = tensors[2] if kind is Tensor else kind(tensors[2:])
         return (), given | {n: None if t is type(None) else t() for n, t in empty}
 
-    def example(self, module: Any, count: int) -> tuple[Tensor, ...]:
+    def example(self, module: Any, form: Any, count: int) -> tuple[Tensor, ...]:
         """Draw prompts with their EOT at different places."""
         positional = module.positional_embedding
         length, width = positional.shape
@@ -425,13 +581,25 @@ class Prompts(Text):
         if torch.is_grad_enabled():
             prompts.requires_grad_()
             other[:, :2] = prompts.detach()[:1, :2]
-        return prompts, tokens, other
+        if form[3] is None:
+            return prompts, tokens, other
+        _, kind, layers, shape, dtype = form[3]
+        shapes = [(layers, *shape)] if kind is Tensor else [shape] * layers
+        deep = [torch.randn(s, generator=generator, dtype=torch.float32) for s in shapes]
+        deep = [d.to(device=weight.device, dtype=dtype) for d in deep]
+        # a ParameterList would make others of what is none
+        own = [nn.Parameter(d, requires_grad=torch.is_grad_enabled()) for d in deep]
+        return prompts, tokens, *own, other
 
-    def fast(self, module: Any, state: State, args: Any, kwargs: Any) -> tuple[Any, str]:
+    def fast(
+        self, module: Any, state: State, args: Any, kwargs: Any, through: Through = None
+    ) -> tuple[Any, str]:
         """Encode embedded prompts."""
-        _, prompts, tokens = self._bound(module, args, kwargs)
+        form, prompts, tokens, given_deep = self._bound(module, args, kwargs)
         memory = self.memory(module, state)
-        live = towers.read(towers.Resblocks, module, memory, ())
+        live, own = towers.read(towers.Resblocks, module, memory, ())
+        if len(given_deep) and own:
+            refuse("it has deep prompts of its own and is given others")
         weight = live.blocks[0].qkv_w
         _plain(prompts, weight)
         if prompts.dim() != 3 or tokens.dim() != 2 or len(tokens) != len(prompts):
@@ -446,11 +614,12 @@ class Prompts(Text):
         _kinds_agree(prompts.to(kind), weight)
         ends = tokens.argmax(dim=-1).tolist()
         limit = max(ends) + 1
+        deep = _rounded(own or given_deep, live, prompts, through)
         how = ""
 
         def encode(sharing: Sharing, rows: Tensor) -> Tensor:
             nonlocal how
-            states, how = _states(live, rows.to(kind), ends, sharing)
+            states, how = _states(live, rows.to(kind), ends, sharing, deep)
             return _project(module, states if dtype is None else states.to(dtype))
 
         if not (torch.is_grad_enabled() and prompts.requires_grad):
@@ -462,11 +631,12 @@ class Prompts(Text):
         sharing = sharing._replace(shared=min(sharing.shared, *ends))
         if not sharing.shared:
             return encode(NOTHING, prompts), how + why
-        form = self.form(module, args, kwargs)
 
         def literal(rows: Tensor) -> Tensor:
-            given = self.call(form, (rows, tokens))
-            features: Tensor = _forward_of(module)(module, *given[0], **given[1])
+            given = self.call((*form[:3], None), (rows, tokens))[1]
+            if form[3] is not None:
+                given[form[3][0]] = given_deep
+            features: Tensor = _forward_of(module)(module, **given)
             return features
 
         def looked() -> None:
@@ -479,7 +649,7 @@ class Prompts(Text):
 class _Tokens(Text):
     """A method that takes token ids, over OpenAI's or open_clip's parts."""
 
-    def example(self, module: Any, count: int) -> tuple[Tensor, ...]:
+    def example(self, module: Any, form: Any, count: int) -> tuple[Tensor, ...]:
         """Draw token ids that end at different places."""
         embedding = module.token_embedding
         size = embedding.num_embeddings
@@ -492,13 +662,13 @@ class _Tokens(Text):
         """Tell which token's state becomes the feature."""
         raise NotImplementedError
 
-    def encode(self, module: Any, state: State, text: Any) -> tuple[Tensor, str]:
+    def encode(self, module: Any, state: State, text: Any, through: Through) -> tuple[Tensor, str]:
         """Encode token ids into projected features."""
         rule, eos = self.pooling(module)
         if not isinstance(text, Tensor) or text.dim() != 2 or text.is_floating_point():
             refuse("the text is not token ids (texts, tokens)")
         memory = self.memory(module, state)
-        live = towers.read(towers.Resblocks, module, memory, [module.token_embedding])
+        live, own = towers.read(towers.Resblocks, module, memory, [module.token_embedding])
         weight = live.blocks[0].qkv_w
         _plain(text, weight)
         if text.shape[1] != live.context_length or not len(text):
@@ -506,7 +676,8 @@ class _Tokens(Text):
         ids = text.cpu()
         ends = _ends(ids, rule, eos)
         x = module.token_embedding(text[:, : max(ends) + 1]).to(weight.dtype)
-        states, how = _states(live, x, ends, Sharing(1, None, _same_ids(ids)))
+        deep = _rounded(own, live, text, through)
+        states, how = _states(live, x, ends, Sharing(1, None, _same_ids(ids)), deep)
         return _project(module, states), how
 
 
@@ -543,7 +714,9 @@ class Clip(_Tokens):
         """Ask for normalised features as the form says."""
         return tensors, {"normalize": form[0]} if form else {}
 
-    def fast(self, module: Any, state: State, args: Any, kwargs: Any) -> tuple[Any, str]:
+    def fast(
+        self, module: Any, state: State, args: Any, kwargs: Any, through: Through = None
+    ) -> tuple[Any, str]:
         """Encode token ids, normalised if open_clip's argument asks for it."""
         try:
             given = inspect.signature(type(module).encode_text).bind(module, *args, **kwargs)
@@ -554,7 +727,7 @@ class Clip(_Tokens):
         normalize = rest.pop("normalize", False)
         if rest:
             refuse(f"encode_text was called with {', '.join(rest)}")
-        features, how = self.encode(module, state, text)
+        features, how = self.encode(module, state, text, through)
         return (F.normalize(features, dim=-1) if normalize else features), how
 
 
@@ -581,12 +754,14 @@ class TextModule(_Tokens):
         """Tell which token's state becomes the feature."""
         return _pooling(getattr(module, "pool_type", None), getattr(module, "eos_id", None))
 
-    def fast(self, module: Any, state: State, args: Any, kwargs: Any) -> tuple[Any, str]:
+    def fast(
+        self, module: Any, state: State, args: Any, kwargs: Any, through: Through = None
+    ) -> tuple[Any, str]:
         """Encode token ids."""
         given = (*args, *kwargs.values())
         if len(given) != 1 or getattr(module, "output_tokens", False):
             refuse("the call asks for more than pooled features")
-        return self.encode(module, state, given[0])
+        return self.encode(module, state, given[0], through)
 
 
 class Transformers(Text):
@@ -614,7 +789,7 @@ class Transformers(Text):
         pooled: Tensor = result.pooler_output
         return pooled
 
-    def example(self, module: Any, count: int) -> tuple[Tensor, ...]:
+    def example(self, module: Any, form: Any, count: int) -> tuple[Tensor, ...]:
         """Draw token ids that end at different places."""
         embeddings = self.holder(module).embeddings
         size, own = embeddings.token_embedding.num_embeddings, int(self.holder(module).eos_token_id)
@@ -651,11 +826,13 @@ class Transformers(Text):
             refuse("the text is not token ids (texts, tokens)")
         return ids, mask
 
-    def fast(self, module: Any, state: State, args: Any, kwargs: Any) -> tuple[Any, str]:
+    def fast(
+        self, module: Any, state: State, args: Any, kwargs: Any, through: Through = None
+    ) -> tuple[Any, str]:
         """Encode token ids; the states of all tokens are computed when somebody looks at them."""
         ids, mask = self._given(module, args, kwargs)
         embedding = module.embeddings.token_embedding
-        live = towers.read(towers.Layers, module, self.memory(module, state), [embedding])
+        live, kept = towers.read(towers.Layers, module, self.memory(module, state), [embedding])
         weight = live.blocks[0].qkv_w
         _plain(ids, weight)
         if not 0 < ids.shape[1] <= live.context_length or not len(ids):
@@ -669,7 +846,8 @@ class Transformers(Text):
                 refuse("the attention mask hides a token in front of the EOT")
         x = embedding(ids[:, : max(ends) + 1])
         _kinds_agree(x, weight)
-        states, how = _states(live, x, ends, Sharing(1, None, _same_ids(host)))
+        sharing, deep = Sharing(1, None, _same_ids(host)), _rounded(kept, live, ids, through)
+        states, how = _states(live, x, ends, sharing, deep)
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
         fill = _later(lambda: _literal(module)(*args, **kwargs), ids.device.type)
@@ -701,13 +879,15 @@ class Projected(Transformers):
         """Give the text model inside."""
         return module.text_model
 
-    def fast(self, module: Any, state: State, args: Any, kwargs: Any) -> tuple[Any, str]:
+    def fast(
+        self, module: Any, state: State, args: Any, kwargs: Any, through: Through = None
+    ) -> tuple[Any, str]:
         """Encode token ids and project."""
         from transformers.models.clip.modeling_clip import CLIPTextModelOutput
 
         if hooked(module.text_model):
             refuse("a module inside the text tower has a hook, which must fire")
-        inner, how = super().fast(module.text_model, state, args, kwargs)
+        inner, how = super().fast(module.text_model, state, args, kwargs, through)
         features = module.text_projection(inner.pooler_output)
         fill = _later(lambda: _literal(module)(*args, **kwargs), features.device.type)
         return lazy_output(CLIPTextModelOutput, fill, text_embeds=features), how

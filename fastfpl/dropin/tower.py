@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from fastfpl.dropin.swap import hooked, refuse
 from fastfpl.errors import FastfplError
 from fastfpl.reference.text import TextTower
 
-__all__ = ["Family", "Layers", "Resblocks", "read"]
+__all__ = ["Family", "Layers", "Live", "Resblocks", "own_prompts", "read"]
 
 
 class Resblocks:
@@ -40,9 +40,9 @@ class Resblocks:
         return holder.transformer, holder.transformer.resblocks
 
     @staticmethod
-    def shorten(holder: Any) -> None:
-        """Keep the first block alone."""
-        _shorten(holder.transformer.resblocks)
+    def shorten(holder: Any, keep: int) -> None:
+        """Keep the first blocks alone."""
+        _shorten(holder.transformer.resblocks, keep)
 
     @staticmethod
     def positional(holder: Any) -> Tensor:
@@ -121,9 +121,9 @@ class Layers:
         return holder.encoder, holder.embeddings, holder.embeddings.position_embedding
 
     @staticmethod
-    def shorten(holder: Any) -> None:
-        """Keep the first layer alone."""
-        _shorten(holder.encoder.layers)
+    def shorten(holder: Any, keep: int) -> None:
+        """Keep the first layers alone."""
+        _shorten(holder.encoder.layers, keep)
 
     @staticmethod
     def positional(holder: Any) -> Tensor:
@@ -180,7 +180,44 @@ class Layers:
 Family = type[Resblocks] | type[Layers]
 
 
-def read(family: Family, holder: Any, memory: dict[Any, Any], around: Iterable[Any]) -> TextTower:
+class Live(NamedTuple):
+    """A tower as it is now.
+
+    Attributes
+    ----------
+    tower : TextTower
+    own : tuple of Tensor, shapes (T, W)
+        Deep prompts that blocks keep themselves, from the second block on; live parameters.
+    """
+
+    tower: TextTower
+    own: tuple[Tensor, ...]
+
+
+def own_prompts(blocks: list[Any], width: int) -> tuple[Tensor, ...]:
+    """Give the parameters that blocks hold beside their layers, if they can be deep prompts.
+
+    CLIP's blocks hold none: one of (T, W) in each from the second on, up to some depth, is what
+    VPT puts in place of the context's states. Whether it is, a trial tells.
+    """
+    found: list[tuple[str, Tensor]] = []
+    for i, block in enumerate(blocks):
+        # a replica of DataParallel has its parameters as attributes
+        names = block.__dict__.get("_former_parameters") or block._parameters
+        own = [(name, t) for name in names if (t := getattr(block, name, None)) is not None]
+        if not own:
+            continue
+        name, prompt = own[0]
+        flat = prompt[0] if prompt.dim() == 3 and len(prompt) == 1 else prompt
+        like = found[0][1] if found else flat
+        fits = len(own) == 1 and len(found) == i - 1 and flat.shape == like.shape
+        if not fits or flat.dim() != 2 or flat.shape[1] != width or flat.dtype != like.dtype:
+            refuse(f"its text blocks have a parameter {own[-1][0]} that CLIP's have not")
+        found.append((name, flat))
+    return tuple(prompt for _, prompt in found)
+
+
+def read(family: Family, holder: Any, memory: dict[Any, Any], around: Iterable[Any]) -> Live:
     """Return the tower as it is now; `Instead` says why this call cannot be taken.
 
     Structure is inspected once and compared by identity afterwards; weights are read at every call,
@@ -210,6 +247,7 @@ def read(family: Family, holder: Any, memory: dict[Any, Any], around: Iterable[A
     if any(family.dropout(b) for b in blocks):
         refuse("the text tower is in training mode with attention dropout")
     positional = family.positional(holder)
+    own = own_prompts(blocks, positional.shape[1])
     tensors = [t for b in blocks for t in family.tensors(b) if t is not None]
     tensors += [t for t in (positional, norm.weight, norm.bias) if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
@@ -223,7 +261,7 @@ def read(family: Family, holder: Any, memory: dict[Any, Any], around: Iterable[A
             refuse("the text tower's weights are not of one dtype on one device")
         like = read[0].qkv_w
         width = positional.shape[1]
-        return TextTower(
+        tower = TextTower(
             token_embedding=like.new_empty(0, width),
             positional=positional.detach(),
             blocks=read,
@@ -235,10 +273,11 @@ def read(family: Family, holder: Any, memory: dict[Any, Any], around: Iterable[A
             eot=0,
             **facts,
         )
+    return Live(tower, own)
 
 
-def _shorten(blocks: nn.Module) -> None:
-    for name in list(blocks._modules)[1:]:
+def _shorten(blocks: nn.Module, keep: int) -> None:
+    for name in list(blocks._modules)[keep:]:
         del blocks._modules[name]
 
 
@@ -274,7 +313,8 @@ def _inspect(
             plain = isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)
             if type(layer) is not nn.Linear and not plain:
                 refuse(f"its text tower has a {type(layer).__name__} in place of a linear layer")
-        own = {id(t) for t in family.tensors(block)}
+        # its own parameters are `own_prompts`' to judge
+        own = {id(t) for t in (*family.tensors(block), *block._parameters.values())}
         extra = [name for name, p in block.named_parameters() if id(p) not in own]
         if extra:
             refuse(f"its text blocks have a parameter {extra[0]} that CLIP's have not")

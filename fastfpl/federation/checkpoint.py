@@ -17,25 +17,31 @@ from safetensors.torch import load, save
 
 from fastfpl import __version__
 from fastfpl.config import Settings
-from fastfpl.errors import Damaged, InputError
+from fastfpl.data import scheme_of
+from fastfpl.errors import Damaged, InputError, cut, shown
 from fastfpl.federation.result_schema import Row
 from fastfpl.federation.shared import DOWNLOADS, TUNED, SharedStates
 from fastfpl.federation.states import CLIENTS, StateFiles
 from fastfpl.files import announce, on_disk, read_file, write_json, write_whole
-from fastfpl.methods import State
+from fastfpl.methods import State, method_source
 
 __all__ = [
     "CHECKPOINT",
+    "METHOD_SOURCE",
     "Checkpoint",
     "check_checkpoint",
+    "check_source",
     "files_of",
     "load_checkpoint",
+    "origin_of",
     "read_checkpoint",
     "save_checkpoint",
     "settings_facts",
 ]
 
 CHECKPOINT = "checkpoint.json"
+#: Under this name facts say where a method from outside came from.
+METHOD_SOURCE = "method_source"
 _FORMAT = "fastfpl-checkpoint-3"
 
 
@@ -165,7 +171,15 @@ def settings_facts(settings: Settings, options: Mapping[str, Any]) -> dict[str, 
     if settings.schedule == "cosine-rounds":
         loose.remove("rounds")
     kept = {k: v for k, v in settings.model_dump().items() if k not in loose}
-    return {**kept, "options": dict(options)}
+    # of one's own images the content counts, which is compared, and not where they lie
+    for key in ("dataset", "target"):
+        kept[key] = scheme_of(kept[key] or "") or kept[key]
+    source = method_source(settings.method)
+    return {
+        **kept,
+        "options": dict(options),
+        **({} if source is None else {METHOD_SOURCE: source}),
+    }
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
@@ -255,6 +269,7 @@ def check_checkpoint(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any] |
             f"fastfpl {head['library']}, this is {__version__}; use that one or another out"
         )
     then = head["facts"]
+    check_source("fastfpl.run", folder, head, facts.get(METHOD_SOURCE))
     different = {
         key: (then.get(key), value) for key, value in facts.items() if then.get(key) != value
     }
@@ -265,6 +280,32 @@ def check_checkpoint(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any] |
             "use the same settings or another out"
         )
     return head
+
+
+def check_source(
+    op: str, folder: Path, head: Mapping[str, Any], source: Mapping[str, str] | None
+) -> None:
+    """Refuse a method from outside that is not the one which a checkpoint was made with.
+
+    ``source`` is what `fastfpl.methods.method_source` says of the method of the checkpoint's name.
+    """
+    then, method = head["facts"].get(METHOD_SOURCE), head["facts"].get("method")
+    if then == source or then is None:
+        return
+    raise InputError(
+        f"{op}: {cut(str(method))} must be the one that {folder} was made with, "
+        f"{origin_of(then)}; got {origin_of(source)}: put its source back, or use another out"
+    )
+
+
+def origin_of(source: Any) -> str:
+    """Write where a method came from for a sentence; a file may hold anything in its place."""
+    if source is None:
+        return "the library's"
+    if not isinstance(source, dict):
+        return shown(source)
+    name, module, digest = (str(source.get(key)) for key in ("class", "module", "blake2b"))
+    return f"{cut(name)} of {cut(module)}, source {digest[:12]}"
 
 
 def load_checkpoint(

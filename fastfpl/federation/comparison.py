@@ -15,10 +15,17 @@ from fastfpl.config import Settings, load_preset, make_settings
 from fastfpl.data import Dataset
 from fastfpl.errors import InputError, cut, near, shown
 from fastfpl.federation.experiment import RoundObserver, refuse_held, run, unseen
-from fastfpl.federation.preparation import Plan, plan, weigh
+from fastfpl.federation.preparation import (
+    Place,
+    Plan,
+    known_as,
+    name_dataset,
+    plan,
+    weigh,
+)
 from fastfpl.federation.result import Result
 from fastfpl.files import write_json
-from fastfpl.methods import check_options, find_method
+from fastfpl.methods import Method, check_options, find_method, method_name
 from fastfpl.released import share_quirks
 from fastfpl.training.feeds import Observer, silent
 from fastfpl.training.preparation import load_model
@@ -129,7 +136,7 @@ class _Job:
 
 
 def compare(
-    methods: Sequence[str],
+    methods: Sequence[str | type[Method]],
     *,
     seeds: Sequence[int] = (0,),
     preset: str | None = None,
@@ -140,26 +147,39 @@ def compare(
     observer: Observer = silent,
     on_round: RoundObserver = unseen,
     options: Mapping[str, Mapping[str, Any]] | None = None,
+    dataset: str | Path | Dataset | None = None,
     **settings: Any,
 ) -> Comparison:
     """Run several methods under the same settings and seeds.
 
     Parameters
     ----------
-    methods : sequence of str
-        Names, each once.
+    methods : sequence of str or type of Method
+        Each once, by name or as in `run`.
     seeds : sequence of int
     preset, out, resume, model, cache, observer, on_round
         As in `run`; ``out`` gets one folder a method and seed, and ``comparison.json``, which says
         what belongs together.
     options : mapping from method to its options
+    dataset : str, path or Dataset, optional
+        As in `run`.
     **settings
         Fields of `fastfpl.Settings` but ``method``, ``seed`` and ``options``. Of ``as_released``
         every method gets the quirks that are its own.
     """
-    jobs = _jobs(methods, seeds, preset, out, options, settings)
-    _check(jobs, resume, model)
-    return _play(methods, jobs, preset, resume, model, cache, observer, on_round)
+    live = _named("fastfpl.compare", dataset, settings)
+    names = [method_name(method, "fastfpl.compare") for method in methods]
+    jobs = _jobs(names, seeds, preset, out, options, settings)
+    _check(jobs, live, resume, model)
+    return _play(names, jobs, live, preset, resume, model, cache, observer, on_round)
+
+
+def _named(op: str, dataset: str | Path | Dataset | None, settings: dict[str, Any]) -> Any:
+    """Let settings name a data set, and return the one that is at hand, if so."""
+    if dataset is None:
+        return None
+    settings["dataset"], live = name_dataset(op, dataset)
+    return live
 
 
 def _jobs(
@@ -204,7 +224,9 @@ def _jobs(
     return jobs
 
 
-def _check(jobs: Sequence[_Job], resume: bool, model: FrozenCLIP | None) -> None:
+def _check(
+    jobs: Sequence[_Job], live: Dataset | None, resume: bool, model: FrozenCLIP | None
+) -> None:
     """Refuse what can be refused in any run before the first one is played.
 
     A mistake in the last one must not show after the first one's hour. Without weights: settings,
@@ -214,10 +236,15 @@ def _check(jobs: Sequence[_Job], resume: bool, model: FrozenCLIP | None) -> None
     if len(jobs) < 2:
         return  # a run checks itself first
     plans: dict[str, Plan] = {}
-    datasets: dict[tuple[str | None, ...], Dataset] = {}
+    datasets: dict[Place, Dataset] = {}
     for job in jobs:
         if job.folder is not None:
             refuse_held(job.folder, resume)
+        datasets |= {
+            place: known
+            for place, known in known_as(job.settings, live).items()
+            if place not in datasets
+        }
         planned = plan(job.settings, model=model, datasets=datasets)
         # one of each: over seeds only lists of images differ
         plans[job.settings.model_dump_json(exclude={"seed"})] = planned
@@ -238,6 +265,7 @@ def _check(jobs: Sequence[_Job], resume: bool, model: FrozenCLIP | None) -> None
 def _play(
     methods: Sequence[str],
     jobs: Sequence[_Job],
+    live: Dataset | None,
     preset: str | None,
     resume: bool,
     model: FrozenCLIP | None,
@@ -270,6 +298,7 @@ def _play(
         results[job.settings.method].append(
             run(
                 job.settings,
+                dataset=live,
                 preset=preset,
                 out=job.folder,
                 resume=resume,
@@ -284,7 +313,7 @@ def _play(
 
 
 def sweep(
-    methods: Sequence[str],
+    methods: Sequence[str | type[Method]],
     key: str,
     values: Sequence[Any],
     *,
@@ -297,20 +326,21 @@ def sweep(
     observer: Observer = silent,
     on_round: RoundObserver = unseen,
     options: Mapping[str, Mapping[str, Any]] | None = None,
+    dataset: str | Path | Dataset | None = None,
     **settings: Any,
 ) -> Sweep:
     """Compare methods under several values of one setting.
 
     Parameters
     ----------
-    methods : sequence of str
+    methods : sequence of str or type of Method
     key : str
         Field of `fastfpl.Settings` but ``method``, ``seed`` and ``options``.
     values : sequence
         Its values, each once.
     out : path, optional
         Gets one folder ``KEY=VALUE`` a value (`value_folder`).
-    seeds, preset, resume, model, cache, observer, on_round, options, **settings
+    seeds, preset, resume, model, cache, observer, on_round, options, dataset, **settings
         As for `compare`.
     """
     op = "fastfpl.sweep"
@@ -326,9 +356,11 @@ def sweep(
     for value in values:
         if not isinstance(value, str | int | float | None):
             raise InputError(f"{op}: values must be numbers or texts; got {shown(value)}")
+    live = _named(op, dataset, settings)
+    names = [method_name(method, op) for method in methods]
     jobs = {
         value: _jobs(
-            methods,
+            names,
             seeds,
             preset,
             None if out is None else Path(out) / value_folder(key, value),
@@ -337,6 +369,6 @@ def sweep(
         )
         for value in values
     }
-    _check([job for mine in jobs.values() for job in mine], resume, model)
-    how = (preset, resume, model, cache, observer, on_round)
-    return Sweep(key, {value: _play(methods, mine, *how) for value, mine in jobs.items()})
+    _check([job for mine in jobs.values() for job in mine], live, resume, model)
+    how = (live, preset, resume, model, cache, observer, on_round)
+    return Sweep(key, {value: _play(names, mine, *how) for value, mine in jobs.items()})

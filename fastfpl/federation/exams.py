@@ -152,7 +152,8 @@ def _answers(exam: Exam, members: Sequence[int], down: State, own: State) -> lis
 def marks(scores: Sequence[Scores], domains: tuple[str, ...]) -> dict[str, Any]:
     """Say how one exam went: unweighted means over clients, in all and domain by domain.
 
-    The figure of a domain is a mean over the clients that have test images of it.
+    Clients without a test image have None, and are left out of the means. The figure of a domain is
+    a mean over the clients that have test images of it.
     """
     clients = [s.accuracy for s in scores]
     by_domain = {}
@@ -162,8 +163,13 @@ def marks(scores: Sequence[Scores], domains: tuple[str, ...]) -> dict[str, Any]:
         if shares:
             by_domain[name] = math.fsum(shares) / len(shares)
     return {
-        "accuracy": math.fsum(clients) / len(clients),
-        "macro_f1": math.fsum(s.macro_f1 for s in scores) / len(scores),
+        "accuracy": _mean(clients),
+        "macro_f1": _mean([s.macro_f1 for s in scores]),
         "clients": clients,
         "domains": by_domain,
     }
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    there = [value for value in values if value is not None]
+    return math.fsum(there) / len(there)

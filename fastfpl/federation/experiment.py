@@ -9,10 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastfpl.clip import FrozenCLIP
 from fastfpl.config import Settings, load_preset, make_settings
+from fastfpl.data import Dataset
 from fastfpl.errors import Damaged, InputError, cut, shown
 from fastfpl.federation.checkpoint import (
     CHECKPOINT,
@@ -24,7 +26,7 @@ from fastfpl.federation.checkpoint import (
 )
 from fastfpl.federation.lock import Held, alone_in
 from fastfpl.federation.models import task_of
-from fastfpl.federation.preparation import plan, prepare
+from fastfpl.federation.preparation import known_as, name_dataset, plan, prepare
 from fastfpl.federation.provenance import provenance
 from fastfpl.federation.result import (
     RESULT,
@@ -39,6 +41,7 @@ from fastfpl.federation.rounds import Federation
 from fastfpl.federation.server import Round
 from fastfpl.federation.shared import DOWNLOADS, TUNED, SharedStates
 from fastfpl.federation.states import CLIENTS, StateFiles
+from fastfpl.methods import Method, method_name, method_source
 from fastfpl.ops.faces import recorded_faces
 from fastfpl.ops.memory import memory_limit
 from fastfpl.ops.precision import without_autocast
@@ -57,7 +60,7 @@ def unseen(label: str, row: Mapping[str, Any]) -> None:
 
 
 def run(
-    method: str | Settings,
+    method: str | Settings | type[Method],
     *,
     preset: str | None = None,
     out: str | Path | None = None,
@@ -66,14 +69,16 @@ def run(
     cache: str | Path | None = None,
     observer: Observer = silent,
     on_round: RoundObserver = unseen,
+    dataset: str | Path | Dataset | None = None,
     **settings: Any,
 ) -> Result:
     """Run one federated experiment.
 
     Parameters
     ----------
-    method : str or Settings
-        Name of the algorithm, or complete settings.
+    method : str, Settings or type of Method
+        Name of the algorithm, or complete settings; of one from outside the library its class, or
+        ``path/to/mine.py:MyMethod`` or ``package.module:MyMethod``.
     preset : str, optional
         A paper's settings by name; ``settings`` come on top. With complete settings, the preset
         that they came from. The result says what differs from it and what the paper reports.
@@ -92,6 +97,11 @@ def run(
         ``observer(what, done, total)`` is told of every long step.
     on_round : callable
         ``on_round(method, row)`` is told of every round that ended, with its row of ``rounds``.
+    dataset : str, path or Dataset, optional
+        A name or ``folder:``, ``manifest:``, ``hf:`` and a place, as the setting has it; the path
+        of a folder, zip file or manifest; or a data set at hand, as `fastfpl.data.from_arrays`
+        makes it. The settings of the result then call it ``live:`` and its name, and a resumed run
+        must be given one of the same images.
     **settings
         Fields of `fastfpl.Settings`.
 
@@ -111,14 +121,19 @@ def run(
     default dtype decides nothing.
     """
     origin = None if preset is None else load_preset(preset)
+    live = None
+    if dataset is not None:
+        name, live = name_dataset("fastfpl.run", dataset)
+        if not isinstance(method, Settings) or name != method.dataset:
+            settings["dataset"] = name
     if isinstance(method, Settings):
         if settings:
             raise InputError("fastfpl.run: settings must come alone or as keywords; got both")
         chosen = method
     elif origin is not None:
-        chosen = make_settings(origin.on_top(method, settings))
+        chosen = make_settings(origin.on_top(method_name(method), settings))
     else:
-        chosen = make_settings({**settings, "method": method})
+        chosen = make_settings({**settings, "method": method_name(method)})
     folder = None if out is None else Path(out)
     if folder is None and resume:
         raise InputError("fastfpl.run: out must name the folder to resume; got none")
@@ -130,7 +145,7 @@ def run(
         if folder is not None:
             refuse_held(folder, resume)
         store = None if cache is None else Path(cache)
-        result = _play(chosen, held, resume, model, store, observer, on_round)
+        result = _play(chosen, live, held, resume, model, store, observer, on_round)
         if origin is not None:
             result = replace(result, preset=provenance(origin, result, model is not None))
         if folder is not None:
@@ -175,6 +190,7 @@ def threads(count: int | None) -> Iterator[None]:
 
 def _play(
     chosen: Settings,
+    live: Dataset | None,
     held: Held | None,
     resume: bool,
     model: FrozenCLIP | None,
@@ -186,7 +202,7 @@ def _play(
     forget_peak_memory()
     # a limit around a run is for passes of the caller
     with recorded_faces() as faces, memory_limit(None), uncapped():
-        planned = plan(chosen, model=model)
+        planned = plan(chosen, model=model, datasets=known_as(chosen, live))
         if held is not None and resume:
             # other settings show before any weights are read
             head = check_checkpoint(held.folder, planned.facts)
@@ -304,6 +320,8 @@ def _result(federation: Federation, faces: dict[str, list[str]]) -> Result:
     images = federation.trainer.images
     together = len(federation.shards)
     newcomers = range(together, len(images))
+    names = federation.names[together:] if newcomers else federation.names
+    source = method_source(federation.settings.method)
     return Result(
         method=federation.settings.method,
         settings=_settings(federation),
@@ -330,5 +348,11 @@ def _result(federation: Federation, faces: dict[str, list[str]]) -> Result:
             "weights": federation.clip.weights_digest,
             "activation": federation.clip.text.activation,
             "deal": deal(federation.shards),
+            "training": {
+                "used": len(np.unique(np.concatenate([s.train for s in federation.shards]))),
+                "there": len(federation.dataset.train),
+            },
+            **({"clients": list(names)} if names else {}),
+            **({} if source is None else {"method_source": source}),
         },
     )

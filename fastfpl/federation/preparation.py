@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import torch
 
 from fastfpl.clip import FrozenCLIP
 from fastfpl.clip.loading import known
-from fastfpl.config import Settings
-from fastfpl.data import Dataset, Shard, load_dataset, partition
+from fastfpl.config import COUNTED, Settings
+from fastfpl.data import Dataset, Shard, load_dataset, partition, scheme_of
+from fastfpl.data.listing import without_corrupt
+from fastfpl.data.own_manifest import MANIFESTS
 from fastfpl.errors import InputError
 from fastfpl.features import FeatureStore, TextFeatures
 from fastfpl.federation.checkpoint import settings_facts
@@ -35,7 +38,24 @@ from fastfpl.training.graphs import step_graphs
 from fastfpl.training.preparation import choose_device, load_model, make_eye, make_task
 from fastfpl.training.trainer import Trainer
 
-__all__ = ["Plan", "plan", "prepare", "weigh"]
+__all__ = [
+    "LIVE",
+    "Place",
+    "Plan",
+    "known_as",
+    "name_dataset",
+    "place_of",
+    "plan",
+    "prepare",
+    "weigh",
+]
+
+#: What the name of a data set that is at hand begins with in settings.
+LIVE = "live"
+_LOG = logging.getLogger("fastfpl")
+
+#: Which data set settings name, and how it is read.
+Place = tuple[str | bool | None, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +93,7 @@ def plan(
     settings: Settings,
     *,
     model: FrozenCLIP | None = None,
-    datasets: dict[tuple[str | None, ...], Dataset] | None = None,
+    datasets: dict[Place, Dataset] | None = None,
 ) -> Plan:
     """Refuse what can be refused without weights, and deal the data to clients.
 
@@ -113,11 +133,11 @@ def plan(
     if model is None and settings.clip != "tiny":
         known(settings.clip)
     datasets = {} if datasets is None else datasets
-    place = settings.dataset, settings.root, settings.on_corrupt
+    place = place_of(settings)
     if place not in datasets:
-        root = None if settings.root is None else Path(settings.root)
-        datasets[place] = load_dataset(settings.dataset, root, on_corrupt=settings.on_corrupt)
+        datasets[place] = _load(settings)
     dataset = datasets[place]
+    settings = _count(settings, dataset)
     if settings.statistics == "dataset" and dataset.statistics is None:
         raise InputError(
             f"fastfpl.run: statistics must be 'clip' for {dataset.name}, which has none of its "
@@ -125,9 +145,11 @@ def plan(
         )
     scenario = arrange(settings, dataset, lambda mine: _deal(settings, mine))
     if changes_data(quirks):
-        scenario = personal(*disturbed(scenario.dataset, scenario.shards, quirks, settings.seed))
+        changed = disturbed(scenario.dataset, scenario.shards, quirks, settings.seed)
+        scenario = replace(personal(*changed), names=scenario.names)
     if settings.transductive:
         scenario = scenario.transductive()
+    scenario = scenario.noted(settings)
     if scenario.newcomers and visits_of(quirks, settings.schedule, settings.lr) is not None:
         raise InputError(
             "fastfpl.run: as_released must leave out quirks by which clients follow one another in "
@@ -140,6 +162,87 @@ def plan(
             "domain-dirichlet"
         )
     return Plan(settings, kind, options, device, dataset, scenario)
+
+
+def place_of(settings: Settings) -> Place:
+    """Say which data set settings name, and how it is read: equal for one that is loaded once."""
+    place = settings.dataset, settings.root, settings.on_corrupt
+    if scheme_of(settings.dataset) is None:
+        return place
+    given = settings.partition == "given"
+    return *place, settings.layout, repr(settings.columns), settings.digest, given
+
+
+def name_dataset(op: str, dataset: str | Path | Dataset) -> tuple[str, Dataset | None]:
+    """Return what settings call a data set, and the data set itself if it is one at hand."""
+    if isinstance(dataset, str):
+        return dataset, None
+    if isinstance(dataset, Dataset):
+        return f"{LIVE}:{dataset.name}", dataset
+    if isinstance(dataset, Path):
+        # what is not there is missed as what its name says
+        folder = dataset.is_dir() or dataset.suffix.lower() not in MANIFESTS
+        return f"{'folder' if folder else 'manifest'}:{dataset}", None
+    raise InputError(
+        f"{op}: dataset must be a name, a path or a fastfpl.data.Dataset; got "
+        f"{type(dataset).__name__}: make one by fastfpl.data.from_arrays or from_torch"
+    )
+
+
+def known_as(settings: Settings, live: Dataset | None) -> dict[Place, Dataset]:
+    """Return a data set at hand as if it had been loaded, for `plan`."""
+    if live is None:
+        return {}
+    for name in ("root", "layout", "columns", "digest"):
+        if getattr(settings, name) is not None:
+            raise InputError(
+                f"fastfpl.run: {name} must be left out with a data set at hand; got "
+                f"{getattr(settings, name)!r}"
+            )
+    dataset = without_corrupt(live) if settings.on_corrupt == "skip" else live
+    for note in dataset.notes:
+        _LOG.warning("fastfpl.data.%s: %s", dataset.name, note)
+    return {place_of(settings): dataset}
+
+
+def _load(settings: Settings) -> Dataset:
+    if settings.dataset.startswith(f"{LIVE}:"):
+        raise InputError(
+            "fastfpl.run: a data set at hand must be handed over again by dataset=; got its name "
+            f"{settings.dataset!r} alone"
+        )
+    root = None if settings.root is None else Path(settings.root)
+    own = {name: getattr(settings, name) for name in ("layout", "columns", "digest")}
+    own = {name: value for name, value in own.items() if value is not None}
+    if scheme_of(settings.dataset) is not None and settings.partition == "given":
+        own["given"] = True
+    return load_dataset(settings.dataset, root, on_corrupt=settings.on_corrupt, **own)
+
+
+def _count(settings: Settings, dataset: Dataset) -> Settings:
+    """Fill in how many clients there are where the data set decides it, or refuse another number.
+
+    Of a scenario that leaves a domain out, that one is no client.
+    """
+    if settings.partition not in COUNTED:
+        return settings
+    if settings.partition == "given":
+        if not dataset.clients:
+            raise InputError(
+                "fastfpl.run: partition must not be 'given' for a data set that names no clients; "
+                f"got {dataset.name}: put client folders around the class folders, a column client "
+                "into the manifest, or use partition=domain or iid"
+            )
+        number, what = len(dataset.clients), "clients"
+    else:
+        number, what = len(dataset.domains), "domains"
+        number -= settings.scenario == "leave-one-domain-out" and number > 1
+    if settings.clients not in (None, number):
+        raise InputError(
+            f"fastfpl.run: clients must be left out with partition={settings.partition!r}: the "
+            f"{number} {what} of {dataset.name} decide it; got {settings.clients}"
+        )
+    return settings.model_copy(update={"clients": number})
 
 
 def weigh(planned: Plan, model: FrozenCLIP) -> None:
@@ -245,6 +348,7 @@ def prepare(
         clip=clip,
         dataset=scenario.dataset,
         shards=scenario.shards,
+        names=scenario.names,
         trainer=trainer,
         examiner=examiner,
         sampling=Sampling(
@@ -263,6 +367,8 @@ def _order(settings: Settings) -> Together | InTurn:
 
 
 def _deal(settings: Settings, dataset: Dataset) -> list[Shard]:
+    assert settings.clients is not None
+    given = settings.partition == "given"
     return partition(
         settings.partition,
         dataset.train.labels,
@@ -277,6 +383,8 @@ def _deal(settings: Settings, dataset: Dataset) -> list[Shard]:
         classes_per_client=settings.classes_per_client,
         repeat_rate=settings.repeat_rate,
         split_test=settings.split_test,
+        train_clients=dataset.train.clients if given else None,
+        test_clients=dataset.test.clients if given else None,
     )
 
 

@@ -49,7 +49,8 @@ class Result:
         For each op, the names of the faces that answered.
     rounds : list of dict
         ``round`` (from 0), ``accuracy`` (unweighted mean over clients, in [0, 1]; None in a round
-        without evaluation), ``clients`` (accuracy of each), ``selected``, ``loss`` (mean over
+        without evaluation), ``clients`` (accuracy of each; None for one without test images, which
+        is left out of the means), ``selected``, ``loss`` (mean over
         selected clients, last local epoch), ``lost`` (clients whose upload did not arrive),
         ``seconds``, ``images_per_second`` (trained images per second of training), ``bytes_up``,
         ``bytes_down``, and ``exams``: for each question of the scenario ``accuracy`` and
@@ -68,7 +69,9 @@ class Result:
         trained on their test images, weights digest, activation of the CLIP's text tower;
         ``others``: where the headline is about clients that came later, how many trained together;
         ``deal``: digests of who has which training and test images, equal where two runs deal
-        alike.
+        alike; ``training``: how many training images are there and how many are used;
+        ``clients``: what the data set calls them, where it does; ``method_source``: class, module
+        and digest of the source of a method from outside the library.
     memory : dict or None
         What ``max_memory`` led to (`fastfpl.training.budget.Budget`): ``limit_bytes``,
         ``taken_bytes`` before the first pass, ``text_cache_bytes``, ``image_cache_bytes``,
@@ -143,7 +146,8 @@ def summarise(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     accuracies = [float(row["accuracy"]) for row in evaluated]
     last = evaluated[-1]
     mean = accuracies[-1]
-    spread = math.fsum((a - mean) ** 2 for a in last["clients"]) / len(last["clients"])
+    asked = [a for a in last["clients"] if a is not None]
+    spread = math.fsum((a - mean) ** 2 for a in asked) / len(asked)
     tail = accuracies[-5:]
     exams = {name: float(exam["accuracy"]) for name, exam in last["exams"].items()}
     headline = next(iter(last["exams"].values()))

@@ -30,7 +30,7 @@ class _Part(BaseModel):
 class _Exam(_Part):
     accuracy: _Share
     macro_f1: _Share
-    clients: list[_Share] = Field(min_length=1)
+    clients: list[_Share | None] = Field(min_length=1)
     domains: dict[_Name, _Share]
 
 
@@ -39,7 +39,7 @@ class Row(_Part):
 
     round: _Count
     accuracy: _Share | None
-    clients: list[_Share]
+    clients: list[_Share | None]
     exams: dict[_Name, _Exam]
     selected: list[_Count]
     lost: list[_Count]
@@ -64,7 +64,7 @@ class _Final(_Part):
 class _Settings(_Part):
     method: _Name
     seed: _Count
-    dataset: _Name
+    dataset: Annotated[str, Field(min_length=1, max_length=5000)]  # a path, of own images
     partition: _Name
     rounds: Annotated[int, Field(ge=1, lt=_LARGEST)]
     shots: _Count | None
@@ -80,6 +80,11 @@ class _Deal(_Part):
     test: _Name
 
 
+class _Training(_Part):
+    used: _Count
+    there: _Count
+
+
 class _Data(_Part):
     name: _Name
     classes: list[_Text] = Field(min_length=1)
@@ -91,6 +96,8 @@ class _Data(_Part):
     notes: list[_Text]
     weights: _Text
     deal: _Deal | None = None
+    training: _Training | None = None
+    clients: list[_Name] | None = None
     others: _Count | None = None
 
 
@@ -127,6 +134,8 @@ class _Result(_Part):
         clients, rows = len(self.data.test_images), self.rounds
         if len(self.data.train_images) != clients:
             raise ValueError(f"data must name the train_images of {clients} clients")
+        if self.data.clients is not None and len(self.data.clients) != clients:
+            raise ValueError(f"data must name {clients} clients, or none")
         if self.method != self.settings.method:
             raise ValueError("settings must name the method")
         if [row.round for row in rows] != list(range(len(rows))):

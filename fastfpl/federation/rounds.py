@@ -41,6 +41,8 @@ class Federation:
         What is trained on.
     shards : list of Shard
         Each client's images.
+    names : tuple of str
+        What the data set calls the clients, newcomers last; empty if they are but numbers.
     trainer : Trainer
     examiner : Examiner
     sampling : Sampling
@@ -74,6 +76,7 @@ class Federation:
     clients: StateFiles = field(default_factory=StateFiles)
     downloads: SharedStates = field(default_factory=SharedStates)
     tuned: SharedStates = field(default_factory=SharedStates)
+    names: tuple[str, ...] = ()
     folder: Path | None = None
     rounds: list[dict[str, Any]] = field(default_factory=list)
     newcomers: Newcomers | None = None

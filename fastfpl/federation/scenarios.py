@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,12 +20,17 @@ from fastfpl.data import (
     base_novel,
     load_dataset,
     restrict,
+    scheme_of,
     split_domain,
 )
 from fastfpl.errors import InputError
 from fastfpl.seeds import generator
 
-__all__ = ["Question", "Scenario", "arrange", "personal"]
+__all__ = ["Question", "Scenario", "arrange", "listed_clients", "personal"]
+
+# whose files have a digest
+_DATED = ("folder", "manifest")
+_LOG = logging.getLogger("fastfpl")
 
 Indices = npt.NDArray[np.int64]
 
@@ -66,6 +73,8 @@ class Scenario:
         Of clients that never train with those, and join after them.
     arrivals : list of Question
         What the newcomers are asked; these come first.
+    names : tuple of str
+        What the data set calls the clients, newcomers last; empty if they are but numbers.
     """
 
     dataset: Dataset
@@ -73,6 +82,7 @@ class Scenario:
     questions: list[Question]
     newcomers: list[Shard] = field(default_factory=list)
     arrivals: list[Question] = field(default_factory=list)
+    names: tuple[str, ...] = ()
 
     @property
     def client_domains(self) -> tuple[int, ...] | None:
@@ -81,6 +91,46 @@ class Scenario:
         if any(len(domains) != 1 for domains in found):
             return None
         return tuple(int(domains[0]) for domains in found)
+
+    def noted(self, settings: Settings) -> Scenario:
+        """Say in the data set's notes which clients are asked nothing.
+
+        Raises
+        ------
+        InputError
+            If nobody is asked a question, or a client would train on test images that it lacks.
+        """
+        notes = list(self.dataset.notes)
+        together, exams = len(self.shards), len(self.questions) + len(self.arrivals)
+        for first, question in (
+            *((0, question) for question in self.questions),
+            *((together, question) for question in self.arrivals),
+        ):
+            lacking = [first + u for u, images in enumerate(question.images) if not len(images)]
+            if not lacking:
+                continue
+            names = self.names
+            if settings.partition == "domain":  # numbers in tables, which say little here
+                names = tuple(f"{u} ({name})" for u, name in enumerate(self.dataset.domains))
+            who = listed_clients(lacking, names)
+            if len(lacking) == len(question.images):
+                raise InputError(
+                    "fastfpl.run: a client must have a test image to be asked about "
+                    f"{question.about}; got none of {len(lacking)} clients: test on more images"
+                )
+            if settings.transductive:
+                raise InputError(
+                    "fastfpl.run: every client must have test images to train on with "
+                    f"transductive=true; got none for {who}"
+                )
+            notes.append(
+                f"{who} {'has' if len(lacking) == 1 else 'have'} no test images of "
+                f"{'its' if len(lacking) == 1 else 'their'} own, left out of the mean"
+                + (f" of {question.name}" if exams > 1 else "")
+            )
+        for note in notes[len(self.dataset.notes) :]:
+            _LOG.warning("fastfpl.run: %s", note)
+        return replace(self, dataset=replace(self.dataset, notes=tuple(notes)))
 
     @property
     def newcomer_domains(self) -> tuple[int | None, ...]:
@@ -120,6 +170,18 @@ def arrange(
     client's model on the images of its own base classes, then on all base and all novel ones;
     leave-one-domain-out as in FedPGP: every source client's model on all images of the target.
     """
+    found = _laid_out(settings, dataset, deal)
+    return found if found.names else replace(found, names=_names(settings, dataset))
+
+
+def _names(settings: Settings, dataset: Dataset) -> tuple[str, ...]:
+    """Return what the data set calls the clients of its own deal."""
+    return dataset.clients if settings.partition == "given" else ()
+
+
+def _laid_out(
+    settings: Settings, dataset: Dataset, deal: Callable[[Dataset], list[Shard]]
+) -> Scenario:
     kind = settings.scenario
     if kind == "base-to-novel":
         base, novel = (restrict(dataset, half) for half in base_novel(len(dataset.classnames)))
@@ -160,10 +222,20 @@ def arrange(
     if kind == "cross-dataset":
         assert settings.target is not None
         root = None if settings.target_root is None else Path(settings.target_root)
-        other = load_dataset(settings.target, root, on_corrupt=settings.on_corrupt)
-        target = _all("target", f"all test images of {settings.target}", other, shards)
+        how: dict[str, Any] = {}
+        if settings.digest is not None and scheme_of(settings.target) in _DATED:
+            how["digest"] = settings.digest
+        other = load_dataset(settings.target, root, on_corrupt=settings.on_corrupt, **how)
+        target = _all("target", f"all test images of {other.name}", other, shards)
         return Scenario(dataset, shards, [target, own])
     return plain
+
+
+def listed_clients(clients: Sequence[int], names: Sequence[str]) -> str:
+    """Write clients for a sentence, the first ten."""
+    said = [names[u] if names else str(u) for u in clients[:10]]
+    more = f" and {len(clients) - 10} more" if len(clients) > 10 else ""
+    return f"client{'s' * (len(clients) > 1)} {', '.join(said)}{more}"
 
 
 def _unseen(settings: Settings, dataset: Dataset, shards: list[Shard]) -> Scenario:
@@ -180,10 +252,13 @@ def _unseen(settings: Settings, dataset: Dataset, shards: list[Shard]) -> Scenar
     later = sorted(drawn)
     there = [shard for c, shard in enumerate(shards) if c not in drawn]
     newcomers = [shards[c] for c in later]
-    who = f"{'client' if count == 1 else 'clients'} {', '.join(map(str, later))} of the deal"
+    names = _names(settings, dataset)
+    who = f"{listed_clients(later, names)} of the deal"
+    order = [*(c for c in range(len(shards)) if c not in drawn), *later]
     plain = personal(dataset, there)
     return replace(
         plain,
+        names=tuple(names[c] for c in order) if names else (),
         newcomers=newcomers,
         arrivals=[
             _own(

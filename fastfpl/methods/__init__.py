@@ -16,6 +16,14 @@ from fastfpl.methods.fedpgp import FedPGP
 from fastfpl.methods.fedprox import FedProx
 from fastfpl.methods.fedtpg import FedTPG
 from fastfpl.methods.local import LocalCoOp
+from fastfpl.methods.own import (
+    KNOWN,
+    checked,
+    import_method,
+    installed,
+    installed_names,
+    source_of,
+)
 from fastfpl.methods.pfedmoap import PFedMoAP
 from fastfpl.methods.prompt_fedamp import PromptFedAMP
 from fastfpl.methods.prompt_fedper import PromptFedPer
@@ -47,6 +55,9 @@ __all__ = [
     "ZeroShot",
     "check_options",
     "find_method",
+    "method_name",
+    "method_names",
+    "method_source",
 ]
 
 METHODS: dict[str, type[Method]] = {
@@ -70,13 +81,67 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
+def method_names() -> tuple[str, ...]:
+    """List every name that `find_method` knows: the library's, the installed, and those at hand."""
+    return tuple(dict.fromkeys([*METHODS, *installed_names(), *KNOWN]))
+
+
 def find_method(name: str) -> type[Method]:
     """Return the method of that name, or say which names are near."""
-    if name not in METHODS:
+    if name in METHODS:
+        return METHODS[name]
+    if name in KNOWN:
+        return KNOWN[name]
+    if name in installed_names():
+        return installed("fastfpl.run", name)
+    raise InputError(
+        f"fastfpl.run: method must be a known one; got {shown(name)}"
+        + near(cut(name), method_names())
+    )
+
+
+def method_name(method: str | type[Method], op: str = "fastfpl.run") -> str:
+    """Return the name by which `find_method` knows a method, and make one from outside known.
+
+    Parameters
+    ----------
+    method : str or type of Method
+        A name, a class, ``path/to/mine.py:MyMethod`` or ``package.module:MyMethod``. Of two classes
+        of one name from outside the later is known, as when a cell of a notebook is run again.
+    op : str
+        What an error begins with.
+
+    Raises
+    ------
+    InputError
+        If the class lacks something, or has the name of one of the library's methods.
+    KindError
+        If it is no method.
+    Missing
+        If the file or module is not there.
+    """
+    if isinstance(method, str):
+        if ":" not in method:
+            return method
+        kind = import_method(op, method)
+    else:
+        kind = checked(op, method)
+    known = METHODS.get(kind.name)
+    if known is kind:
+        return kind.name
+    if known is not None:
         raise InputError(
-            f"fastfpl.run: method must be a known one; got {shown(name)}" + near(cut(name), METHODS)
+            f"{op}: {kind.__name__}.name must not be that of a method of the library; got "
+            f"{kind.name!r}: give it another"
         )
-    return METHODS[name]
+    KNOWN[kind.name] = kind
+    return kind.name
+
+
+def method_source(name: str) -> dict[str, str] | None:
+    """Say where the method of that name came from (`own.source_of`); None if from the library."""
+    kind = find_method(name)
+    return None if kind.__module__.startswith("fastfpl.") else source_of(kind)
 
 
 def check_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:

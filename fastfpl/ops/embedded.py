@@ -15,12 +15,15 @@ from fastfpl.ops.memory import current_limit
 from fastfpl.ops.precision import autocast_dtype
 from fastfpl.ops.text import (
     PromptLayout,
+    Replace,
     TextTower,
     _pack,
     _Packing,
     against_whole,
+    broadcast_deep,
     packed_states,
 )
+from fastfpl.ops.tower import by_layer
 from fastfpl.reference import embedded as reference
 from fastfpl.shapes import check_shapes
 
@@ -30,7 +33,15 @@ __all__ = ["FACES", "encode_embedded"]
 _ROWS_PER_PASS = 1 << 14
 
 
-def encode_embedded(tower: TextTower, prompts: Tensor, eot: Tensor, *, shared: int = 0) -> Tensor:
+def encode_embedded(
+    tower: TextTower,
+    prompts: Tensor,
+    eot: Tensor,
+    *,
+    shared: int = 0,
+    deep: Tensor | None = None,
+    first: int = 1,
+) -> Tensor:
     r"""Encode embedded prompts into the states of their EOT tokens.
 
     What follows an EOT is never computed, and the leading rows that all classes share are computed
@@ -48,6 +59,13 @@ def encode_embedded(tower: TextTower, prompts: Tensor, eot: Tensor, *, shared: i
     shared : int
         How many leading rows are the same for all classes. They are taken from the first class,
         values and gradient: whoever passes it answers for it. It may not exceed an EOT position.
+    deep : Tensor, shape (..., K, T, W), floating point, or None
+        Deep prompts, the same for all classes: before layer i of 1 to K (the first is 0) the T
+        states from ``first`` on are replaced by ``deep[..., i - 1, :, :]``, without positions.
+        Everything before K T W broadcasts to what prompts has before C L W. K is less than the
+        tower's layers and may be 0.
+    first : int
+        Position of the first state that is replaced: 1, behind SOS, unless said otherwise.
 
     Returns
     -------
@@ -57,24 +75,27 @@ def encode_embedded(tower: TextTower, prompts: Tensor, eot: Tensor, *, shared: i
     Raises
     ------
     InputError
-        If a shape, an EOT position or ``shared`` is out of range.
+        If a shape, an EOT position, ``shared``, ``first`` or the number of deep layers is out of
+        range, or deep does not broadcast to prompts.
     KindError
-        If ``prompts`` is not floating point or not on the tower's device.
+        If ``prompts`` or ``deep`` is not floating point or not on the tower's device.
     NotSupported
         Inside `fastfpl.ops.memory.memory_limit`: this pass keeps to none. If the tower is not
         causal: nothing of a prompt could be shared or left out.
 
     Notes
     -----
-    Differentiable in: prompts. Deterministic: yes on CPU. LayerNorm in the dtype of its weights.
-    Under autocast matrix products and attention run in autocast's dtype and the residual stream in
-    that of ``prompts``, as they do in the literal pass.
+    Differentiable in: prompts and deep. Deterministic: yes on CPU. LayerNorm in the dtype of its
+    weights. Under autocast matrix products and attention run in autocast's dtype and the residual
+    stream in that of ``prompts``, as they do in the literal pass.
     Memory: activations of (shared + suffix) tokens a group when a gradient is wanted.
-    Source: shared-prefix identity of causal attention.
+    Source: shared-prefix identity of causal attention; deep prompts as in Khattak et al. 2023
+    (MaPLe, arXiv 2210.03117), section 3.2.
     """
     op = "fastfpl.ops.encode_embedded"
     known = {"C": len(eot), "W": tower.width}
     sizes = check_shapes(op, known, prompts=(prompts, "... C L W"), eot=(eot, "C"))
+    lead = prompts.shape[:-3]
     if not prompts.is_floating_point():
         raise KindError(f"{op}: prompts must be floating point; got {prompts.dtype}")
     if prompts.device != tower.device:
@@ -93,9 +114,18 @@ def encode_embedded(tower: TextTower, prompts: Tensor, eot: Tensor, *, shared: i
         raise InputError(f"{op}: eot must lie in [0, {sizes['L']}) for every class; got {ends}")
     if not 0 <= shared <= min(ends):
         raise InputError(f"{op}: shared must be from 0 to {min(ends)}; got {shared}")
-    arguments = (tower, prompts, eot, shared)
+    if deep is not None:
+        deep = broadcast_deep(op, tower, deep, lead, None, "prompts")
+        slots = deep.shape[-2]
+        if not 0 <= first <= sizes["L"] - slots:
+            raise InputError(
+                f"{op}: first must be from 0 to {sizes['L'] - slots}, so that {slots} deep prompts "
+                f"fit; got {first}"
+            )
+        deep = deep if deep.shape[-3] and slots else None
+    arguments = (tower, prompts, eot, shared, deep, first)
     face = choose("encode_embedded", FACES["encode_embedded"], *arguments)
-    with for_transforms(prompts):
+    with for_transforms(prompts, deep):
         states: Tensor = face.run(*arguments)
     return states
 
@@ -116,30 +146,55 @@ def _packing(ends: tuple[int, ...], shared: int, device: torch.device) -> _Packi
         return _pack(layout, shared)
 
 
-def _encode_packed(tower: TextTower, prompts: Tensor, eot: Tensor, shared: int) -> Tensor:
+def _encode_packed(
+    tower: TextTower,
+    prompts: Tensor,
+    eot: Tensor,
+    shared: int,
+    deep: Tensor | None = None,
+    first: int = 1,
+) -> Tensor:
     ends = tuple(eot.tolist())
     packing = _packing(ends, shared, prompts.device)
     *lead, classes, _, width = prompts.shape
     cut = prompts[..., : max(ends) + 1, :]
     flat = cut.reshape(math.prod(lead), classes * cut.shape[-2], width)
-    if torch.is_grad_enabled() and flat.requires_grad:
-        chunks = [flat]
-    else:
-        rows = packing.shared + packing.bins * packing.span
-        chunks = list(flat.split(max(1, _ROWS_PER_PASS // rows)))
-    parts = [_encode_pass(tower, packing, part) for part in chunks]
+    below = None if deep is None else by_layer(deep, len(lead))
+    moving = flat.requires_grad or (below is not None and below.requires_grad)
+    rows = packing.shared + packing.bins * packing.span
+    wanted = torch.is_grad_enabled() and moving
+    size = max(1, len(flat)) if wanted else max(1, _ROWS_PER_PASS // rows)
+    parts = []
+    for part in (slice(g, g + size) for g in range(0, max(1, len(flat)), size)):
+        replace = None if below is None else _replace(packing, below[:, part], first)
+        parts.append(_encode_pass(tower, packing, flat[part], replace))
     states = parts[0] if len(parts) == 1 else torch.cat(parts)
     return states.reshape(*lead, classes, width)
 
 
-def _encode_pass(tower: TextTower, packing: _Packing, flat: Tensor) -> Tensor:
+def _replace(packing: _Packing, deep: Tensor, first: int) -> Replace:
+    """Find the rows of the pass that deep prompts (K, G, T, W) stand in.
+
+    With ``first`` 0 those that fill a bin up are among them: nobody reads these.
+    """
+    last, shared = first + deep.shape[2], packing.shared
+    front = torch.arange(min(first, shared), min(last, shared), device=deep.device)
+    positions = packing.positions
+    behind = ((positions >= first) & (positions < last)).nonzero()[:, 0]
+    slots = torch.cat((front, positions[behind])) - first
+    return Replace(torch.cat((front, shared + behind)), list(deep[:, :, slots]))
+
+
+def _encode_pass(
+    tower: TextTower, packing: _Packing, flat: Tensor, replace: Replace | None
+) -> Tensor:
     """Run groups of embedded rows (G, C L', W) and return their EOT states (G, C, W)."""
     shared = packing.shared
     positional = tower.positional.to(flat.dtype)
     x = flat.index_select(1, packing.tokens) + positional[packing.positions]
     if shared:
         x = torch.cat((flat[:, :shared] + positional[:shared], x), dim=1)
-    return packed_states(tower, packing, x)
+    return packed_states(tower, packing, x, replace)
 
 
 def _against(tower: TextTower, *_: object) -> list[str]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fastfpl.errors import KindError
+from fastfpl.errors import InputError, KindError
 from fastfpl.ops import launch, native
 from fastfpl.ops import tower as engine
 from fastfpl.ops.attention import against_cpu, against_size, against_wide, for_transforms
@@ -38,7 +39,9 @@ from fastfpl.shapes import check_shapes
 __all__ = [
     "FACES",
     "PromptLayout",
+    "Replace",
     "TextTower",
+    "broadcast_deep",
     "encode_text",
     "packed_tokens",
     "reasons_against",
@@ -46,7 +49,12 @@ __all__ = [
 
 
 def encode_text(
-    tower: TextTower, layout: PromptLayout, ctx: Tensor, *, class_specific: bool = False
+    tower: TextTower,
+    layout: PromptLayout,
+    ctx: Tensor,
+    *,
+    class_specific: bool = False,
+    deep: Tensor | None = None,
 ) -> Tensor:
     r"""Encode the prompts of C classes under many contexts into unit-length text features.
 
@@ -67,6 +75,11 @@ def encode_text(
         Any leading dimensions (clients, experts). Cast to the tower's dtype where it is used.
     class_specific : bool
         Every class has its own context; then only the SOS token is shared.
+    deep : Tensor, shape (..., K, T, W), floating point, or None
+        Deep prompts: before layer i of 1 to K (the first is 0) the states in the T slots are
+        replaced by ``deep[..., i - 1, :, :]``, without positions. Everything before K T W
+        broadcasts to what ctx has before T W: (..., C, K, T, W) where classes differ. K is less
+        than the tower's layers and may be 0.
 
     Returns
     -------
@@ -76,18 +89,18 @@ def encode_text(
     Raises
     ------
     InputError
-        If ctx does not have the layout's T and the tower's W, or one class does not fit into the
-        memory limit.
+        If ctx or deep does not have the layout's T and the tower's W, deep has too many layers or
+        does not broadcast to ctx, or one class does not fit into the memory limit.
     KindError
-        If ctx is not floating point or not on the tower's device.
+        If ctx or deep is not floating point or not on the tower's device.
 
     Notes
     -----
-    Differentiable in: ctx, once on the compiled faces, whose place the torch face takes for forward
-    mode and torch.func. Deterministic: yes. LayerNorm and
-    normalisation in float32 (float64 for float64). Under autocast matrix products and attention
-    run in its dtype and the residual stream in the tower's; the compiled faces keep the rounded
-    weights. Equal to the full-length pass up to rounding.
+    Differentiable in: ctx and deep, once on the compiled faces, whose place the torch face takes
+    for forward mode and torch.func. Deterministic: yes. LayerNorm and normalisation in float32
+    (float64 for float64). Under autocast matrix products and attention run in its dtype and the
+    residual stream in the tower's; the compiled faces keep the rounded weights. Equal to the
+    full-length pass up to rounding.
     The compiled faces compute nothing that no context reaches: SOS, the first layer's keys and
     values of names, all but the EOT rows in the last layer.
     Memory: activations of (prefix + suffix) tokens per context when a gradient is wanted, of C·L
@@ -95,7 +108,9 @@ def encode_text(
     `fastfpl.ops.memory.memory_limit` they stay below it: the call is cut into parts of contexts and
     classes, and what does not fit is computed again in the backward pass (gradient caching).
     Source: shared-prefix identity of causal attention; prompts as in Zhou et al. 2022
-    (arXiv 2109.01134), section 3.2.
+    (arXiv 2109.01134), section 3.2; deep prompts as in Jia et al. 2022 (VPT, arXiv 2203.12119),
+    section 3.2, for text Khattak et al. 2023 (MaPLe, arXiv 2210.03117), section 3.2. They stand
+    where the context does: what is shared and what is packed stays so.
     """
     op = "fastfpl.ops.encode_text"
     classes, slots = layout.slots.shape
@@ -105,17 +120,64 @@ def encode_text(
         raise KindError(f"{op}: ctx must be floating point; got {ctx.dtype}")
     if ctx.device != tower.device:
         raise KindError(f"{op}: ctx must be on the tower's device {tower.device}; got {ctx.device}")
-    face = choose("encode_text", FACES["encode_text"], tower, layout, ctx, class_specific)
+    if deep is not None:
+        deep = broadcast_deep(op, tower, deep, ctx.shape[:-2], slots, "ctx")
+    arguments = (tower, layout, ctx, class_specific, deep)
+    face = choose("encode_text", FACES["encode_text"], *arguments)
     # without context vectors nothing moves: the empty gradient of nothing is attached below
     given = ctx.resolve_neg() if slots else ctx.detach()
-    with for_transforms(ctx):
-        features: Tensor = face.run(tower, layout, given, class_specific)
+    below = deep.resolve_neg() if slots and deep is not None and deep.shape[-3] else None
+    with for_transforms(ctx, deep):
+        features: Tensor = face.run(tower, layout, given, class_specific, below)
     if not slots:
         nothing = ctx.sum(dim=(-2, -1), dtype=features.dtype)
+        if deep is not None:
+            nothing = nothing + deep.sum(dim=(-3, -2, -1), dtype=features.dtype)
         features = features + (nothing[..., None] if class_specific else nothing[..., None, None])
     if not features.numel() and tower.projection_b is None:
         return features.to(_dtype(tower))  # no product has told
     return features
+
+
+def broadcast_deep(
+    op: str, tower: TextTower, deep: Tensor, lead: Sequence[int], slots: int | None, like: str
+) -> Tensor:
+    """Check deep prompts and return them with all leading dimensions: (*lead, K, T, W).
+
+    Parameters
+    ----------
+    op : str
+        Who asks; begins the errors.
+    lead : sequence of int
+        Leading dimensions, C among them where classes differ.
+    slots : int or None
+        T; any if None.
+    like : str
+        Whose leading dimensions they are, for the error.
+    """
+    if not isinstance(deep, Tensor) or not deep.is_floating_point():
+        got = deep.dtype if isinstance(deep, Tensor) else type(deep).__name__
+        raise KindError(f"{op}: deep must be a floating point tensor; got {got}")
+    if deep.device != tower.device:
+        raise KindError(
+            f"{op}: deep must be on the tower's device {tower.device}; got {deep.device}"
+        )
+    known = {"W": tower.width} if slots is None else {"T": slots, "W": tower.width}
+    sizes = check_shapes(op, known, deep=(deep, "... K T W"))
+    layers, slots = sizes["K"], sizes["T"]
+    most = len(tower.blocks) - 1
+    if layers > most:
+        raise InputError(
+            f"{op}: deep must replace prompts before at most {most} layers, all but the first of "
+            f"this tower; got {layers}"
+        )
+    try:
+        return deep.expand(*lead, layers, slots, tower.width)
+    except RuntimeError:
+        raise InputError(
+            f"{op}: deep must broadcast to the leading dimensions {tuple(lead)} of {like}; got "
+            f"{tuple(deep.shape[:-3])} before K, T, W"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -221,12 +283,18 @@ def _fill(lengths: list[int], span: int) -> list[list[int]]:
 
 
 def _encode_parts(
-    tower: TextTower, layout: PromptLayout, ctx: Tensor, class_specific: bool
+    tower: TextTower,
+    layout: PromptLayout,
+    ctx: Tensor,
+    class_specific: bool,
+    deep: Tensor | None = None,
 ) -> Tensor:
     inner = 3 if class_specific else 2
     lead = ctx.shape[: ctx.dim() - inner]
     flat = ctx.reshape(math.prod(lead), *ctx.shape[ctx.dim() - inner :]).to(tower.dtype)
-    wanted = torch.is_grad_enabled() and flat.requires_grad
+    below = None if deep is None else engine.by_layer(deep, len(lead)).to(tower.dtype)
+    moving = flat.requires_grad or (below is not None and below.requires_grad)
+    wanted = torch.is_grad_enabled() and moving
     row = tower.width * tower.projection.element_size()
     passing, holding = _numbers_of_a_row(tower)
     limit = current_limit()
@@ -240,7 +308,8 @@ def _encode_parts(
     for g, c in cut.parts(len(flat), len(layout.eot)):
         some = _some_classes(layout, c)
         places = some if tower.whole else _packing(some, class_specific)
-        arguments = (tower, places, flat[g, c] if class_specific else flat[g], class_specific)
+        own = None if below is None else below[:, g, c] if class_specific else below[:, g]
+        arguments = (tower, places, flat[g, c] if class_specific else flat[g], class_specific, own)
         if limit is not None and wanted:
             part = checkpoint(encode, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -284,6 +353,13 @@ def _some_classes(layout: PromptLayout, part: slice) -> PromptLayout:
     return known[key]
 
 
+def _behind(packing: _Packing, ctx: Tensor, class_specific: bool) -> Tensor:
+    """Lay vectors (G, T, W) or (G, C, T, W) in the order of the packing's ``ctx_rows``."""
+    if class_specific:
+        return ctx[:, packing.ctx_class, packing.ctx_slot]
+    return ctx[:, packing.ctx_slot]
+
+
 def _embed(tower: TextTower, packing: _Packing, ctx: Tensor, class_specific: bool) -> Tensor:
     """Lay out the first layer's input, prefix and then suffixes: (G, shared + R, W)."""
     groups = ctx.shape[0]
@@ -292,11 +368,7 @@ def _embed(tower: TextTower, packing: _Packing, ctx: Tensor, class_specific: boo
     fixed = tower.token_embedding[packing.tokens].to(tower.dtype) + positional[packing.positions]
     suffix = fixed.expand(groups, -1, -1)
     if len(packing.ctx_rows):
-        moved = (
-            ctx[:, packing.ctx_class, packing.ctx_slot]
-            if class_specific
-            else ctx[:, packing.ctx_slot]
-        )
+        moved = _behind(packing, ctx, class_specific)
         moved = moved + positional[packing.positions[packing.ctx_rows]]
         suffix = suffix.index_copy(1, packing.ctx_rows, moved)
     parts = [suffix]
@@ -308,10 +380,41 @@ def _embed(tower: TextTower, packing: _Packing, ctx: Tensor, class_specific: boo
     return torch.cat(parts, dim=1)
 
 
-def _encode_pass(tower: TextTower, packing: _Packing, ctx: Tensor, class_specific: bool) -> Tensor:
-    return _project(
-        tower, packed_states(tower, packing, _embed(tower, packing, ctx, class_specific))
-    )
+def _encode_pass(
+    tower: TextTower,
+    packing: _Packing,
+    ctx: Tensor,
+    class_specific: bool,
+    deep: Tensor | None,
+) -> Tensor:
+    x = _embed(tower, packing, ctx, class_specific)
+    replace = None if deep is None else _replace(tower, packing, deep, class_specific)
+    return _project(tower, packed_states(tower, packing, x, replace))
+
+
+class Replace(NamedTuple):
+    """Rows (n,) of a pass, and what stands in them before the layers 1 to K: (K, G, n, W)."""
+
+    rows: Tensor
+    states: Tensor | list[Tensor]
+
+    def before(self, depth: int, x: Tensor) -> Tensor:
+        """Exchange the rows of (G, rows, W) as the layer wants them."""
+        if not 1 <= depth <= len(self.states):
+            return x
+        return x.index_copy(1, self.rows, self.states[depth - 1].to(x.dtype))
+
+
+def _replace(tower: TextTower, packing: _Packing, deep: Tensor, class_specific: bool) -> Replace:
+    begin, shared = tower.begin, packing.shared
+    front = torch.arange(begin, shared, device=deep.device)
+    states = [
+        torch.cat((own[:, : shared - begin], _behind(packing, own, class_specific)), dim=1)
+        if shared > begin
+        else _behind(packing, own, class_specific)
+        for own in deep
+    ]
+    return Replace(torch.cat((front, shared + packing.ctx_rows)), states)
 
 
 def _project(tower: TextTower, states: Tensor) -> Tensor:
@@ -337,7 +440,11 @@ def _embed_whole(
 
 
 def _encode_whole(
-    tower: TextTower, layout: PromptLayout, ctx: Tensor, class_specific: bool
+    tower: TextTower,
+    layout: PromptLayout,
+    ctx: Tensor,
+    class_specific: bool,
+    deep: Tensor | None,
 ) -> Tensor:
     """Encode contexts (G, T, W) or (G, C, T, W) at full length: (G, C, D)."""
     groups, classes = len(ctx), len(layout.eot)
@@ -345,8 +452,13 @@ def _encode_whole(
     pooled = pooled_rows(tower, layout).repeat(groups)
     prompts = torch.arange(groups * classes, device=ctx.device)
     x = _embed_whole(tower, layout, ctx, class_specific).flatten(0, 1)
+    slots = layout.slots.repeat(groups, 1)
     for depth, block in enumerate(tower.blocks):
         last = depth == len(tower.blocks) - 1
+        if deep is not None and 1 <= depth <= len(deep):
+            own = deep[depth - 1] if class_specific else deep[depth - 1][:, None]
+            own = own.expand(-1, classes, -1, -1).flatten(0, 1).to(x.dtype)
+            x = x.index_put((prompts[:, None], slots), own)
         h = block_norm(x, block.ln_1_w, block.ln_1_b, tower.eps)
         if last:
             # only the pooled rows reach the features; in a causal tower they are the last ones,
@@ -368,10 +480,13 @@ def _encode_whole(
     return _project(tower, x.unflatten(0, (groups, classes)))
 
 
-def packed_states(tower: TextTower, packing: _Packing, x: Tensor) -> Tensor:
+def packed_states(
+    tower: TextTower, packing: _Packing, x: Tensor, replace: Replace | None = None
+) -> Tensor:
     """Run embedded rows (G, shared + R, W); return EOT states after the last norm (G, C, W).
 
-    Plain operations, so that autocast and autograd see them as they see the literal pass.
+    Plain operations, so that autocast and autograd see them as they see the literal pass. The rows
+    of ``replace`` are exchanged between the layers.
     """
     groups, shared, bins, span = len(x), packing.shared, packing.bins, packing.span
     heads, width = tower.heads, tower.width
@@ -379,6 +494,8 @@ def packed_states(tower: TextTower, packing: _Packing, x: Tensor) -> Tensor:
     bias: Tensor | None = None
     for depth, block in enumerate(tower.blocks):
         last = depth == len(tower.blocks) - 1
+        if replace is not None:
+            x = replace.before(depth, x)
         h = block_norm(x, block.ln_1_w, block.ln_1_b, tower.eps)
         qkv = F.linear(h, block.qkv_w, block.qkv_b)
         if bias is None:  # in the dtype of the products, which autocast chooses

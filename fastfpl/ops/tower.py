@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -28,6 +28,7 @@ __all__ = [
     "Cut",
     "Kernels",
     "Rows",
+    "by_layer",
     "cpu_kernels",
     "cut_pass",
     "encode",
@@ -382,6 +383,13 @@ def _fixed(kernels: Kernels, tower: TextTower, rows: Rows) -> _Fixed:
     return _Fixed(base, h.to(tower.dtype) @ block.qkv_w.t())
 
 
+class _Deep(NamedTuple):
+    """What takes the place of the context's rows before the layers 1 to ``layers``."""
+
+    layers: int
+    rows: Callable[[int], Any]  # of a layer: (G, K, W)
+
+
 #: Mean and reciprocal deviation of every row of a LayerNorm.
 _Stats = tuple[Tensor, Tensor]
 
@@ -431,10 +439,11 @@ class _Pass:
     fixed: _Fixed
     sos: list[Tensor]
 
-    def forward(self, moved: Tensor, keep: bool) -> tuple[Tensor, _Tape | None]:
+    def forward(self, moved: Tensor, deep: _Deep, keep: bool) -> tuple[Tensor, _Tape | None]:
         """Encode context vectors in the order of ``rows.moving_positions``: (G, K, W) -> (G C, D).
 
-        With ``keep`` also return what `backward` needs.
+        ``deep`` gives, in the same order, what takes their place before a layer. With ``keep`` also
+        return what `backward` needs.
         """
         kernels, tower, rows = self.kernels, self.tower, self.rows
         groups, width = len(moved), tower.width
@@ -443,6 +452,9 @@ class _Pass:
         for depth, block in enumerate(tower.blocks):
             last = depth == len(tower.blocks) - 1
             norm_1: _Stats
+            if 1 <= depth <= deep.layers:
+                # nobody else holds what the last layer gave: it may be written to
+                self._put(x.view(groups, -1, width), deep.rows(depth))
             if depth == 0:
                 x, norm_1, qkv, base = self._enter(moved, block)
                 base = self._at_ends(base) if last else base.view(-1, width)
@@ -515,13 +527,19 @@ class _Pass:
         qkv[:, self.rows.ends, :width] = query.view(len(qkv), -1, width)
         return qkv
 
-    def backward(self, d_features: Tensor, tape: _Tape) -> Tensor:
-        """Return the gradient of ``moved`` (G, K, W); the tape is used up."""
+    def backward(
+        self, d_features: Tensor, tape: _Tape, layers: int = 0
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return the gradient of ``moved`` (G, K, W), and those of ``layers`` deep prompts.
+
+        The tape is used up.
+        """
         kernels, tower, rows, width = self.kernels, self.tower, self.rows, self.tower.width
         d_y = kernels.unit_bwd(d_features, tape.features, tape.length)
         d_x, stream = torch.zeros_like(tape.x), tape.x.dtype
         d_h = (d_y.to(tower.dtype) @ tower.projection.t()).to(stream)
         kernels.norm_bwd(d_h, tape.x, tower.ln_w, *tape.norm, d_x)
+        d_deep: list[Tensor] = []
         for depth in reversed(range(len(tower.blocks))):
             block, kept = tower.blocks[depth], tape.blocks.pop()
             last = depth == len(tower.blocks) - 1
@@ -550,7 +568,24 @@ class _Pass:
                 d_h = d_qkv.view(-1, 3 * width) @ block.qkv_w
             del d_qkv
             kernels.norm_bwd(d_h.to(stream), kept.x, block.ln_1_w, *kept.norm_1, d_x)
-        return d_x.view(-1, len(rows.moving_positions), width)
+            if 1 <= depth <= layers:
+                whole = d_x.view(len(kept.qkv), -1, width)
+                d_deep.append(self._moving(whole).clone())
+                self._put(whole, None)
+        d_deep.reverse()
+        return d_x.view(-1, len(rows.moving_positions), width), d_deep
+
+    def _put(self, whole: Tensor, moved: Tensor | None) -> None:
+        """Write the rows of context vectors of (G, n, W) in place; None writes zeros."""
+        rows, shared = self.rows, self.rows.shared
+        if moved is None:
+            whole[:, :shared] = 0
+            if len(rows.moving):
+                whole.index_fill_(1, rows.moving + shared, 0)
+            return
+        whole[:, :shared] = moved[:, :shared]
+        if len(rows.moving):
+            whole.index_copy_(1, rows.moving + shared, moved[:, shared:])
 
     def _from_ends(self, d: Tensor, groups: int) -> Tensor:
         """Put gradients of the EOT rows among zeros: (G C, W) -> (G n, W)."""
@@ -593,9 +628,19 @@ class _Call:
         return _Pass(self.kernels, self.tower, rows, fixed, self.constants.sos)
 
     def gather(self, ctx: Tensor, at: slice, rows: Rows) -> Tensor:
+        """Lay the vectors of a part in the order of its rows: (G, K, W)."""
+        return ctx[:, at].flatten(1, 2) if self.class_specific else self._repeat(ctx, rows)
+
+    def enter(self, ctx: Tensor, at: slice, rows: Rows) -> Tensor:
         """Add positions to the context vectors of a part, in the order of its rows: (G, K, W)."""
-        own = ctx[:, at].flatten(1, 2) if self.class_specific else self._repeat(ctx, rows)
+        own = self.gather(ctx, at, rows)
         return own + self.tower.positional[rows.moving_positions].to(ctx.dtype)
+
+    def deep(self, deep: Tensor | None, g: slice, at: slice, rows: Rows) -> _Deep:
+        """Give the deep prompts (layers, G, ...) of a part, laid out when a layer asks for them."""
+        if deep is None:
+            return _Deep(0, lambda depth: None)
+        return _Deep(len(deep), lambda depth: self.gather(deep[depth - 1, g], at, rows))
 
     def _repeat(self, ctx: Tensor, rows: Rows) -> Tensor:
         """Repeat what stands behind the prefix for every class."""
@@ -619,47 +664,59 @@ class _Encode(torch.autograd.Function):
     """Parts one after another; activations of some are kept, those of the rest made again."""
 
     @staticmethod
-    def forward(ctx: Any, contexts: Tensor, call: _Call) -> Tensor:
+    def forward(ctx: Any, contexts: Tensor, deep: Tensor | None, call: _Call) -> Tensor:
         groups, tower = len(contexts), call.tower
         features = contexts.new_empty(
             groups, len(call.layout.eot), tower.dim, dtype=_features_dtype(tower)
         )
         tapes: list[_Tape] = []
         for part, (g, c, one) in enumerate(call.parts(groups)):
-            moved = call.gather(contexts[g], c, one.rows)
-            keep = part < call.cut.kept and ctx.needs_input_grad[0]
-            found, tape = one.forward(moved, keep)
+            moved = call.enter(contexts[g], c, one.rows)
+            keep = part < call.cut.kept and any(ctx.needs_input_grad)
+            found, tape = one.forward(moved, call.deep(deep, g, c, one.rows), keep)
             features[g, c] = found.view(len(moved), -1, tower.dim)
             if tape is not None:
                 tapes.append(tape)
-        ctx.save_for_backward(contexts)
+        ctx.save_for_backward(contexts, deep)
         ctx.call, ctx.tapes = call, tapes
         return features
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_features: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, d_features: Tensor) -> tuple[Tensor, Tensor | None, None]:
         with as_given(d_features.device):
-            return _Encode._gradient(ctx, d_features.resolve_neg()), None
+            return *_Encode._gradient(ctx, d_features.resolve_neg()), None
 
     @staticmethod
-    def _gradient(ctx: Any, d_features: Tensor) -> Tensor:
-        (contexts,) = ctx.saved_tensors
+    def _gradient(ctx: Any, d_features: Tensor) -> tuple[Tensor, Tensor | None]:
+        contexts, deep = ctx.saved_tensors
         call: _Call = ctx.call
         # kept parts come first: what they held is free before any other is made again
         tapes, ctx.tapes = ctx.tapes, []
         tapes.reverse()
         d_contexts = torch.zeros_like(contexts)
+        d_deep = None if deep is None else torch.zeros_like(deep)
         for g, c, one in call.parts(len(contexts)):
             tape = tapes.pop() if tapes else None
+            below = call.deep(deep, g, c, one.rows)
             if tape is None:
-                _, tape = one.forward(call.gather(contexts[g], c, one.rows), keep=True)
+                _, tape = one.forward(call.enter(contexts[g], c, one.rows), below, keep=True)
             assert tape is not None
             # the gradient of a plain sum is an expanded scalar
             wanted = d_features[g, c].reshape(-1, call.tower.dim).contiguous()
-            call.scatter(one.backward(wanted, tape), d_contexts[g], c, one.rows)
+            d_moved, d_below = one.backward(wanted, tape, below.layers)
+            call.scatter(d_moved, d_contexts[g], c, one.rows)
+            for depth, d_layer in enumerate(d_below):
+                assert d_deep is not None
+                call.scatter(d_layer, d_deep[depth, g], c, one.rows)
             del tape
-        return d_contexts
+        return d_contexts, d_deep
+
+
+def by_layer(deep: Tensor, lead: int) -> Tensor:
+    """Bring deep prompts of ``lead`` leading dimensions to (K, G, T, W) or (K, G, C, T, W)."""
+    flat = deep.reshape(math.prod(deep.shape[:lead]), *deep.shape[lead:])
+    return flat.movedim(-3, 0)
 
 
 def encode(
@@ -668,6 +725,7 @@ def encode(
     layout: PromptLayout,
     ctx: Tensor,
     class_specific: bool,
+    deep: Tensor | None = None,
 ) -> Tensor:
     """Encode contexts as `fastfpl.ops.encode_text` does: (..., C, D)."""
     inner = 3 if class_specific else 2
@@ -675,7 +733,9 @@ def encode(
     tower = _as_autocast_asks(tower)
     stream = _stream(tower)
     flat = ctx.reshape(math.prod(lead), *ctx.shape[ctx.dim() - inner :]).to(stream)
-    wanted = torch.is_grad_enabled() and flat.requires_grad
+    below = None if deep is None else by_layer(deep, len(lead)).to(stream)
+    moving = flat.requires_grad or (below is not None and below.requires_grad)
+    wanted = torch.is_grad_enabled() and moving
     # Numbers of a row of the tower's width. Kept: the inputs of both norms, qkv and the MLP's first
     # product. Passing by: these of one layer where they are not kept, the MLP's activation, two
     # states of the residual stream.
@@ -690,5 +750,5 @@ def encode(
     with as_given(tower.device):
         constants = _constants_of(found, tower)
         call = _Call(found, tower, layout, class_specific, constants, cut)
-        features: Tensor = _Encode.apply(flat, call)
+        features: Tensor = _Encode.apply(flat, below, call)
     return features.reshape(*lead, len(layout.eot), tower.dim)

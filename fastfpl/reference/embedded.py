@@ -11,16 +11,28 @@ from fastfpl.reference.text import TextTower, activate, block_norm
 __all__ = ["encode_embedded"]
 
 
-def encode_embedded(tower: TextTower, prompts: Tensor, eot: Tensor, shared: int) -> Tensor:
+def encode_embedded(
+    tower: TextTower,
+    prompts: Tensor,
+    eot: Tensor,
+    shared: int,
+    deep: Tensor | None = None,
+    first: int = 1,
+) -> Tensor:
     """Run (..., C, L, W) at full length and pick the EOT states after the last norm: (..., C, W).
 
-    The first ``shared`` rows of every class are those of the first class.
+    The first ``shared`` rows of every class are those of the first class. With ``deep``
+    (..., K, T, W) the T states from ``first`` on are replaced before the layers 1 to K.
     """
     *lead, classes, length, width = prompts.shape
-    first = prompts[..., :1, :shared, :].expand(*prompts.shape[:-2], shared, width)
-    x = torch.cat((first, prompts[..., shared:, :]), dim=-2).reshape(-1, length, width)
+    leading = prompts[..., :1, :shared, :].expand(*prompts.shape[:-2], shared, width)
+    x = torch.cat((leading, prompts[..., shared:, :]), dim=-2).reshape(-1, length, width)
     x = x + tower.positional[:length].to(x.dtype)
-    for block in tower.blocks:
+    for depth, block in enumerate(tower.blocks):
+        if deep is not None and 1 <= depth <= deep.shape[-3]:
+            own = deep[..., None, depth - 1, :, :].to(x.dtype)
+            own = own.expand(*lead, classes, -1, -1).reshape(len(x), -1, width)
+            x = torch.cat((x[:, :first], own, x[:, first + own.shape[1] :]), dim=1)
         h = block_norm(x, block.ln_1_w, block.ln_1_b, tower.eps)
         qkv = F.linear(h, block.qkv_w, block.qkv_b)
         q, k, v = (

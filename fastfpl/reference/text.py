@@ -219,18 +219,28 @@ def embed_prompts(tower: TextTower, layout: PromptLayout, ctx: Tensor) -> Tensor
 
 
 def encode_text(
-    tower: TextTower, layout: PromptLayout, ctx: Tensor, class_specific: bool
+    tower: TextTower,
+    layout: PromptLayout,
+    ctx: Tensor,
+    class_specific: bool,
+    deep: Tensor | None = None,
 ) -> Tensor:
-    """Encode contexts (..., T, W) or (..., C, T, W) one by one at full length -> (..., C, D)."""
+    """Encode contexts (..., T, W) or (..., C, T, W) one by one at full length -> (..., C, D).
+
+    With ``deep`` (..., K, T, W) or (..., C, K, T, W) the states in the slots are replaced before
+    the layers 1 to K, as in Khattak et al. 2023 (arXiv 2210.03117), section 3.2.
+    """
     inner = 3 if class_specific else 2
     lead = ctx.shape[: ctx.dim() - inner]
     flat = ctx.reshape(math.prod(lead), *ctx.shape[ctx.dim() - inner :])
     classes = layout.tokens.shape[0]
     if flat.shape[0] == 0:
         return ctx.new_zeros((*lead, classes, tower.dim), dtype=tower.dtype)
-    return torch.stack([_encode_one(tower, layout, one) for one in flat]).reshape(
-        *lead, classes, tower.dim
-    )
+    if deep is None:
+        deep = ctx.new_zeros(*ctx.shape[:-2], 0, *ctx.shape[-2:])
+    deeps = deep.reshape(len(flat), *deep.shape[len(lead) :])
+    encoded = [_encode_one(tower, layout, *one) for one in zip(flat, deeps, strict=True)]
+    return torch.stack(encoded).reshape(*lead, classes, tower.dim)
 
 
 def encode_together(tower: TextTower, layout: PromptLayout, ctx: Tensor) -> Tensor:
@@ -249,14 +259,29 @@ def encode_together(tower: TextTower, layout: PromptLayout, ctx: Tensor) -> Tens
     return features
 
 
-def _encode_one(tower: TextTower, layout: PromptLayout, ctx: Tensor) -> Tensor:
-    return _transformed(tower, embed_prompts(tower, layout, ctx), pooled_rows(tower, layout))
+def _encode_one(tower: TextTower, layout: PromptLayout, ctx: Tensor, deep: Tensor) -> Tensor:
+    x, eot = embed_prompts(tower, layout, ctx), pooled_rows(tower, layout)
+    return _transformed(tower, x, eot, layout.slots, deep)
 
 
-def _transformed(tower: TextTower, x: Tensor, pooled_at: Tensor) -> Tensor:
-    """Pass embedded prompts (count, L, W) through the tower; the feature is that of one token."""
+def _transformed(
+    tower: TextTower,
+    x: Tensor,
+    pooled_at: Tensor,
+    slots: Tensor | None = None,
+    deep: Tensor | None = None,
+) -> Tensor:
+    """Pass embedded prompts (count, L, W) through the tower; the feature is that of one token.
+
+    Deep prompts (..., K, T, W) take the place of the states in ``slots`` (count, T).
+    """
     count, length, width = x.shape
-    for block in tower.blocks:
+    rows = torch.arange(count, device=x.device)[:, None]
+    for depth, block in enumerate(tower.blocks):
+        if slots is not None and deep is not None and 1 <= depth <= deep.shape[-3]:
+            # without positions: the layer's own prompts take the place of what was made of the last
+            own = deep[..., depth - 1, :, :].to(x.dtype).expand(count, -1, -1)
+            x = x.index_put((rows, slots), own)
         h = block_norm(x, block.ln_1_w, block.ln_1_b, tower.eps)
         qkv = F.linear(h, block.qkv_w, block.qkv_b)
         q, k, v = (

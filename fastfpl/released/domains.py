@@ -37,6 +37,7 @@ class Mispaired(Split):
     def __init__(self, split: Split, rows: Indices, labels: Indices) -> None:
         self._split, self._rows = split, rows
         self.labels, self.domains = labels, split.domains[rows]
+        self.clients = None if split.clients is None else split.clients[rows]
         digest = hashlib.blake2b(split.fingerprint.encode(), digest_size=16)
         digest.update(rows.tobytes() + labels.tobytes())
         self.fingerprint = f"mispaired-{digest.hexdigest()}"

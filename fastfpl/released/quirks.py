@@ -90,7 +90,8 @@ def _no_term(settings: _Values, options: _Values, names: Sequence[str]) -> str |
 def _no_choice(settings: _Values, options: _Values, names: Sequence[str]) -> str | None:
     if options["selection"] != "nearest":
         return "it replaces the selection of experts; leave the option selection out"
-    if options["experts"] >= settings["clients"]:
+    # None until the data set says it
+    if settings["clients"] is not None and options["experts"] >= settings["clients"]:
         return (
             f"with experts={options['experts']} of {settings['clients']} clients "
             "everybody receives all prompts"

@@ -10,7 +10,7 @@ from typing import Any
 from fastfpl.federation import Comparison, Result
 from fastfpl.released import QUIRKS
 from fastfpl.report.agreement import warnings
-from fastfpl.report.runs import quirks_of, runs, trains
+from fastfpl.report.runs import clients_of, named_clients, quirks_of, runs, trains
 from fastfpl.report.words import NONE, count, listed, percent
 
 __all__ = [
@@ -18,8 +18,10 @@ __all__ = [
     "augmentation",
     "augmentations",
     "captions",
+    "client_means",
     "dealt",
     "details",
+    "left_out",
     "released",
     "rows",
     "subject",
@@ -115,6 +117,10 @@ def captions(comparison: Comparison) -> list[str]:
     ]
     for text in dict.fromkeys(note for r in runs(comparison) for note in _of_data(r)):
         lines.append(text)
+    lines += [
+        f"{text}: a client trains on so many of each class at most; shots=all takes every one"
+        for text in left_out(comparison)
+    ]
     deal = dealt(comparison)
     if deal is not None:
         lines.append(deal)
@@ -188,23 +194,29 @@ def _asked(comparison: Comparison) -> str:
 def details(comparison: Comparison) -> tuple[list[str], list[list[str]], list[str]] | None:
     """Figures beside the headline: column titles, a line a method, and what the columns mean.
 
-    None if there is one question and one visual domain: the headline says it all.
+    None if there is one question and one visual domain, and clients are but numbers: the headline
+    says it all.
     """
     table = comparison.rows()
     exams = list(dict.fromkeys(name for row in table for name in row["exams"]))
     domains = list(dict.fromkeys(name for row in table for name in row["domains"]))
-    if len(exams) < 2 and len(domains) < 2:
+    clients = named_clients(runs(comparison))
+    if len(exams) < 2 and len(domains) < 2 and not clients:
         return None
     columns = [*(exams if len(exams) > 1 else [])]
     harmonic = any(row["harmonic_mean"] is not None for row in table)
     titles = ["method", *columns, *(["harmonic mean"] * harmonic), "macro F1"]
-    titles += domains if len(domains) > 1 else []
+    several = domains if len(domains) > 1 else []
+    # each vendor may be a client and a style of its own
+    apart = set(several) & set(clients)
+    titles += [*several, *(f"client {name}" if name in apart else name for name in clients)]
     lines = []
     for row in table:
         figures = [row["exams"].get(name) for name in columns]
         figures += [row["harmonic_mean"]] * harmonic
         figures.append(row["macro_f1"])
         figures += [row["domains"].get(name) for name in domains] if len(domains) > 1 else []
+        figures += client_means(comparison.results[row["method"]]) if clients else []
         lines.append([row["method"], *(NONE if f is None else percent(f) for f in figures)])
     abouts: dict[str, str] = {}
     for result in runs(comparison):
@@ -221,7 +233,34 @@ def details(comparison: Comparison) -> tuple[list[str], list[list[str]], list[st
             "by domain: the headline's accuracy on the images of one visual domain, mean over the "
             "clients that have some"
         )
+    if clients:
+        notes.append(
+            f"by client: accuracy on {_asked(comparison)}; {NONE}: it has no test images of its own"
+        )
     return titles, lines, notes
+
+
+def client_means(results: Sequence[Result]) -> list[float | None]:
+    """Average every client's accuracy in the last round over runs of one method."""
+    means: list[float | None] = []
+    for of_one in zip(*(clients_of(r) for r in results), strict=True):
+        there = [a for a in of_one if a is not None]
+        means.append(math.fsum(there) / len(there) if there else None)
+    return means
+
+
+def left_out(comparison: Comparison) -> list[str]:
+    """Say how many training images few shots leave, once for each way that occurs."""
+    said = []
+    for result in runs(comparison):
+        found, shots = result.data.get("training"), result.settings["shots"]
+        if found is None or shots is None or not trains([result]):
+            continue
+        if found["used"] < found["there"]:
+            said.append(
+                f"{count(shots, 'shot')}, {found['used']:,} of {found['there']:,} training images"
+            )
+    return list(dict.fromkeys(said))
 
 
 def _classes(comparison: Comparison) -> str:
@@ -265,5 +304,6 @@ def subject(comparison: Comparison) -> str:
             f"{each(clients)} {'client' if clients == [1] else 'clients'}",
             f"{each(rounds)} {'round' if rounds == [1] else 'rounds'}",
             count(len(seeds), "seed"),
+            *left_out(comparison),
         ]
     )

@@ -10,6 +10,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fastfpl.data import short_name
 from fastfpl.errors import Damaged, InputError, Missing
 from fastfpl.federation import Comparison, Result
 from fastfpl.federation.checkpoint import CHECKPOINT
@@ -120,7 +121,7 @@ def _finished(folder: Path) -> Iterator[tuple[Path, Result]]:
         if not _RUN.fullmatch(path.parent.name):
             continue
         result = Result.load(path.parent)
-        name, dataset = run_folder(result), result.settings.get("dataset")
+        name, dataset = run_folder(result), short_name(result.settings["dataset"])
         alone = f"{result.method}-{dataset}-seed{result.settings['seed']}"
         if path.parent.name not in (name, alone):
             raise Damaged(

@@ -17,7 +17,16 @@ from fastfpl.report.facts import augmentations, captions, dealt, details, rows, 
 from fastfpl.report.load import run_folder
 from fastfpl.report.plots import accuracy_plot, clients_plot, curve
 from fastfpl.report.published import published
-from fastfpl.report.runs import clients_of, each, group_names, quirks_of, runs, setting, trains
+from fastfpl.report.runs import (
+    clients_of,
+    each,
+    group_names,
+    named_clients,
+    quirks_of,
+    runs,
+    setting,
+    trains,
+)
 from fastfpl.report.table import INCOMPLETE, REFUSAL, UNEQUAL, cells, headings
 from fastfpl.report.words import NONE, count, listed, percent, public, size
 from fastfpl.terminal import plain
@@ -161,7 +170,7 @@ def _accuracy_words(comparison: Comparison) -> str:
 def _clients_words(comparison: Comparison) -> str:
     parts = []
     for method, results in comparison.results.items():
-        values = [a for r in results for a in clients_of(r)]
+        values = [a for r in results for a in clients_of(r) if a is not None]
         parts.append(f"{method} {percent(min(values))} to {percent(max(values))} %")
     return "Accuracy of each client in the last round, lowest to highest. " + "; ".join(parts) + "."
 
@@ -200,15 +209,18 @@ def _clients(comparison: Comparison) -> list[dict[str, Any]]:
         }
         there = [r for r in mine.values() if r is not None]
         accuracy = {m: [] if r is None else clients_of(r) for m, r in mine.items()}
-        lines = []
+        lines, names = [], named_clients(there)
         for number in range(max(len(a) for a in accuracy.values())):
             lines.append(
                 {
-                    "number": number,
+                    "number": names[number] if names else number,
                     "train": _of_client(there, "train_images", number),
                     "test": _of_client(there, "test_images", number),
                     "cells": [
-                        percent(a[number]) if number < len(a) else None for a in accuracy.values()
+                        None if one is None else percent(one)
+                        for one in (
+                            a[number] if number < len(a) else None for a in accuracy.values()
+                        )
                     ],
                 }
             )

@@ -395,7 +395,10 @@ def spread(values: Sequence[float], gap: float, low: float, high: float) -> list
 def _clients(comparison: Comparison, look: _Scheme, about: str) -> Figure:
     results = comparison.results
     colours = _colours(comparison, look)
-    values = {m: [100 * a for r in rs for a in clients_of(r)] for m, rs in results.items()}
+    values = {
+        m: [100 * a for r in rs for a in clients_of(r) if a is not None]
+        for m, rs in results.items()
+    }
     means = {row.method: 100 * row.accuracy for row in rows(comparison)}
     pitch = 0.62 if max(len(v) for v in values.values()) <= 40 else 0.8
     figure = figure_of(1.72 + pitch * len(values))

@@ -15,6 +15,7 @@ __all__ = [
     "each",
     "evaluations",
     "group_names",
+    "named_clients",
     "quirks_of",
     "runs",
     "setting",
@@ -59,9 +60,16 @@ def evaluations(result: Result) -> list[dict[str, Any]]:
     return [row for row in result.rounds if row["accuracy"] is not None]
 
 
-def clients_of(result: Result) -> list[float]:
-    """Accuracy of every client in the last round."""
-    return [float(a) for a in evaluations(result)[-1]["clients"]]
+def clients_of(result: Result) -> list[float | None]:
+    """Accuracy of every client in the last round; None of one without test images."""
+    found = evaluations(result)[-1]["clients"]
+    return [None if a is None else float(a) for a in found]
+
+
+def named_clients(results: Sequence[Result]) -> list[str]:
+    """List the clients' names, if the data set of these runs names them; else nothing."""
+    names = [result.data.get("clients") for result in results]
+    return list(names[0] or []) if all(one == names[0] for one in names) else []
 
 
 def quirks_of(result: Result) -> list[str]:

@@ -10,9 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from fastfpl.federation import Comparison
 from fastfpl.report.agreement import warnings
-from fastfpl.report.facts import Row, augmentations, captions, details, rows, subject
+from fastfpl.report.facts import (
+    Row,
+    augmentations,
+    captions,
+    client_means,
+    details,
+    rows,
+    subject,
+)
 from fastfpl.report.published import published
-from fastfpl.report.runs import each, group_names
+from fastfpl.report.runs import each, group_names, named_clients, runs
 from fastfpl.report.words import NONE, duration, listed, percent, rate, size
 from fastfpl.terminal import plain
 
@@ -360,7 +368,8 @@ def csv_table(comparisons: Comparison | Sequence[Comparison]) -> str:
     """Write the figures unrounded: accuracies in [0, 1], bytes, seconds; empty where none.
 
     Several comparisons stand below each other, told apart by a first column ``task``. A text that
-    a spreadsheet would take for a formula begins with an apostrophe.
+    a spreadsheet would take for a formula begins with an apostrophe. Clients that the data set
+    names have a column each, where there is one comparison.
     """
     columns = (
         "method",
@@ -380,12 +389,16 @@ def csv_table(comparisons: Comparison | Sequence[Comparison]) -> str:
     )
     all_of = each(comparisons)
     several = len(all_of) > 1
+    # clients of several tasks share no columns
+    clients = [] if several else named_clients(runs(all_of[0]))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*(["task"] * several), *columns])
+    named = [_cell(f"accuracy of {client}") for client in clients]
+    writer.writerow([*(["task"] * several), *columns, *named])
     for name, comparison in zip(group_names(all_of), all_of, strict=True):
         for row in rows(comparison):
             values = [*([name] * several), *(getattr(row, column) for column in columns)]
+            values += client_means(comparison.results[row.method]) if clients else []
             writer.writerow([_cell(v) if isinstance(v, str) else v for v in values])
     return out.getvalue()
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
+from fastfpl.data import scheme_of
+
 __all__ = ["NONE", "count", "duration", "listed", "percent", "public", "rate", "size"]
 
 #: Stands where there is no figure or value: an en dash.
@@ -70,7 +72,10 @@ def public(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(public(v) for v in value) or NONE
     text = str(value)
-    if _ABSOLUTE.match(text):
-        last = PureWindowsPath(PurePosixPath(text).name).name
-        return f"…/{last}"
+    # of one's own images the place may be a path too
+    scheme = scheme_of(text)
+    before, place = ("", text) if scheme is None else (f"{scheme}:", text[len(scheme) + 1 :])
+    if _ABSOLUTE.match(place):
+        last = PureWindowsPath(PurePosixPath(place).name).name
+        return f"{before}…/{last}"
     return text

@@ -182,7 +182,8 @@ def _joined(
     domain = _domain(trained, dataset, train.domains[shard.train])
     other = stranger(method, now, name, domain)
     one = join(trainer, now, number, name, domain, participations)
-    before, after = (c.answers(exam, number, 0).accuracy for c in (other, one))
+    figures = [c.answers(exam, number, 0).accuracy for c in (other, one)]
+    before, after = (figure for figure in figures if figure is not None)  # it has test images
     found = Adapted(name, len(shard.train), len(shard.test), before, after, one.loss)
     about = {
         "dataset": dataset.name,

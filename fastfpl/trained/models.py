@@ -18,9 +18,23 @@ from fastfpl.config import Settings
 from fastfpl.data.loader import Workers
 from fastfpl.errors import Damaged, FastfplError, InputError, Missing, NotSupported, cut, shown
 from fastfpl.features import FeatureStore, TextFeatures
-from fastfpl.federation.checkpoint import CHECKPOINT, Checkpoint, read_checkpoint
+from fastfpl.federation.checkpoint import (
+    CHECKPOINT,
+    METHOD_SOURCE,
+    Checkpoint,
+    check_source,
+    origin_of,
+    read_checkpoint,
+)
 from fastfpl.federation.models import answers_with
-from fastfpl.methods import Method, State, check_options, find_method
+from fastfpl.methods import (
+    Method,
+    State,
+    check_options,
+    find_method,
+    method_names,
+    method_source,
+)
 from fastfpl.released import as_released
 from fastfpl.trained.joined import joined_names, read_joined
 from fastfpl.trained.predictions import Client
@@ -242,7 +256,8 @@ def load(
     Damaged
         If a file is truncated, changed, or of another version of the format.
     InputError
-        If the round is not kept, or the CLIP has other weights than the run's.
+        If the round is not kept, the CLIP has other weights than the run's, or its method came
+        from outside the library and is not known, or is another one now.
 
     Warns
     -----
@@ -258,6 +273,7 @@ def load(
             f"{OP}: round must be the last that was played, {last}; got {shown(round)}: a folder "
             "keeps no other"
         )
+    _check_method(place, kept)
     try:
         settings = Settings.model_validate_json(json.dumps(kept.settings))
         check_options(settings.method, settings.options)
@@ -300,6 +316,20 @@ def _read(folder: Path, device: torch.device) -> Checkpoint:
             stacklevel=3,
         )
     return found
+
+
+def _check_method(folder: Path, found: Checkpoint) -> None:
+    """Refuse a method from outside that is not known here, or is another one."""
+    then, name = found.facts.get(METHOD_SOURCE), str(found.facts.get("method"))
+    if then is None:
+        return
+    if name not in method_names():
+        raise InputError(
+            f"{OP}: the method of {folder}, {cut(name)}, must be known; it is "
+            f"{origin_of(then)}: hand its class or path/to/file.py:Class to "
+            "fastfpl.methods.method_name before"
+        )
+    check_source(OP, folder, {"facts": found.facts}, method_source(name))
 
 
 def _instead(folder: Path) -> str:

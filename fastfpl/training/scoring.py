@@ -50,13 +50,15 @@ class Scores:
         return len(self.labels)
 
     @property
-    def accuracy(self) -> float:
-        """Share of right answers in [0, 1]."""
-        return self.correct / self.images
+    def accuracy(self) -> float | None:
+        """Share of right answers in [0, 1]; None without an image."""
+        return self.correct / self.images if self.images else None
 
     @property
-    def macro_f1(self) -> float:
-        """Mean F1 over the classes that occur among the labels, in [0, 1]."""
+    def macro_f1(self) -> float | None:
+        """Mean F1 over the classes that occur among the labels, in [0, 1]; None of no image."""
+        if not self.images:
+            return None
         classes = max(int(self.labels.max()), int(self.answers.max())) + 1
         right = np.bincount(self.labels[self.answers == self.labels], minlength=classes)
         asked = np.bincount(self.labels, minlength=classes)
@@ -76,21 +78,27 @@ def score(
     *,
     trial: bool = False,
 ) -> dict[int, Scores]:
-    """Evaluate a cohort, each client on its own test images over all C classes.
+    """Evaluate a cohort, each client on its own test images over all C classes; some may have none.
 
     Text features are encoded once; a down and own of one row serve all members (a global model).
     So many images are scored at once as 64 MiB hold of their features and of what stands between
     these and the logits, or the limit around (`fastfpl.ops.memory`) if it is lower. A ``trial``
     scores no more than these of every client, to see what it needs.
     """
+    asked = [client for client in members if len(images[client])]
+    there = set(asked)
+    result = {client: _unasked(feed) for client in members if client not in there}
+    if not asked:
+        return result
     rows = len(next(iter({**down, **own}.values())))
     trained, fixed = started(method, down, own, rows, training=False)
     text = method.text(trained, fixed)
     check_text(method, text, rows)
-    count = at_once(method, fixed, feed.batch(images[members[0]][None, :1]))
-    result = {}
+    count = at_once(method, fixed, feed.batch(images[asked[0]][None, :1]))
     shared: dict[bytes, Scores] = {}
     for u, client in enumerate(members):
+        if client not in there:
+            continue
         at = u if text.shape[0] > 1 else 0
         # one model and one list of images: one answer
         key = images[client].tobytes() if text.shape[0] == 1 else None
@@ -119,6 +127,12 @@ def score(
         if key is not None:
             shared[key] = result[client]
     return result
+
+
+def _unasked(feed: Feed) -> Scores:
+    """Return the scores of a client without a test image."""
+    none: Indices = np.zeros(0, dtype=np.int64)
+    return Scores(none, feed.split.labels[none], feed.split.domains[none])
 
 
 def at_once(method: Method, fixed: State, image: Tensor) -> int:

@@ -1,0 +1,1 @@
+"""Folders that `fastfpl new` writes: every file ends with ``.txt`` here, and is named there."""

@@ -1,0 +1,71 @@
+"""Folders of images as a person has them: emoji-like drawings of several vendors."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fastfpl.data import load_dataset
+
+__all__ = ["VENDORS", "WORDS", "draw", "save", "table", "tree", "vendors"]
+
+VENDORS = ("apple", "google", "samsung", "twitter")
+#: folder -> a class of the glyphs that is drawn in it
+WORDS = {"red_heart": "heart", "crescent_moon": "crescent moon", "house_building": "house"}
+
+
+@cache
+def _glyphs() -> Any:
+    return load_dataset("glyphs")
+
+
+def draw(word: str, style: int, number: int) -> np.ndarray:
+    """Draw a thing in one of six styles, each number another drawing."""
+    glyphs = _glyphs()
+    split = glyphs.train
+    label = glyphs.classnames.index(word)
+    mine = np.flatnonzero((split.labels == label) & (split.domains == style))
+    return np.asarray(split.images(mine[number : number + 1])[0])
+
+
+def save(path: Path, number: int = 0, size: tuple[int, int] = (9, 7)) -> Path:
+    """Write a small image that differs from those of other numbers, whatever the suffix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(number).integers(0, 256, (*size, 3), dtype=np.uint8)
+    with open(path, "wb") as file:
+        Image.fromarray(pixels).save(file, format="PNG")
+    return path
+
+
+def tree(folder: Path, *paths: str) -> Path:
+    """Write small images at paths, all of them different."""
+    for number, path in enumerate(paths):
+        save(folder / path, number)
+    return folder
+
+
+def vendors(folder: Path, each: int = 6, words: Mapping[str, str] = WORDS) -> Path:
+    """Write ``vendor/class/N.png``, drawn in a style a vendor."""
+    for style, vendor in enumerate(VENDORS):
+        for name, word in words.items():
+            (folder / vendor / name).mkdir(parents=True)
+            for number in range(each):
+                image = Image.fromarray(draw(word, style, number))
+                image.save(folder / vendor / name / f"{number}.png")
+    return folder
+
+
+def table(path: Path, rows: Sequence[Mapping[str, str]]) -> Path:
+    """Write a manifest whose first row names the columns."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        delimiter = "\t" if path.suffix == ".tsv" else ","
+        writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
