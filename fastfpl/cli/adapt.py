@@ -9,7 +9,7 @@ import click
 
 from fastfpl.cli.flags import Count, Place
 from fastfpl.cli.names import Name
-from fastfpl.cli.predict import DEVICE, RUN
+from fastfpl.cli.predict import DEVICE, METHOD, RUN
 from fastfpl.cli.screen import progress
 from fastfpl.terminal import say
 
@@ -28,6 +28,7 @@ from fastfpl.terminal import say
     help="rounds that it takes part in  [as many as the method needs]",
 )
 @click.option("--cache", type=Place(), metavar="FOLDER", help="folder of image features")
+@METHOD
 @DEVICE
 def adapt(
     folder: Path,
@@ -37,6 +38,7 @@ def adapt(
     shots: int | str | None,
     participations: int | None,
     cache: Path | None,
+    method: str | None,
     device: str,
 ) -> None:
     """Let a client that was not there in training join the run in RUN.
@@ -57,6 +59,7 @@ def adapt(
             root=root,
             participations=participations,
             cache=cache,
+            method=method,
             device=device,
             observer=observer,
             **more,

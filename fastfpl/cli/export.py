@@ -8,7 +8,7 @@ import click
 
 from fastfpl.cli.flags import Place
 from fastfpl.cli.names import Name
-from fastfpl.cli.predict import DEVICE, RUN, choose
+from fastfpl.cli.predict import DEVICE, METHOD, RUN, choose
 from fastfpl.terminal import say
 
 
@@ -26,8 +26,11 @@ from fastfpl.terminal import say
     help="what the file holds",
 )
 @click.option("--out", required=True, type=Place(), metavar="FILE", help="must not be there yet")
+@METHOD
 @DEVICE
-def export(folder: Path, client: str | None, kind: str, out: Path, device: str) -> None:
+def export(
+    folder: Path, client: str | None, kind: str, out: Path, method: str | None, device: str
+) -> None:
     """Write the model of one client of the run in RUN to a FILE that others read.
 
     classifier: safetensors of weight (C, D) and logit_scale, a zero-shot head for open_clip's image
@@ -37,4 +40,5 @@ def export(folder: Path, client: str | None, kind: str, out: Path, device: str) 
     from fastfpl.trained import export as write
     from fastfpl.trained import load
 
-    say(str(write(choose(load(folder, device=device), client), kind, out)))
+    trained = load(folder, method=method, device=device)
+    say(str(write(choose(trained, client), kind, out)))

@@ -16,11 +16,16 @@ from fastfpl.terminal import console, say, table
 if TYPE_CHECKING:
     from fastfpl.trained import Client, Model, Prediction
 
-__all__ = ["DEVICE", "RUN", "choose", "predict"]
+__all__ = ["DEVICE", "METHOD", "RUN", "choose", "predict"]
 
 RUN = click.argument("folder", metavar="RUN", type=Place())
 DEVICE = click.option(
     "--device", metavar="auto|cpu|cuda", default="auto", show_default=True, help="of the CLIP"
+)
+METHOD = click.option(
+    "--method",
+    metavar="FILE.py:CLASS",
+    help="of a run whose method came from outside the library",
 )
 
 
@@ -34,6 +39,7 @@ DEVICE = click.option(
 @click.option(
     "--csv", "table_file", type=Place(), metavar="FILE", help="write the same classes to a CSV file"
 )
+@METHOD
 @DEVICE
 def predict(
     folder: Path,
@@ -41,6 +47,7 @@ def predict(
     client: str | None,
     top: int,
     table_file: Path | None,
+    method: str | None,
     device: str,
 ) -> None:
     """Classify IMAGEs, files or folders of files, by what the run in RUN has trained.
@@ -53,7 +60,7 @@ def predict(
 
     if top < 1:
         raise InputError(f"fastfpl predict: top must be at least 1; got {top}")
-    said = choose(load(folder, device=device), client).predict(list(images))
+    said = choose(load(folder, method=method, device=device), client).predict(list(images))
     if table_file is not None:
         content = _csv(said, top)
 

@@ -21,7 +21,8 @@ def rehearse(examiner: Examiner, now: Round) -> None:
     trainer = examiner.trainer
     method, feed, images = trainer.method, trainer.feed, trainer.images
     server, own = now.server, dict[str, Tensor]()
-    counts = {c: len(mine) for c, mine in images.items()}
+    # who comes later trains alone, and uploads to nobody
+    counts = {c: len(mine) for c, mine in images.items() if c < examiner.clients}
     one = max(counts, key=lambda c: counts[c])
     last = trainer.settings.rounds - 1
     for round_ in sorted({0, 1, last}) if feed is not None else (0,):

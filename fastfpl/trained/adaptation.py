@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from fastfpl.data import Dataset, Shard, load_dataset, partition
+from fastfpl.data import Dataset, Images, Shard, Split, load_dataset, partition
 from fastfpl.data.loader import Workers, choose_workers
 from fastfpl.data.names import readable
 from fastfpl.errors import InputError
@@ -21,6 +22,7 @@ from fastfpl.federation.experiment import threads
 from fastfpl.federation.lock import alone_in
 from fastfpl.federation.newcomers import join, stranger
 from fastfpl.federation.server import Round
+from fastfpl.methods import Method
 from fastfpl.ops.precision import without_autocast
 from fastfpl.released import visits_of
 from fastfpl.trained.joined import Joined, check_name, joined_names, write_joined
@@ -68,6 +70,7 @@ def adapt(
     shots: int | None = AS_THE_RUN,
     participations: int | None = None,
     model: Any = None,
+    method: str | type[Method] | None = None,
     device: torch.device | str = "cpu",
     cache: str | Path | None = None,
     observer: Observer = silent,
@@ -84,7 +87,7 @@ def adapt(
         The ``out`` of `fastfpl.run`.
     dataset : str or Dataset
         Its images: the training images are trained on, the test images show what it brought. The
-        classes are those of the run.
+        classes are those of the run, in any order.
     name : str, optional
         What it is asked for by; the data set's name if left out, numbered if that is taken.
         Whatever is drawn for it (FedAPT's key) depends on this and the run's seed.
@@ -95,7 +98,7 @@ def adapt(
     participations : int, optional
         Rounds that it takes part in; as many as the method needs for all that a client has (two for
         pFedMoAP, whose gate trains from the second on, one elsewhere) if left out.
-    model : FrozenCLIP or live CLIP, optional
+    model, method
         See `fastfpl.load`.
     device : torch.device or str
     cache : path, optional
@@ -113,12 +116,12 @@ def adapt(
         If the classes are not the run's, the name is taken or no file's, the method trains nothing,
         another process is at work in the folder, or it cannot be written to.
     """
-    trained = load(folder, model=model, device=device)
-    settings, method = trained.settings, trained.method
-    if not method.trains:
+    trained = load(folder, model=model, method=method, device=device)
+    settings = trained.settings
+    if not trained.method.trains:
         raise InputError(
-            f"{OP}: the run must be of a method that trains; got {method.name}, with which every "
-            "client answers alike"
+            f"{OP}: the run must be of a method that trains; got {settings.method}, with which "
+            "every client answers alike"
         )
     if visits_of(settings.as_released, settings.schedule, settings.lr) is not None:
         raise InputError(
@@ -133,7 +136,7 @@ def adapt(
     if isinstance(dataset, str):
         place = None if root is None else Path(root)
         dataset = load_dataset(dataset, place, on_corrupt=settings.on_corrupt)
-    _same_classes(trained, dataset.classnames)
+    dataset = _with_classes_of(trained, dataset)
     chosen = settings.shots if shots == AS_THE_RUN else shots
     with alone_in(Path(folder)) as held, threads(settings.threads), without_autocast():
         name = _free(trained, dataset.name) if name is None else name
@@ -222,24 +225,47 @@ def _shard(trained: Model, dataset: Dataset, shots: int | None) -> Shard:
     return Shard(train, every)
 
 
-def _same_classes(trained: Model, classnames: Sequence[str]) -> None:
-    """Refuse other classes than those that were trained, or in another order."""
-    names = tuple(readable(name) for name in classnames)
-    mine = tuple(readable(name) for name in trained.classnames)
+class _Renumbered(Split):
+    """A split whose classes have other numbers; the images are the same, and so are their features.
+
+    Parameters
+    ----------
+    split : Split
+    numbers : ndarray, shape (C,), int64
+        New number of each class.
+    """
+
+    def __init__(self, split: Split, numbers: npt.NDArray[np.int64]) -> None:
+        self.labels, self.domains = numbers[split.labels], split.domains
+        self.fingerprint = split.fingerprint
+        self._split = split
+
+    def images(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> Images:
+        """Return RGB images; see `Split.images`."""
+        return self._split.images(indices)
+
+
+def _with_classes_of(trained: Model, dataset: Dataset) -> Dataset:
+    """Give classes the numbers that the run has for them; refuse those that were not trained."""
+    names = [readable(name) for name in dataset.classnames]
+    mine = [readable(name) for name in trained.classnames]
     if names == mine:
-        return
-    rule = f"{OP}: dataset must have the run's {len(mine)} classes in their order; got "
+        return dataset
     lacking = [name for name in mine if name not in names]
     further = [name for name in names if name not in mine]
     if lacking or further:
         parts = [
             f"{what} {', '.join(map(repr, some[:3]))}{', ...' * (len(some) > 3)}"
-            for what, some in (("none of", lacking), ("besides", further))
+            for what, some in (("without", lacking), ("besides", further))
             if some
         ]
-        raise InputError(f"{rule}{len(names)} with {', '.join(parts)}")
-    first = next(c for c, (a, b) in enumerate(zip(names, mine, strict=True)) if a != b)
-    raise InputError(f"{rule}{names[first]!r} at {first}, where the run has {mine[first]!r}")
+        raise InputError(
+            f"{OP}: dataset must have the {len(mine)} classes of the run, in any order; got "
+            f"{len(names)}, {', '.join(parts)}"
+        )
+    numbers = np.array([mine.index(name) for name in names], dtype=np.int64)
+    train, test = (_Renumbered(split, numbers) for split in (dataset.train, dataset.test))
+    return replace(dataset, classnames=trained.classnames, train=train, test=test)
 
 
 def _domain(trained: Model, dataset: Dataset, domains: Any) -> int | None:

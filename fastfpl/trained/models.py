@@ -32,6 +32,7 @@ from fastfpl.methods import (
     State,
     check_options,
     find_method,
+    method_name,
     method_names,
     method_source,
 )
@@ -230,6 +231,7 @@ def load(
     round: int | None = None,
     *,
     model: Any = None,
+    method: str | type[Method] | None = None,
     device: torch.device | str = "cpu",
 ) -> Model:
     """Load what a run has trained, from its folder alone.
@@ -242,6 +244,9 @@ def load(
         As ``result.json`` numbers them, from 0. A folder keeps its last round alone.
     model : FrozenCLIP or live CLIP, optional
         The CLIP of the run, in place of loading it again. A run over a live model needs it.
+    method : str or type of Method, optional
+        Of a run whose method came from outside the library: its class, ``path/to/mine.py:MyMethod``
+        or ``package.module:MyMethod``.
     device : torch.device or str
         ``cpu``, ``cuda`` or ``auto``; that of a `FrozenCLIP` which is handed over is its own.
 
@@ -264,6 +269,8 @@ def load(
     UserWarning
         If another version of fastfpl wrote the run: what it computes may differ.
     """
+    if method is not None:
+        method_name(method, OP)
     place = Path(folder)
     where = choose_device(str(device))
     kept = _read(place, model.device if isinstance(model, FrozenCLIP) else where)
@@ -326,8 +333,8 @@ def _check_method(folder: Path, found: Checkpoint) -> None:
     if name not in method_names():
         raise InputError(
             f"{OP}: the method of {folder}, {cut(name)}, must be known; it is "
-            f"{origin_of(then)}: hand its class or path/to/file.py:Class to "
-            "fastfpl.methods.method_name before"
+            f"{origin_of(then)}: name it by method=, --method on the command line, as a class "
+            "or path/to/file.py:Class"
         )
     check_source(OP, folder, {"facts": found.facts}, method_source(name))
 
