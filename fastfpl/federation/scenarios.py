@@ -111,7 +111,10 @@ class Scenario:
                 continue
             names = self.names
             if settings.partition == "domain":  # numbers in tables, which say little here
-                names = tuple(f"{u} ({name})" for u, name in enumerate(self.dataset.domains))
+                held = [
+                    self.dataset.train.domains[s.train[0]] for s in (*self.shards, *self.newcomers)
+                ]
+                names = tuple(f"{u} ({self.dataset.domains[d]})" for u, d in enumerate(held))
             who = listed_clients(lacking, names)
             if len(lacking) == len(question.images):
                 raise InputError(
