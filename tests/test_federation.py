@@ -623,6 +623,7 @@ ELSEWHERE = {
     *("scenario", "target", "target_root", "sampling", "dropout"),  # test_scenarios
     "transductive",  # test_fedapt_unsupervised
     *("layout", "columns", "digest"),  # test_own_images
+    "unseen",  # test_adapt
 }
 
 
