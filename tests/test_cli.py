@@ -736,7 +736,7 @@ def test_every_setting_is_in_one_group_of_the_help(capsys: pytest.CaptureFixture
         code, out, _ = call(capsys, command, "--help")
         assert code == 0
         titles = [line for line in out.splitlines() if re.fullmatch(r"[A-Z][a-zA-Z, ]+:", line)]
-        assert titles == ["Options:", *(f"{title}:" for title in GROUPS)]
+        assert titles == ["Options:", *(f"{title}:" for title in GROUPS), "Methods:"]
         for inner in ("_COUNT", "INTEGER", "FLOAT", "BOOLEAN", "TEXT", "handbook"):
             assert inner not in out
         assert "--shots N|all " in out

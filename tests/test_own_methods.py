@@ -181,8 +181,6 @@ def test_a_class_in_a_file_runs_resumes_and_is_reported(tmp_path, file, capsys):
     assert head["facts"]["method_source"]["class"] == "Mine"
     # other source is another method
     file.write_text(MINE.replace("as PromptFL", "as PromptFL, almost"))
-    for name in [name for name in sys.modules if name.startswith("fastfpl_own_")]:
-        del sys.modules[name]
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         main([*first, "--rounds", "3", "--resume"])
@@ -192,6 +190,25 @@ def test_a_class_in_a_file_runs_resumes_and_is_reported(tmp_path, file, capsys):
         r"Mine of mine.py, source [0-9a-f]{12}: put its source back, or use another out",
         capsys.readouterr().err,
     )
+
+
+def test_a_file_that_is_edited_is_read_again_but_not_in_the_middle_of_a_run(tmp_path, file):
+    spec, cache = f"{file}:Mine", tmp_path / "cache"
+    first = find_method(method_name(spec))
+    assert find_method(method_name(spec)) is first
+
+    def edit(label, row):
+        file.write_text(MINE + f"# {label}\n")
+
+    out = tmp_path / "run"
+    result = fastfpl.run(spec, **TINY_RUN, out=out, cache=cache, on_round=edit)
+    assert result.data["method_source"] == source_of(first)
+    assert json.loads((out / "checkpoint.json").read_text())["facts"]["method_source"] == source_of(
+        first
+    )
+    second = find_method(method_name(spec))
+    assert second is not first
+    assert source_of(second) != source_of(first)
 
 
 def test_it_is_compared_profiled_and_shown_by_its_file(tmp_path, file, monkeypatch, capsys):

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -35,6 +36,8 @@ KNOWN: dict[str, type[Method]] = {}
 
 # what files are called among modules, so that none hides a module of its name
 _PREFIX = "fastfpl_own_"
+# module of a file -> where it lies and what it held when it was imported
+_READ: dict[str, tuple[Path, bytes]] = {}
 # what a table, a folder and a command line can hold
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,79}")
 
@@ -133,6 +136,7 @@ def installed(op: str, name: str) -> type[Method]:
     return kind
 
 
+@cache
 def source_of(kind: type[Method]) -> dict[str, str]:
     """Say where a method from outside came from.
 
@@ -141,7 +145,8 @@ def source_of(kind: type[Method]) -> dict[str, str]:
     dict
         ``class``: its qualified name; ``module``: the module's, or of a file its name;
         ``blake2b``: a digest of the source. That is of the whole file, for a class may use all of
-        it; of a program that is run itself, and of a notebook, of the class alone.
+        it; of a program that is run itself, and of a notebook, of the class alone. What it was
+        when it was first asked for: a file may be edited while a run lasts.
     """
     module = kind.__module__
     file = getattr(sys.modules.get(module), "__file__", None)
@@ -163,14 +168,17 @@ def _from_file(op: str, path: Path) -> Any:
     if not path.is_file():
         raise Missing(f"{op}: method must be in a file that is there; got {path}")
     name = _PREFIX + re.sub(r"\W", "_", path.stem)
+    content = path.read_bytes()
     known = sys.modules.get(name)
-    if known is not None and Path(str(known.__file__)) == path.resolve():
+    # a file that was edited since, as beside a notebook, is another one
+    if known is not None and _READ.get(name) == (path.resolve(), content):
         return known
     spec = importlib.util.spec_from_file_location(name, path.resolve())
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    _READ[name] = path.resolve(), content
     _beside(path.resolve().parent)
     try:
         spec.loader.exec_module(module)
