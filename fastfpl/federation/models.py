@@ -111,6 +111,12 @@ class Models:
                 f"fastfpl.load_models: client must be one of the {self.clients}; got {client}"
             )
         kept = self.checkpoint
+        if kept.facts.get("engine") == "flower" and kept.facts.get("private"):
+            raise InputError(
+                f"fastfpl.load_models: the run must keep its clients' states in its folder; got "
+                f"one on Flower, where what clients of {method.name} keep stays with them; ask "
+                "there, or use a method with one model for all"
+            )
         down, own = answers_with(
             method, kept.server, kept.clients, kept.downloads, client, len(kept.rounds)
         )

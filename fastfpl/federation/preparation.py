@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from fastfpl.training.graphs import step_graphs
 from fastfpl.training.preparation import choose_device, load_model, make_eye, make_task
 from fastfpl.training.trainer import Trainer
 
-__all__ = ["Plan", "plan", "prepare", "weigh"]
+__all__ = ["Plan", "plan", "prepare", "settled", "weigh"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +85,40 @@ def plan(
     datasets : dict, optional
         What was loaded for other plans; gets what is loaded for this one.
     """
+    settings, kind, options = settled(settings, model)
+    device = choose_device(settings.device)
+    if model is None and settings.clip != "tiny":
+        known(settings.clip)
+    datasets = {} if datasets is None else datasets
+    place = settings.dataset, settings.root, settings.on_corrupt
+    if place not in datasets:
+        root = None if settings.root is None else Path(settings.root)
+        datasets[place] = load_dataset(settings.dataset, root, on_corrupt=settings.on_corrupt)
+    dataset = datasets[place]
+    if settings.statistics == "dataset" and dataset.statistics is None:
+        raise InputError(
+            f"fastfpl.run: statistics must be 'clip' for {dataset.name}, which has none of its "
+            "own; got 'dataset'"
+        )
+    scenario = arrange(settings, dataset, lambda mine: _deal(settings, mine))
+    if changes_data(settings.as_released):
+        quirks = settings.as_released
+        scenario = personal(*disturbed(scenario.dataset, scenario.shards, quirks, settings.seed))
+    if settings.transductive:
+        scenario = scenario.transductive()
+    if settings.sampling == "domain" and scenario.client_domains is None:
+        raise InputError(
+            "fastfpl.run: sampling must be 'uniform' where a client holds several domains; got "
+            f"'domain' with partition={settings.partition!r}; use partition=domain or "
+            "domain-dirichlet"
+        )
+    return Plan(settings, kind, options, device, dataset, scenario)
+
+
+def settled(
+    settings: Settings, model: FrozenCLIP | None = None
+) -> tuple[Settings, type[Method], dict[str, Any]]:
+    """Refuse what can be refused without data: (settings with quirks by name, method, options)."""
     kind = find_method(settings.method)
     options = check_options(settings.method, settings.options)
     quirks = choose_quirks(settings.as_released, settings.method, settings.model_dump(), options)
@@ -108,32 +143,7 @@ def plan(
         settings = settings.model_copy(
             update={**used, "dtype": str(model.dtype).removeprefix("torch.")}
         )
-    device = choose_device(settings.device)
-    if model is None and settings.clip != "tiny":
-        known(settings.clip)
-    datasets = {} if datasets is None else datasets
-    place = settings.dataset, settings.root, settings.on_corrupt
-    if place not in datasets:
-        root = None if settings.root is None else Path(settings.root)
-        datasets[place] = load_dataset(settings.dataset, root, on_corrupt=settings.on_corrupt)
-    dataset = datasets[place]
-    if settings.statistics == "dataset" and dataset.statistics is None:
-        raise InputError(
-            f"fastfpl.run: statistics must be 'clip' for {dataset.name}, which has none of its "
-            "own; got 'dataset'"
-        )
-    scenario = arrange(settings, dataset, lambda mine: _deal(settings, mine))
-    if changes_data(quirks):
-        scenario = personal(*disturbed(scenario.dataset, scenario.shards, quirks, settings.seed))
-    if settings.transductive:
-        scenario = scenario.transductive()
-    if settings.sampling == "domain" and scenario.client_domains is None:
-        raise InputError(
-            "fastfpl.run: sampling must be 'uniform' where a client holds several domains; got "
-            f"'domain' with partition={settings.partition!r}; use partition=domain or "
-            "domain-dirichlet"
-        )
-    return Plan(settings, kind, options, device, dataset, scenario)
+    return settings, kind, options
 
 
 def weigh(planned: Plan, model: FrozenCLIP) -> None:
@@ -162,6 +172,7 @@ def prepare(
     model: FrozenCLIP | None = None,
     cache: Path | None = None,
     observer: Observer = silent,
+    members: Sequence[int] | None = None,
 ) -> Federation:
     """Load, partition and encode what the settings name.
 
@@ -174,6 +185,9 @@ def prepare(
         Folder of the feature store.
     observer : callable
         Told of long steps.
+    members : sequence of int, optional
+        Clients that train and are asked here, all of them if left out; of others no image is
+        encoded.
     """
     planned = settings if isinstance(settings, Plan) else plan(settings, model=model)
     settings, kind, options = planned.settings, planned.kind, planned.options
@@ -207,14 +221,15 @@ def prepare(
         for one, training in ((method, True), *((m, False) for _, m in exams)):
             one.text(*one.start(down, {}, training=training))
     method.task.text_features.clear()
-    train_rows = np.unique(np.concatenate([s.train for s in scenario.shards]))
+    here = range(len(scenario.shards)) if members is None else sorted(members)
+    train_rows = np.unique(np.concatenate([scenario.shards[c].train for c in here]))
     trainer = Trainer(
         settings=settings,
         method=method,
         feed=training_feed(eye, scenario.dataset.train, train_rows, settings, paired=kind.paired)
         if kind.trains
         else None,
-        images={client: shard.train for client, shard in enumerate(scenario.shards)},
+        images={client: scenario.shards[client].train for client in here},
         observer=observer,
         graphs=graphs,
         budget=budget,
@@ -227,7 +242,10 @@ def prepare(
                 question.about,
                 asked,
                 evaluation_feed(
-                    eye, question.split, "test", np.unique(np.concatenate(question.images))
+                    eye,
+                    question.split,
+                    "test",
+                    np.unique(np.concatenate([question.images[c] for c in here])),
                 ),
                 question.images,
                 question.domains,
@@ -235,6 +253,7 @@ def prepare(
             for question, asked in exams
         ],
         len(scenario.shards),
+        here,
     )
     if budget is not None:
         budget.settle()

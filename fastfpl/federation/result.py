@@ -77,6 +77,11 @@ class Result:
         ``changed`` (setting, or METHOD.OPTION, to the preset's value and the run's), and what was
         ``published`` for the run's data set and method: for each table ``source``, ``cautions``,
         ``where`` (settings of the table's own) and ``figures``, in per cent as printed.
+    flower : dict or None
+        Of a run over a network (docs/flower.md): its ``rules``, the ``version`` of flwr, how many
+        clients' answers were ``refused``, ``failed`` or ``absent`` in all, and what
+        ``stays_with_clients``. Its rounds have a row ``flower`` of their own, and None in the
+        ``clients`` of an exam for one that did not answer.
     """
 
     method: str
@@ -89,6 +94,7 @@ class Result:
     data: dict[str, Any]
     memory: dict[str, Any] | None = None
     preset: dict[str, Any] | None = None
+    flower: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of ``result.json``."""
@@ -103,6 +109,7 @@ class Result:
             "final": self.final,
             "peak_memory_bytes": self.peak_memory_bytes,
             "memory": self.memory,
+            **({} if self.flower is None else {"flower": self.flower}),
         }
 
     def save(self, folder: Path) -> None:
@@ -142,7 +149,8 @@ def summarise(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     accuracies = [float(row["accuracy"]) for row in evaluated]
     last = evaluated[-1]
     mean = accuracies[-1]
-    spread = math.fsum((a - mean) ** 2 for a in last["clients"]) / len(last["clients"])
+    each = [a for a in last["clients"] if a is not None]
+    spread = math.fsum((a - mean) ** 2 for a in each) / len(each)
     tail = accuracies[-5:]
     exams = {name: float(exam["accuracy"]) for name, exam in last["exams"].items()}
     headline = next(iter(last["exams"].values()))

@@ -30,7 +30,7 @@ class _Part(BaseModel):
 class _Exam(_Part):
     accuracy: _Share
     macro_f1: _Share
-    clients: list[_Share] = Field(min_length=1)
+    clients: list[_Share | None] = Field(min_length=1)
     domains: dict[_Name, _Share]
 
 
@@ -39,7 +39,7 @@ class Row(_Part):
 
     round: _Count
     accuracy: _Share | None
-    clients: list[_Share]
+    clients: list[_Share | None]
     exams: dict[_Name, _Exam]
     selected: list[_Count]
     lost: list[_Count]
@@ -107,6 +107,15 @@ class _Preset(_Part):
     published: list[_Published]
 
 
+class _Flower(_Part):
+    rules: dict[_Name, Any]
+    version: _Text
+    refused: _Count
+    failed: _Count
+    absent: _Count
+    stays_with_clients: list[_Text]
+
+
 class _Result(_Part):
     model_config = ConfigDict(extra="forbid")
 
@@ -120,6 +129,7 @@ class _Result(_Part):
     data: _Data
     memory: dict[str, Any] | None = None
     preset: _Preset | None = None
+    flower: _Flower | None = None
 
     @model_validator(mode="after")
     def _agree(self) -> _Result:
@@ -141,6 +151,11 @@ class _Result(_Part):
             if any(len(exam.clients) != clients for exam in row.exams.values()) or (
                 evaluated and len(row.clients) != clients
             ):
+                raise ValueError(f"round {row.round} must have an accuracy of {clients} clients")
+            answers = [exam.clients for exam in row.exams.values()]
+            if evaluated and any(all(a is None for a in each) for each in answers):
+                raise ValueError(f"round {row.round} must have the accuracy of a client")
+            if self.flower is None and any(None in each for each in answers):
                 raise ValueError(f"round {row.round} must have an accuracy of {clients} clients")
             if any(client >= clients for client in (*row.selected, *row.lost)):
                 raise ValueError(f"round {row.round} must name clients from 0 to {clients - 1}")

@@ -17,7 +17,16 @@ from fastfpl.report.facts import augmentations, captions, dealt, details, rows, 
 from fastfpl.report.load import run_folder
 from fastfpl.report.plots import accuracy_plot, clients_plot, curve
 from fastfpl.report.published import published
-from fastfpl.report.runs import clients_of, each, group_names, quirks_of, runs, setting, trains
+from fastfpl.report.runs import (
+    clients_of,
+    each,
+    evaluations,
+    group_names,
+    quirks_of,
+    runs,
+    setting,
+    trains,
+)
 from fastfpl.report.table import INCOMPLETE, REFUSAL, UNEQUAL, cells, headings
 from fastfpl.report.words import NONE, count, listed, percent, public, size
 from fastfpl.terminal import plain
@@ -199,7 +208,9 @@ def _clients(comparison: Comparison) -> list[dict[str, Any]]:
             for method, results in _all(comparison)
         }
         there = [r for r in mine.values() if r is not None]
-        accuracy = {m: [] if r is None else clients_of(r) for m, r in mine.items()}
+        accuracy = {
+            m: [] if r is None else evaluations(r)[-1]["clients"] for m, r in mine.items()
+        }
         lines = []
         for number in range(max(len(a) for a in accuracy.values())):
             lines.append(
@@ -208,7 +219,10 @@ def _clients(comparison: Comparison) -> list[dict[str, Any]]:
                     "train": _of_client(there, "train_images", number),
                     "test": _of_client(there, "test_images", number),
                     "cells": [
-                        percent(a[number]) if number < len(a) else None for a in accuracy.values()
+                        percent(a[number])
+                        if number < len(a) and a[number] is not None
+                        else None
+                        for a in accuracy.values()
                     ],
                 }
             )

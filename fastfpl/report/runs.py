@@ -60,8 +60,8 @@ def evaluations(result: Result) -> list[dict[str, Any]]:
 
 
 def clients_of(result: Result) -> list[float]:
-    """Accuracy of every client in the last round."""
-    return [float(a) for a in evaluations(result)[-1]["clients"]]
+    """Accuracy of every client in the last round, of those that answered."""
+    return [float(a) for a in evaluations(result)[-1]["clients"] if a is not None]
 
 
 def quirks_of(result: Result) -> list[str]:
