@@ -12,6 +12,7 @@ from fastfpl import __version__
 from fastfpl.cli.compare import compare
 from fastfpl.cli.data import data
 from fastfpl.cli.doctor import doctor
+from fastfpl.cli.flower import flower
 from fastfpl.cli.methods import methods
 from fastfpl.cli.presets import presets
 from fastfpl.cli.profile import profile
@@ -65,5 +66,6 @@ def group() -> None:
     """Federated prompt learning of CLIP: exact, tested, fast."""
 
 
-for _command in (run, compare, profile, report, methods, presets, quirks, doctor, data):
+_COMMANDS = (run, compare, profile, flower, report, methods, presets, quirks, doctor, data)
+for _command in _COMMANDS:
     group.add_command(_command)

@@ -126,7 +126,7 @@ def site_of(run: Mapping[str, Any], node: Mapping[str, Any]) -> Site:
         raise InputError(
             "fastfpl.flower: state-dir must name a folder in the node's configuration; got "
             f"{shown(folder)}; start the SuperNode with --node-config 'client={client} "
-            "state-dir=\"...\"'"
+            'state-dir="..."\''
         )
     own = {key: node[key] for key in ("root", "pretrained", "device", "threads") if key in node}
     values = {**settings.model_dump(), **own}
@@ -197,13 +197,17 @@ class GridPost:
             for n in nodes
         ]
         numbers = list(self._grid.push_messages(messages))
-        # what could not be delivered has no number, and is as good as absent
-        return {number: n for number, n in zip(numbers, nodes, strict=True) if number}
+        if len(numbers) != len(nodes):  # the SuperLink could not be reached
+            return {f"unsent {n}": n for n in nodes}
+        # what is not delivered has no number, and is as good as absent
+        return {number or f"unsent {n}": n for number, n in zip(numbers, nodes, strict=True)}
 
     def fetch(self, numbers: Sequence[str]) -> Sequence[tuple[str, Letter | str]]:
         """Return the answers that are there."""
         found: list[tuple[str, Letter | str]] = []
-        for message in self._grid.pull_messages(numbers):
+        sent = [number for number in numbers if not number.startswith("unsent ")]
+        found += [(n, "Flower did not deliver the letter") for n in numbers if n not in sent]
+        for message in self._grid.pull_messages(sent) if sent else ():
             number = message.metadata.reply_to_message_id
             if message.has_error():
                 error = message.error
@@ -240,9 +244,7 @@ def server_app() -> Any:
         settings, rules = _run_settings(config)
         out = config.get("out")
         if not isinstance(out, str) or not out:
-            raise InputError(
-                f"fastfpl.flower: out of the run must name a folder; got {shown(out)}"
-            )
+            raise InputError(f"fastfpl.flower: out of the run must name a folder; got {shown(out)}")
         serve(
             settings,
             rules,

@@ -232,9 +232,7 @@ def check_marks(
             and one.get("images") == exam["images"]
             and all(_share(one.get(key)) for key in ("accuracy", "macro_f1"))
             and isinstance(one.get("domains"), dict)
-            and all(
-                d in exam["domains"] and _share(share) for d, share in one["domains"].items()
-            )
+            and all(d in exam["domains"] and _share(share) for d, share in one["domains"].items())
         )
         if not good:
             raise Refused(

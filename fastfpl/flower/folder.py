@@ -1,4 +1,4 @@
-"""An app folder that ``flwr run`` accepts: two lines of Python, and the run as its configuration."""
+"""An app folder that ``flwr run`` accepts: two lines of Python, and the run in pyproject.toml."""
 
 from __future__ import annotations
 

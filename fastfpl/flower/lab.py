@@ -27,7 +27,7 @@ from fastfpl.flower.keys import CA, SERVER, SERVER_KEY, check_keys, client_key, 
 from fastfpl.flower.rules import Rules
 from fastfpl.flower.server import read_status
 
-__all__ = ["Lab", "OFFLINE", "up"]
+__all__ = ["OFFLINE", "Lab", "up"]
 
 #: Switches without which Flower's processes look for the network.
 OFFLINE = {
@@ -290,9 +290,7 @@ def up(
     refuse_held(out, resume)
     out = out.absolute()
     folder = out / "flower"
-    lab = Lab(
-        folder, settings.clients, port=port, secure=secure, keys=keys, node=node, cache=cache
-    )
+    lab = Lab(folder, settings.clients, port=port, secure=secure, keys=keys, node=node, cache=cache)
     app = folder / "app"
     if app.exists():
         shutil.rmtree(app)
@@ -300,8 +298,6 @@ def up(
     if resume:
         path = app / "pyproject.toml"
         path.write_text(path.read_text("utf-8").replace("resume = false", "resume = true"), "utf-8")
-    before = _status(out).get("federation") if resume else None
-    del before
     stamp = _stamp(out)
     with standing(lab):
         run = lab.submit(app)

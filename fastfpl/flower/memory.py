@@ -136,7 +136,7 @@ class Memory:
         content = save({name: t.detach().cpu().contiguous() for name, t in state.items()})
         # never the name of a file that the head names: a round may be trained again
         path = self.folder / f"{part}-{round_:05d}-{secrets.token_hex(4)}.safetensors"
-        
+
         def write(beside: Path) -> None:
             beside.write_bytes(content)
 

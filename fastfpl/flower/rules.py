@@ -78,7 +78,7 @@ def make_rules(values: Mapping[str, Any]) -> Rules:
                 f"fastfpl.flower: rule must be a known one; got {shown(key)}"
                 + near(cut(str(key)), known)
             )
-    clean = {
+    clean: dict[str, Any] = {
         key: float(value) if isinstance(value, int) and key not in ("most_bytes",) else value
         for key, value in values.items()
     }

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,12 @@ from fastfpl.federation.exams import joined
 from fastfpl.federation.experiment import RoundObserver, refuse_held, threads, unseen
 from fastfpl.federation.lock import Held, alone_in
 from fastfpl.federation.models import task_of
+from fastfpl.federation.preparation import settled
 from fastfpl.federation.result import environment, forget_peak_memory, peak_memory, summarise
 from fastfpl.federation.sampling import Sampling
 from fastfpl.federation.server import Round
 from fastfpl.federation.shared import DOWNLOADS, TUNED, SharedStates
 from fastfpl.federation.states import CLIENTS, StateFiles
-from fastfpl.federation.preparation import settled
 from fastfpl.files import read_file, write_json
 from fastfpl.flower.checks import (
     Card,
@@ -46,7 +47,7 @@ from fastfpl.flower.checks import (
     expected,
 )
 from fastfpl.flower.identity import differing, digest_of, identity, task_digest
-from fastfpl.flower.letters import SCHEMA, Letter, Refused, digest, pack
+from fastfpl.flower.letters import SCHEMA, Letter, digest, pack
 from fastfpl.flower.merging import check_merging, clipped, robust
 from fastfpl.flower.post import Outcome, Post, exchange
 from fastfpl.flower.rules import Rules
@@ -493,15 +494,18 @@ class Server:
             return update
 
         found = self._reach(
-            "train", now.number, call.selected, self.rules.enough(len(call.selected)), letter, take,
+            "train",
+            now.number,
+            call.selected,
+            self.rules.enough(len(call.selected)),
+            letter,
+            take,
             told,
         )
         for client in sorted(found):
             losses[client] = found[client].loss
             seen += found[client].seen
-        sent, images = robust(
-            self.rules, uploads, {c: self._cards[c].images for c in uploads}
-        )
+        sent, images = robust(self.rules, uploads, {c: self._cards[c].images for c in uploads})
         after = now.after(method, sent, images, {})
         line["selected"] = list(call.selected)
         line["lost"] = sorted(c for c in call.selected if c in call.lost or c not in found)
@@ -556,7 +560,7 @@ class Server:
         Who did not answer, or badly, is sent the same again until patience ends; clients answer
         what they answered before from disk.
         """
-        begin = self.post.now()
+        begin, pause = self.post.now(), 1.0
         found: dict[int, Any] = {}
         while True:
             # one that joined twice meanwhile has two nodes, of which the last one counts
@@ -567,7 +571,7 @@ class Server:
                 letters,
                 kind,
                 round_,
-                lambda node, answer: take(places[node], letters[node], answer),
+                partial(_taken, take, places, letters),
                 need=need - len(found),
                 grace=self.rules.grace,
                 timeout=self.rules.timeout,
@@ -587,7 +591,8 @@ class Server:
                     + (f", the last: {cut(last[-1], 800)}" if last else "")
                     + "; the rounds that ended are kept, go on by resume"
                 )
-            self.post.wait()
+            self._pause(pause)
+            pause = min(2 * pause, 60.0)
             self._greet(self.rules.grace)
         missing = [c for c in clients if c not in found]
         said = {entry["client"] for what in ("refused", "failed") for entry in told[what]}
@@ -595,6 +600,12 @@ class Server:
         told["absent"] += [{"client": c, "asked": kind} for c in absent]
         self._counts["absent"] += len(absent)
         return found
+
+    def _pause(self, seconds: float) -> None:
+        """Wait so long, and no longer than patience."""
+        end = self.post.now() + min(seconds, self.rules.patience)
+        while self.post.now() < end:
+            self.post.wait()
 
     def _letter(self, kind: str, client: int, round_: int, down: State) -> Letter:
         return Letter(
@@ -703,6 +714,17 @@ class Server:
                 ),
             },
         )
+
+
+def _taken(
+    take: Callable[[int, Letter, Letter], Any],
+    places: Mapping[int, int],
+    letters: Mapping[int, Letter],
+    node: int,
+    answer: Letter,
+) -> Any:
+    """Take the answer of a node as that of its client."""
+    return take(places[node], letters[node], answer)
 
 
 def _task_of(card: Card) -> str:

@@ -98,9 +98,7 @@ class Site:
     @cached_property
     def federation(self) -> Federation:
         """The client's own part of the run, ready to train."""
-        return prepare(
-            self.planned, model=self._model, cache=self._cache, members=[self.client]
-        )
+        return prepare(self.planned, model=self._model, cache=self._cache, members=[self.client])
 
     def answer(self, letter: Letter) -> Letter:
         """Answer a letter; what cannot be done is answered by a refusal with its reason."""
@@ -143,9 +141,7 @@ class Site:
                 "kind": "card",
                 "client": self.client,
                 "clients": len(scenario.shards),
-                "identity": identity(
-                    federation.clip, planned.kind, self._named, planned.options
-                ),
+                "identity": identity(federation.clip, planned.kind, self._named, planned.options),
                 "classes": list(scenario.dataset.classnames),
                 "domains": list(scenario.dataset.domains),
                 "client_domains": None if domains is None else list(domains),

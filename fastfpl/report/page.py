@@ -208,9 +208,7 @@ def _clients(comparison: Comparison) -> list[dict[str, Any]]:
             for method, results in _all(comparison)
         }
         there = [r for r in mine.values() if r is not None]
-        accuracy = {
-            m: [] if r is None else evaluations(r)[-1]["clients"] for m, r in mine.items()
-        }
+        accuracy = {m: [] if r is None else evaluations(r)[-1]["clients"] for m, r in mine.items()}
         lines = []
         for number in range(max(len(a) for a in accuracy.values())):
             lines.append(
@@ -219,9 +217,7 @@ def _clients(comparison: Comparison) -> list[dict[str, Any]]:
                     "train": _of_client(there, "train_images", number),
                     "test": _of_client(there, "test_images", number),
                     "cells": [
-                        percent(a[number])
-                        if number < len(a) and a[number] is not None
-                        else None
+                        percent(a[number]) if number < len(a) and a[number] is not None else None
                         for a in accuracy.values()
                     ],
                 }
