@@ -1,4 +1,4 @@
-"""Letters between a server and clients in one process, with a clock of its own and planted faults."""
+"""Letters between a server and clients in one process: its own clock, and planted faults."""
 
 from __future__ import annotations
 

@@ -17,7 +17,9 @@ from fastfpl.errors import Damaged, InputError
 from fastfpl.federation import Result
 from fastfpl.federation.checkpoint import read_checkpoint
 from fastfpl.federation.models import load_models
-from fastfpl.flower.letters import Letter, Packed, digest, pack, unpack
+from fastfpl.federation.preparation import prepare
+from fastfpl.flower.identity import task_digest
+from fastfpl.flower.letters import Letter, digest, pack, unpack
 from fastfpl.flower.memory import Memory
 from fastfpl.flower.rules import make_rules
 from fastfpl.flower.server import read_status, serve
@@ -161,8 +163,6 @@ def train_letter(site, method, round_=0, shift=0.0, **head):
     federation = site.federation
     down = {n: t + shift for n, t in federation.now.download(federation.method, 0).items()}
     task = federation.method.task
-    from fastfpl.flower.identity import task_digest
-
     facts = {
         "schema": 1,
         "kind": "train",
@@ -320,7 +320,7 @@ BAD = {
 @pytest.fixture(scope="module")
 def cards(tmp_path_factory, clip, cache):
     """What clients of a small run say when they join."""
-    settings = settings_of("promptfl", rounds=4)
+    settings = settings_of("promptfl", rounds=4, evaluate_every=50)
     ask = Letter({"schema": 1, "kind": "join", "federation": "ab" * 16})
     sites = sites_of(settings, tmp_path_factory.mktemp("cards"), clip, cache)
     return settings, {client: site.answer(ask) for client, site in sites.items()}
@@ -476,7 +476,9 @@ def test_the_rules_end_a_round(tmp_path, clip, cache, cards):
     asked = [c for c, letter in post.sent if letter.head["kind"] == "train"]
     assert asked == [0, 1, 2, 2]
     assert result.flower["failed"] == 1
-    with pytest.raises(InputError, match=r"3 of 3 clients must answer in round 1 within patience=5"):
+    with pytest.raises(
+        InputError, match=r"3 of 3 clients must answer in round 1 within patience=5"
+    ):
         play(
             settings,
             tmp_path / "e",
@@ -504,11 +506,11 @@ def test_a_client_may_join_late_and_leave(tmp_path, clip, cache):
         if row["round"] == 1:
             del post.sites[0]
 
-    result = play(
-        settings, tmp_path, clip, cache, {"patience": 5.0}, post=post, on_round=then
-    )
+    result = play(settings, tmp_path, clip, cache, {"patience": 5.0}, post=post, on_round=then)
     assert [row["lost"] for row in result.rounds] == [[2], [], [0]]
-    assert [row["clients"].index(None) if None in row["clients"] else -1 for row in result.rounds] == [
+    assert [
+        row["clients"].index(None) if None in row["clients"] else -1 for row in result.rounds
+    ] == [
         2,
         -1,
         0,
@@ -539,10 +541,8 @@ def test_a_server_that_is_killed_resumes(method, tmp_path, clip, cache):
     assert_same(resumed, whole)
 
 
-def test_two_hundred_rounds_with_random_faults_end_where_the_log_says(
-    tmp_path, clip, cache, cards
-):
-    settings = cards[0].model_copy(update={"rounds": 200, "evaluate_every": 50})
+def test_two_hundred_rounds_with_random_faults_end_where_the_log_says(tmp_path, clip, cache, cards):
+    settings = cards[0].model_copy(update={"rounds": 200})
     draw = random.Random(7)
     sites = fakes(cards)
     kills = {40, 41, 133}
@@ -574,10 +574,6 @@ def test_two_hundred_rounds_with_random_faults_end_where_the_log_says(
     assert [len(result.rounds), sorted(log)] == [200, list(range(200))]
     assert any(len(there) < 3 for there in log.values())
     images = {c: site.images for c, site in sites.items()}
-    ctx = fastfpl.run(settings.model_copy(update={"rounds": 1}), model=clip).rounds  # warm nothing
-    assert ctx
-    from fastfpl.federation.preparation import prepare
-
     expected = prepare(settings, model=clip, cache=cache).now.server["ctx"]
     for round_ in range(200):
         there = log[round_]
@@ -671,4 +667,3 @@ def test_a_folder_without_a_networked_run_is_a_sentence(tmp_path):
     (tmp_path / "flower.json").write_text(json.dumps([1]))
     with pytest.raises(Damaged, match="must be what a run on Flower wrote"):
         read_status(tmp_path)
-    assert Packed("float32", (1,), b"")

@@ -20,7 +20,7 @@ __all__ = ["check_merging", "clipped", "only_mean", "robust"]
 
 @torch.no_grad()
 def only_mean(method: Method, server: State, wanted: Expected) -> str | None:
-    """Say why a method's merge is more than the weighted mean of uploads; None if it is no more.
+    """Say why a method's merge is more than a mean of uploads; None if it is no more.
 
     Two drawn uploads are merged, then their mean twice: a merge that keeps or compares single
     uploads tells the two apart.
@@ -38,11 +38,12 @@ def only_mean(method: Method, server: State, wanted: Expected) -> str | None:
             state[name] = torch.randn(shape, generator=draw, dtype=torch.float64).to(dtype)
     device = method.task.classes.tower.device
     uploads = {c: {n: t.to(device) for n, t in s.items()} for c, s in uploads.items()}
-    images = {0: 1, 1: 3}
-    mean = {n: (uploads[0][n].double() + 3 * uploads[1][n].double()) / 4 for n in wanted.sent}
+    # of equal weights: some methods count images, some clients
+    images = {0: 1, 1: 1}
+    mean = {n: (uploads[0][n].double() + uploads[1][n].double()) / 2 for n in wanted.sent}
     same = {n: t.to(uploads[0][n].dtype) for n, t in mean.items()}
     one = method.merge(server, uploads, images, 0)
-    other = method.merge(server, {0: same, 1: same}, {0: 1, 1: 1}, 0)
+    other = method.merge(server, {0: same, 1: same}, images, 0)
     for name, tensor in one.items():
         gap = tensor.double() - other[name].double()
         scale = other[name].double().abs().max() if tensor.numel() else torch.tensor(0.0)
