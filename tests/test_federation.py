@@ -622,6 +622,7 @@ ELSEWHERE = {
     "quick_gelu",  # test_clip
     *("scenario", "target", "target_root", "sampling", "dropout"),  # test_scenarios
     "transductive",  # test_fedapt_unsupervised
+    *("dp_noise", "dp_clip", "dp_delta"),  # test_privacy
 }
 
 

@@ -18,6 +18,7 @@ from fastfpl.errors import InputError
 from fastfpl.features import FeatureStore, TextFeatures
 from fastfpl.federation.checkpoint import settings_facts
 from fastfpl.federation.exams import Exam, Examiner
+from fastfpl.federation.merging import privacy_of
 from fastfpl.federation.rehearsal import rehearse
 from fastfpl.federation.rounds import Federation
 from fastfpl.federation.sampling import Sampling
@@ -221,6 +222,11 @@ def prepare(
         for one, training in ((method, True), *((m, False) for _, m in exams)):
             one.text(*one.start(down, {}, training=training))
     method.task.text_features.clear()
+    # a client alone adds no noise: who merges does
+    privacy = privacy_of(settings) if members is None else None
+    if privacy is not None:
+        privacy.check(method, now.server, now.download(method, 0))
+        method.task.text_features.clear()
     here = range(len(scenario.shards)) if members is None else sorted(members)
     train_rows = np.unique(np.concatenate([scenario.shards[c].train for c in here]))
     trainer = Trainer(
@@ -269,12 +275,18 @@ def prepare(
         ),
         now=now,
         order=_order(settings),
+        privacy=privacy,
     )
 
 
 def _order(settings: Settings) -> Together | InTurn:
     """Train clients together; one after another where a quirk of released code asks for it."""
     visits = visits_of(settings.as_released, settings.schedule, settings.lr)
+    if visits is not None and settings.dp_noise is not None:
+        raise InputError(
+            "fastfpl.run: dp_noise must be left out with quirks by which clients inherit from each "
+            f"other; got {settings.dp_noise} with as_released={', '.join(settings.as_released)}"
+        )
     return Together() if visits is None else InTurn(visits)
 
 

@@ -48,6 +48,7 @@ class Row(_Part):
     images_per_second: _Amount
     bytes_up: _Count
     bytes_down: _Count
+    epsilon: _Amount | None = None
 
 
 class _Final(_Part):

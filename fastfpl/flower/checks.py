@@ -12,38 +12,11 @@ import torch
 from fastfpl.errors import shown
 from fastfpl.flower.letters import SCHEMA, Letter, Refused, unpack
 from fastfpl.flower.rules import Rules
-from fastfpl.methods import Method, State
-from fastfpl.methods.contract import check_states, started
-from fastfpl.training.gathering import stack
+from fastfpl.methods import State
 
-__all__ = ["Card", "Expected", "Update", "check_card", "check_marks", "check_update", "expected"]
+__all__ = ["Card", "Update", "check_card", "check_marks", "check_update"]
 
 _MOST_CLIENTS = 1_000_000
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What clients of a method send and keep.
-
-    Attributes
-    ----------
-    sent : dict from name to (shape, dtype)
-    kept : tuple of str
-        Names of what stays with a client.
-    """
-
-    sent: dict[str, tuple[tuple[int, ...], torch.dtype]]
-    kept: tuple[str, ...]
-
-
-@torch.no_grad()
-def expected(method: Method, down: State) -> Expected:
-    """Ask a method what a client that starts from a download would send and keep."""
-    trained, fixed = started(method, stack([down]), {}, 1, training=True)
-    left = method.finish(trained, dict(fixed), {})
-    sent, kept = check_states(method, "finish", left, 1)
-    shapes = {name: (tuple(tensor.shape[1:]), tensor.dtype) for name, tensor in sent.items()}
-    return Expected(shapes, tuple(sorted(kept)))
 
 
 @dataclass(frozen=True)

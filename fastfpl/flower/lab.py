@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ from fastfpl.flower.keys import CA, SERVER, SERVER_KEY, check_keys, client_key, 
 from fastfpl.flower.rules import Rules
 from fastfpl.flower.server import read_status
 
-__all__ = ["OFFLINE", "Lab", "up"]
+__all__ = ["OFFLINE", "Lab", "standing", "up"]
 
 #: Switches without which Flower's processes look for the network.
 OFFLINE = {
@@ -248,12 +249,20 @@ class Lab:
 
 @contextlib.contextmanager
 def standing(lab: Lab) -> Iterator[Lab]:
-    """Have a lab stand, and take it down however this ends."""
+    """Have a lab stand, and take it down however this ends, by a signal too."""
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, leave) if main else None
     try:
         lab.start()
         yield lab
     finally:
         lab.stop()
+        if main:
+            signal.signal(signal.SIGTERM, before)
 
 
 def up(

@@ -29,6 +29,7 @@ from fastfpl.federation.checkpoint import (
 from fastfpl.federation.exams import joined
 from fastfpl.federation.experiment import RoundObserver, refuse_held, threads, unseen
 from fastfpl.federation.lock import Held, alone_in
+from fastfpl.federation.merging import Expected, clipped, expected, privacy_of
 from fastfpl.federation.models import task_of
 from fastfpl.federation.preparation import settled
 from fastfpl.federation.result import environment, forget_peak_memory, peak_memory, summarise
@@ -37,18 +38,10 @@ from fastfpl.federation.server import Round
 from fastfpl.federation.shared import DOWNLOADS, TUNED, SharedStates
 from fastfpl.federation.states import CLIENTS, StateFiles
 from fastfpl.files import read_file, write_json
-from fastfpl.flower.checks import (
-    Card,
-    Expected,
-    Update,
-    check_card,
-    check_marks,
-    check_update,
-    expected,
-)
+from fastfpl.flower.checks import Card, Update, check_card, check_marks, check_update
 from fastfpl.flower.identity import differing, digest_of, identity, task_digest
 from fastfpl.flower.letters import SCHEMA, Letter, digest, pack
-from fastfpl.flower.merging import check_merging, clipped, robust
+from fastfpl.flower.merging import check_merging, robust
 from fastfpl.flower.post import Outcome, Post, exchange
 from fastfpl.flower.rules import Rules
 from fastfpl.methods import Method, State
@@ -186,6 +179,13 @@ class Server:
                 f"each other within a round; got {', '.join(self.settings.as_released)}; play it "
                 "in one process, by fastfpl run"
             )
+        self.privacy = privacy_of(self.settings)
+        plain = self.rules.merge == "mean" and self.rules.clip_update is None
+        if self.privacy is not None and not plain:
+            raise InputError(
+                "fastfpl.flower: merge must be mean and clip_update left out with dp_noise, which "
+                f"cuts by dp_clip; got {self.rules.merge} and {self.rules.clip_update}"
+            )
         self.device = choose_device(self.settings.device)
         self.federation = self._name()
 
@@ -249,6 +249,8 @@ class Server:
         down = now.download(method, 0)
         self.wanted = expected(method, down) if method.trains else Expected({}, ())
         check_merging(self.rules, method, now.server, down, self.wanted)
+        if self.privacy is not None:
+            self.privacy.check(method, now.server, down)
         method.task.text_features.clear()
         self.facts = {
             **facts,
@@ -506,6 +508,10 @@ class Server:
             losses[client] = found[client].loss
             seen += found[client].seen
         sent, images = robust(self.rules, uploads, {c: self._cards[c].images for c in uploads})
+        if self.privacy is not None:
+            down = now.download(method, call.selected[0])
+            sent, images = self.privacy.merged(down, uploads, len(call.selected))
+            line["epsilon"] = self.privacy.epsilon(now.number + 1)
         after = now.after(method, sent, images, {})
         line["selected"] = list(call.selected)
         line["lost"] = sorted(c for c in call.selected if c in call.lost or c not in found)
