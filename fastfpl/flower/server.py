@@ -587,6 +587,8 @@ class Server:
                 for node, why in getattr(outcome, what).items():
                     told[what].append({"client": places[node], "why": why[:2000]})
                     self._note(what, places[node], why)
+            if outcome.refused or outcome.failed:
+                self.tell()
             if len(found) >= need:
                 break
             if self.post.now() - begin >= self.rules.patience:
