@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import random
@@ -487,6 +488,22 @@ def test_the_rules_end_a_round(tmp_path, clip, cache, cards):
         )
 
 
+def test_a_node_that_fails_to_join_is_asked_again_a_minute_later(tmp_path, clip, cache, cards):
+    asked = []
+
+    def fault(client, letter):
+        if client == 1 and letter.head["kind"] == "join":
+            asked.append(client)
+            return "error" if len(asked) < 3 else None
+        return None
+
+    settings = cards[0].model_copy(update={"rounds": 1})
+    post = Mailbox(fakes(cards), fault)
+    result = play(settings, tmp_path, clip, cache, post=post)
+    assert (len(asked), post.time) == (3, 120.0)
+    assert (result.rounds[0]["lost"], result.flower["failed"]) == ([], 2)
+
+
 def test_too_few_clients_are_a_sentence(tmp_path, clip, cache, cards):
     sites = {0: fakes(cards)[0]}
     with pytest.raises(InputError, match=r"2 of 3 clients must join within patience=9 s; got 1"):
@@ -660,3 +677,32 @@ def test_a_folder_without_a_networked_run_is_a_sentence(tmp_path):
     (tmp_path / "flower.json").write_text(json.dumps([1]))
     with pytest.raises(Damaged, match="must be what a run on Flower wrote"):
         read_status(tmp_path)
+
+
+def flipped(site):
+    """Let a client learn from wrong labels."""
+    planned = site.planned
+    dataset = planned.scenario.dataset
+    train = copy.copy(dataset.train)
+    object.__setattr__(train, "labels", 9 - train.labels)
+    scenario = dataclasses.replace(
+        planned.scenario, dataset=dataclasses.replace(dataset, train=train)
+    )
+    site.__dict__["planned"] = dataclasses.replace(planned, scenario=scenario)
+    return site
+
+
+def test_a_client_with_wrong_labels_harms_a_mean_more_than_a_robust_merge(tmp_path, clip, cache):
+    settings = settings_of(
+        *("promptfl",),
+        **{"clients": 5, "partition": "iid", "rounds": 4, "local_epochs": 2, "shots": 4},
+        evaluate_every=4,
+    )
+    found = {}
+    for name, rules in {"mean": {}, "trimmed": {"merge": "trimmed"}}.items():
+        sites = sites_of(settings, tmp_path / name, clip, cache)
+        flipped(sites[1])
+        result = play(settings, tmp_path / name, clip, cache, rules, post=Mailbox(sites))
+        accuracy = result.rounds[-1]["clients"]
+        found[name] = sum(a for c, a in enumerate(accuracy) if c != 1) / 4
+    assert found["trimmed"] > found["mean"] + 0.03

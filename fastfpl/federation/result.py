@@ -80,9 +80,10 @@ class Result:
         ``where`` (settings of the table's own) and ``figures``, in per cent as printed.
     flower : dict or None
         Of a run over a network (docs/flower.md): its ``rules``, the ``version`` of flwr, how many
-        clients' answers were ``refused``, ``failed`` or ``absent`` in all, and what
-        ``stays_with_clients``. Its rounds have a row ``flower`` of their own, and None in the
-        ``clients`` of an exam for one that did not answer.
+        clients' answers were ``refused``, ``failed`` or ``absent`` in all, what
+        ``stays_with_clients``, ``upload_bytes`` of one client, and ``client_memory_bytes``, the
+        largest resident set that each said. Its rounds have a row ``flower`` of their own, and None
+        in the ``clients`` of an exam for one that did not answer.
     """
 
     method: str

@@ -115,6 +115,9 @@ class Lab:
         )
         text = f'[superlink]\ndefault = "lab"\n\n[superlink.lab]\naddress = "{self.address}"\n'
         write_text(home / "config.toml", text + trust + "\n")
+        # of nodes and runs that are gone, and of keys that are registered anew
+        for old in self.folder.glob("superlink.db*"):
+            old.unlink()
         link = [_tool("flower-superlink"), "--host", _HOST, "--port", str(self._ports[0])]
         link += ["--database", str(self.folder / "superlink.db")]
         link += ["--disable-runtime-dependency-installation"]
@@ -150,10 +153,6 @@ class Lab:
         if self._secure:
             node += ["--root-certificates", str(self._keys / CA)]
             node += ["--auth-supernode-private-key", str(client_key(self._keys, client))]
-            # its own Runtime API, on loopback, has the server's certificate, which names loopback
-            node += ["--ssl-certfile", str(self._keys / SERVER)]
-            node += ["--ssl-keyfile", str(self._keys / SERVER_KEY)]
-            node += ["--ssl-ca-certfile", str(self._keys / CA)]
         else:
             node += ["--insecure"]
         self._start(f"client-{client}", node)
@@ -337,10 +336,8 @@ def _watch(
         if time.monotonic() - looked > _LOOKS:
             looked = time.monotonic()
             found = lab.status(run)
-            if found.startswith("finished") and _status(out).get("phase") not in (
-                "finished",
-                "stopped",
-            ):
+            ended = _stamp(out) > stamp and _status(out).get("phase") in ("finished", "stopped")
+            if found.startswith("finished") and not ended:
                 tail = lab._tail("superlink")
                 raise InputError(
                     f"fastfpl.flower: the ServerApp must end with a result; got {found}: {tail}; "

@@ -56,6 +56,7 @@ __all__ = ["STATUS", "Server", "read_status", "serve"]
 STATUS = "flower.json"
 _FORMAT = "fastfpl-flower-1"
 _NOTED = 200  # refusals that the status shows
+_LATER = 60.0  # seconds after which a node that failed to join is asked again
 
 
 def serve(
@@ -163,6 +164,8 @@ class Server:
     _places: dict[int, int] = field(default_factory=dict)  # client to node
     _cards: dict[int, Card] = field(default_factory=dict)
     _turned: dict[int, str] = field(default_factory=dict)  # node to why it was refused
+    # node to when it is asked to join again, and what failed
+    _later: dict[int, tuple[float, str]] = field(default_factory=dict)
     _counts: Counter[str] = field(default_factory=Counter)
     _noted: list[dict[str, Any]] = field(default_factory=list)
     _memory: dict[str, int] = field(default_factory=dict)
@@ -317,11 +320,12 @@ class Server:
                 if self._head is not None and there >= self.rules.enough(clients):
                     self.log(f"begins with {there} of {clients} clients; the others may join later")
                     return
-                why = "; ".join(dict.fromkeys(self._turned.values()))
+                failed = [why for _, why in self._later.values()]
+                why = "; ".join(dict.fromkeys([*self._turned.values(), *failed]))
                 raise InputError(
                     f"fastfpl.flower: {self.rules.enough(clients)} of {clients} clients must join "
                     f"within patience={self.rules.patience:g} s; got {there}"
-                    + (f"; refused: {cut(why, 1200)}" if why else "; start their SuperNodes")
+                    + (f"; turned away: {cut(why, 1200)}" if why else "; start their SuperNodes")
                 )
             self.post.wait()
 
@@ -332,7 +336,10 @@ class Server:
             if node not in nodes:
                 del self._places[client]
                 self.log(f"client {client} has left")
-        new = [n for n in nodes if n not in self._turned and n not in self._places.values()]
+        now = self.post.now()
+        known = {*self._turned, *self._places.values()}
+        known |= {node for node, (until, _) in self._later.items() if now < until}
+        new = [node for node in nodes if node not in known]
         if not new:
             return
         letter = Letter({"schema": SCHEMA, "kind": "join", "federation": self.federation})
@@ -362,8 +369,11 @@ class Server:
                 "exams": [exam["images"] for exam in card.exams],
             }
             self.log(f"client {card.client} has joined with {card.images} images")
-        for node, why in {**outcome.refused, **outcome.failed}.items():
+        for node, why in outcome.refused.items():
             self._turn_away(node, None, why)
+        for node, why in outcome.failed.items():  # it may be better the next time
+            self._later[node] = self.post.now() + _LATER, why
+            self._note("failed", None, why)
         self.tell()
 
     def _turn_away(self, node: int, client: int | None, why: str) -> None:
@@ -717,7 +727,7 @@ class Server:
                 **{key: self._counts[key] for key in ("refused", "failed", "absent")},
                 "stays_with_clients": list(self.facts["private"]),
                 "client_memory_bytes": dict(sorted(self._memory.items(), key=lambda i: int(i[0]))),
-                "prompts_bytes": sum(
+                "upload_bytes": sum(
                     math.prod(shape) * dtype.itemsize for shape, dtype in self.wanted.sent.values()
                 ),
             },
