@@ -420,9 +420,23 @@ def test_another_class_list_is_refused_at_join(tmp_path, clip, cache, cards):
     sites[0].head["classes"] = ["cat", *sites[0].head["classes"][1:]]
     settings = cards[0].model_copy(update={"rounds": 1})
     play(settings, tmp_path, clip, cache, {"patience": 0.0}, post=Mailbox(sites))
-    (note,) = read_status(tmp_path / "out")["noted"]
+    status = read_status(tmp_path / "out")
+    (note,) = status["noted"]
     assert "the list of classes must be the server's, " in note["why"]
     assert "from client 0" in note["why"]
+    assert status["joined"] == [1, 2]
+
+
+def test_a_resumed_run_keeps_its_classes(tmp_path, clip, cache, cards):
+    settings = cards[0].model_copy(update={"rounds": 1})
+    play(settings, tmp_path, clip, cache, post=Mailbox(fakes(cards)))
+    sites = fakes(cards)
+    for site in sites.values():
+        site.head["classes"] = ["cat", *site.head["classes"][1:]]
+    more = {"resume": True, "post": Mailbox(sites)}
+    longer = settings.model_copy(update={"rounds": 2})
+    with pytest.raises(InputError, match="must be those of the checkpoint"):
+        play(longer, tmp_path, clip, cache, {"patience": 0.0}, **more)
 
 
 def test_a_registered_name_and_a_number_belong_to_one_client(tmp_path, clip, cache, cards):

@@ -173,6 +173,7 @@ class Server:
     _rounds: list[dict[str, Any]] = field(default_factory=list)
     _known: dict[str, dict[str, Any]] = field(default_factory=dict)
     _head: Card | None = None
+    _wanted_task: str | None = None
 
     def __post_init__(self) -> None:
         self.settings, self.kind, self.options = settled(self.settings, self.model)
@@ -312,15 +313,21 @@ class Server:
         self.tell("waiting for clients")
         while True:
             self._greet(self.rules.timeout)
-            clients = self._head.clients if self._head else self.settings.clients
-            there = len(self._places)
-            if self._head is not None and there >= clients:
-                return
-            if self.post.now() - begin >= self.rules.patience:
-                if self._head is not None and there >= self.rules.enough(clients):
-                    self.log(f"begins with {there} of {clients} clients; the others may join later")
-                    return
+            head = self._most()
+            clients = self.settings.clients if head is None else head.clients
+            here = [self._cards[client] for client in self._places]
+            there = 0 if head is None else sum(_like(card, head) for card in here)
+            waited = self.post.now() - begin >= self.rules.patience
+            enough = there >= self.rules.enough(clients)
+            if enough and (waited or len(self._places) >= clients):
+                break
+            if waited:
                 failed = [why for _, why in self._later.values()]
+                if head is None and here:
+                    failed.append(
+                        "fastfpl.flower: classes, domains and clients must be those of the "
+                        f"checkpoint, {self._wanted_task}; got {_task_of(here[0])}"
+                    )
                 why = "; ".join(dict.fromkeys([*self._turned.values(), *failed]))
                 raise InputError(
                     f"fastfpl.flower: {self.rules.enough(clients)} of {clients} clients must join "
@@ -328,6 +335,15 @@ class Server:
                     + (f"; turned away: {cut(why, 1200)}" if why else "; start their SuperNodes")
                 )
             self.post.wait()
+        self._head = head
+        for client, card in sorted(self._cards.items()):
+            why_not = self._other(card)
+            if why_not is not None and client in self._places:
+                self._turn_away(self._places.pop(client), client, why_not)
+                self._known.pop(str(client), None)
+        self._cards = {c: card for c, card in self._cards.items() if c in self._places}
+        if there < clients:
+            self.log(f"begins with {there} of {clients} clients; the others may join later")
 
     def _greet(self, timeout: float) -> None:
         """Let nodes that are new join, and forget those that have gone."""
@@ -353,8 +369,6 @@ class Server:
             grace=0.0,
             timeout=timeout,
         )
-        if self._head is None:
-            self._choose([card for card, _ in outcome.good.values()])
         for node in sorted(outcome.good, key=lambda n: outcome.good[n][0].client):
             card, head = outcome.good[node]
             why = self._against(card, node, nodes[node])
@@ -380,14 +394,15 @@ class Server:
         self._turned[node] = why
         self._note("refused", client, why)
 
-    def _choose(self, cards: list[Card]) -> None:
-        """Take the classes, domains and clients that most of the first ones have."""
-        good = [c for c in cards if differing(self.mine, c.identity) is None]
-        votes = Counter(_task_of(card) for card in good)
-        if votes:
-            most = max(votes.values())
-            first = min((c for c in good if votes[_task_of(c)] == most), key=lambda c: c.client)
-            self._head = first
+    def _most(self) -> Card | None:
+        """Return a card with the classes, domains, clients and exams that most have.
+
+        Of a run that is resumed, with those of its checkpoint.
+        """
+        cards = [card for client, card in sorted(self._cards.items()) if client in self._places]
+        if self._wanted_task is not None:
+            cards = [card for card in cards if _task_of(card) == self._wanted_task]
+        return max(cards, key=lambda card: sum(_like(c, card) for c in cards), default=None)
 
     def _head_of(self, task: Mapping[str, Any]) -> None:
         """Take up the classes, domains and clients of a checkpoint."""
@@ -401,24 +416,9 @@ class Server:
         found = differing(self.mine, card.identity)
         if found is not None:
             return f"fastfpl.flower: {found} {who}"
-        head = self._head
-        wanted = getattr(self, "_wanted_task", None) or (None if head is None else _task_of(head))
-        if wanted is not None and _task_of(card) != wanted:
-            mine = [] if head is None else head.classes
-            if head is not None and card.classes != mine:
-                return (
-                    f"fastfpl.flower: the list of classes must be the server's, {digest_of(mine)};"
-                    f" got {digest_of(card.classes)} {who}"
-                )
-            return (
-                f"fastfpl.flower: classes, domains and clients must be the server's, {wanted}; "
-                f"got {_task_of(card)} {who}"
-            )
-        if head is not None and _exams(card) != _exams(head):
-            return (
-                f"fastfpl.flower: exams must be the server's, {digest_of(_exams(head))}; got "
-                f"{digest_of(_exams(card))} {who}"
-            )
+        other = self._other(card)
+        if other is not None:
+            return other
         if name.startswith("client-") and name != f"client-{card.client}":
             return (
                 f"fastfpl.flower: the node registered as {name} must join as that client; got "
@@ -435,6 +435,28 @@ class Server:
             return (
                 f"fastfpl.flower: client {card.client} must keep its {before['images']} training "
                 f"images; got {card.images}"
+            )
+        return None
+
+    def _other(self, card: Card) -> str | None:
+        """Say in what a client's data differ from those that the run was begun with."""
+        head, who = self._head, f"from client {card.client}"
+        if head is None:
+            return None
+        if card.classes != head.classes:
+            return (
+                "fastfpl.flower: the list of classes must be the server's, "
+                f"{digest_of(head.classes)}; got {digest_of(card.classes)} {who}"
+            )
+        if _task_of(card) != _task_of(head):
+            return (
+                f"fastfpl.flower: domains and clients must be the server's, {_task_of(head)}; got "
+                f"{_task_of(card)} {who}"
+            )
+        if _exams(card) != _exams(head):
+            return (
+                f"fastfpl.flower: exams must be the server's, {digest_of(_exams(head))}; got "
+                f"{digest_of(_exams(card))} {who}"
             )
         return None
 
@@ -747,6 +769,11 @@ def _taken(
 
 def _task_of(card: Card) -> str:
     return task_digest(card.classes, card.domains, card.client_domains, card.clients)
+
+
+def _like(one: Card, other: Card) -> bool:
+    """Whether two clients know the same classes, domains, clients and exams."""
+    return _task_of(one) == _task_of(other) and _exams(one) == _exams(other)
 
 
 def _exams(card: Card) -> list[Any]:
