@@ -213,6 +213,21 @@ def test_without_flower_the_command_is_a_sentence(tmp_path, capsys, monkeypatch)
     assert not (tmp_path / "out").exists()
 
 
+@needs_flower
+def test_what_cannot_be_played_starts_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(lab.subprocess, "Popen", None)
+    out = tmp_path / "out"
+    for flags, sentence in (
+        (["fedapt-unsupervised"], "augment must be fresh or views:V for fedapt-unsupervised"),
+        (["promptfl", "--as-released", "all"], "inherit from each other within a round"),
+        (["promptfl", "--device", "tpu"], "device must be auto, cpu or cuda"),
+        (["promptfl", "--preset", "none"], "none"),
+    ):
+        code, text = said(capsys, "flower", "up", *flags, "--out", out)
+        assert (code, sentence in text) == (2, True), text
+        assert not out.exists()
+
+
 def test_rules_have_a_table_and_a_flag(capsys):
     main(["flower", "rules"])
     shown = capsys.readouterr().out

@@ -26,7 +26,8 @@ from fastfpl.flower.apps import flower_version
 from fastfpl.flower.folder import write_app
 from fastfpl.flower.keys import CA, SERVER, SERVER_KEY, check_keys, client_key, write_keys
 from fastfpl.flower.rules import Rules
-from fastfpl.flower.server import read_status
+from fastfpl.flower.server import checked, read_status
+from fastfpl.training.preparation import choose_device
 
 __all__ = ["OFFLINE", "Lab", "standing", "up"]
 
@@ -184,9 +185,10 @@ class Lab:
             )
         return answer
 
-    def submit(self, app: Path) -> str:
+    def submit(self, app: Path, resume: bool = False) -> str:
         """Hand in a run; return its number."""
-        return str(self.flwr("run", str(app), "lab")["run-id"])
+        how = f"resume={'true' if resume else 'false'}"
+        return str(self.flwr("run", str(app), "lab", "--run-config", how)["run-id"])
 
     def status(self, run: str) -> str:
         """Return what the SuperLink says of a run."""
@@ -296,6 +298,8 @@ def up(
     Result
     """
     refuse_held(out, resume)
+    checked(settings, rules)
+    choose_device(settings.device)
     out = out.absolute()
     folder = out / "flower"
     lab = Lab(folder, settings.clients, port=port, secure=secure, keys=keys, node=node, cache=cache)
@@ -303,12 +307,9 @@ def up(
     if app.exists():
         shutil.rmtree(app)
     write_app(app, settings.method, settings.model_dump(), rules.model_dump(), str(out))
-    if resume:
-        path = app / "pyproject.toml"
-        path.write_text(path.read_text("utf-8").replace("resume = false", "resume = true"), "utf-8")
     stamp = _stamp(out)
     with standing(lab):
-        run = lab.submit(app)
+        run = lab.submit(app, resume)
         return _watch(lab, run, out, stamp, observer)
 
 

@@ -50,7 +50,7 @@ from fastfpl.ops.precision import without_autocast
 from fastfpl.released import as_released, visits_of
 from fastfpl.training.preparation import choose_device, load_model, make_task
 
-__all__ = ["STATUS", "Server", "read_status", "serve"]
+__all__ = ["STATUS", "Server", "checked", "read_status", "serve"]
 
 #: What is going on in a networked run's folder.
 STATUS = "flower.json"
@@ -115,6 +115,27 @@ def serve(
         return result
 
 
+def checked(
+    settings: Settings, rules: Rules, model: FrozenCLIP | None = None
+) -> tuple[Settings, type[Method], dict[str, Any]]:
+    """Refuse what no networked run can be, before anything is started; see `settled`."""
+    found = settled(settings, model)
+    settings = found[0]
+    if visits_of(settings.as_released, settings.schedule, settings.lr):
+        raise InputError(
+            "fastfpl.flower: as_released must leave out quirks by which clients inherit from each "
+            f"other within a round; got {', '.join(settings.as_released)}; play it in one process, "
+            "by fastfpl run"
+        )
+    plain = rules.merge == "mean" and rules.clip_update is None
+    if privacy_of(settings) is not None and not plain:
+        raise InputError(
+            "fastfpl.flower: merge must be mean and clip_update left out with dp_noise, which cuts "
+            f"by dp_clip; got {rules.merge} and {rules.clip_update}"
+        )
+    return found
+
+
 def read_status(out: Path) -> dict[str, Any]:
     """Read what is going on in a folder.
 
@@ -176,20 +197,8 @@ class Server:
     _wanted_task: str | None = None
 
     def __post_init__(self) -> None:
-        self.settings, self.kind, self.options = settled(self.settings, self.model)
-        if visits_of(self.settings.as_released, self.settings.schedule, self.settings.lr):
-            raise InputError(
-                "fastfpl.flower: as_released must leave out quirks by which clients inherit from "
-                f"each other within a round; got {', '.join(self.settings.as_released)}; play it "
-                "in one process, by fastfpl run"
-            )
+        self.settings, self.kind, self.options = checked(self.settings, self.rules, self.model)
         self.privacy = privacy_of(self.settings)
-        plain = self.rules.merge == "mean" and self.rules.clip_update is None
-        if self.privacy is not None and not plain:
-            raise InputError(
-                "fastfpl.flower: merge must be mean and clip_update left out with dp_noise, which "
-                f"cuts by dp_clip; got {self.rules.merge} and {self.rules.clip_update}"
-            )
         self.device = choose_device(self.settings.device)
         self.federation = self._name()
 
