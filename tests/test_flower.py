@@ -18,8 +18,9 @@ from fastfpl.federation import Result
 from fastfpl.federation.checkpoint import read_checkpoint
 from fastfpl.federation.models import load_models
 from fastfpl.federation.preparation import prepare
+from fastfpl.flower.checks import check_card
 from fastfpl.flower.identity import task_digest
-from fastfpl.flower.letters import Letter, digest, pack, unpack
+from fastfpl.flower.letters import Letter, Refused, digest, pack, unpack
 from fastfpl.flower.memory import Memory
 from fastfpl.flower.rules import make_rules
 from fastfpl.flower.server import read_status, serve
@@ -413,6 +414,32 @@ def test_a_client_that_differs_is_refused_at_join(change, sentence, tmp_path, cl
     assert sentence.format(**server) in status["noted"][0]["why"]
     assert "from client 1" in status["noted"][0]["why"]
     assert result.rounds[0]["lost"] == [1]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"client": 3}, "client must be a whole number from 0 to 2; got 3"),
+        ({"clients": 0}, "clients must be a whole number from 1"),
+        ({"images": 0}, "images must be a whole number from 1"),
+        ({"images": 10**15}, "images must be a whole number from 1"),
+        ({"classes": []}, "classes must be a list of names; got []"),
+        ({"classes": ["a", 3]}, "classes must be a list of names"),
+        ({"client_domains": [0]}, "client_domains must be 3 numbers or none; got [0]"),
+        ({"exams": [{"name": "x"}]}, "exams must have name, about, domains, images"),
+        ({"exams": []}, "exams must have name, about, domains, images; got []"),
+        ({"data": {"name": "x" * 300}}, "and of its data name, skipped"),
+        ({"identity": None}, "a card must hold an identity"),
+        ({"schema": 3}, "an answer must have schema 1; got 3"),
+        ({"kind": "update"}, "an answer must be of kind card; got 'update'"),
+    ],
+)
+def test_a_bad_card_is_refused(change, sentence, cards):
+    card = cards[1][0]
+    assert check_card(card).client == 0
+    with pytest.raises(Refused) as refused:
+        check_card(Letter({**card.head, **change}))
+    assert sentence in str(refused.value)
 
 
 def test_another_class_list_is_refused_at_join(tmp_path, clip, cache, cards):

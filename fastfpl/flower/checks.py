@@ -96,8 +96,11 @@ def check_card(letter: Letter) -> Card:
         )
     assert isinstance(exams, list)
     data, identity = head.get("data"), head.get("identity")
-    if not isinstance(data, dict) or not isinstance(identity, dict):
-        raise Refused("fastfpl.flower: a card must hold data and identity; got none")
+    if not isinstance(data, dict) or not isinstance(identity, dict) or not _described(data):
+        raise Refused(
+            "fastfpl.flower: a card must hold an identity, and of its data name, skipped, notes, "
+            f"activation, deal and fingerprints; got {shown(data)}"
+        )
     return Card(
         client,
         clients,
@@ -281,12 +284,36 @@ def _texts(head: Mapping[str, Any], key: str) -> list[str]:
     return value
 
 
+def _described(data: dict[str, Any]) -> bool:
+    """Whether facts of a data set are what a result may hold."""
+    deal, notes, tests = (data.get(key) for key in ("deal", "notes", "test_images"))
+    return (
+        all(_named(data.get(key)) for key in ("name", "activation", "train_images"))
+        and isinstance(data.get("skipped"), int)
+        and 0 <= data["skipped"] < 2**40
+        and isinstance(notes, list)
+        and len(notes) <= 100
+        and all(isinstance(note, str) and len(note) <= 10_000 for note in notes)
+        and isinstance(deal, dict)
+        and set(deal) == {"train", "test"}
+        and all(map(_named, deal.values()))
+        and isinstance(tests, list)
+        and all(map(_named, tests))
+    )
+
+
+def _named(value: object) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= 200
+
+
 def _exam(one: object) -> bool:
     return (
         isinstance(one, dict)
-        and all(isinstance(one.get(k), str) and len(one[k]) <= 1000 for k in ("name", "about"))
+        and _named(one.get("name"))
+        and isinstance(one.get("about"), str)
+        and len(one["about"]) <= 1000
         and isinstance(one.get("domains"), list)
-        and all(isinstance(d, str) for d in one["domains"])
+        and all(map(_named, one["domains"]))
         and isinstance(one.get("images"), int)
         and 0 < one["images"] < 2**40
     )

@@ -729,7 +729,7 @@ class Server:
         nothing = {"images": 0, "exams": [0] * len(head.exams)}
         known = [self._known.get(str(c), nothing) for c in range(head.clients)]
         deals = [card.data.get("deal") for card in self._cards.values()]
-        alike = all(one == deals[0] for one in deals) and isinstance(deals[0], dict)
+        alike = all(one == deals[0] for one in deals)
         data = head.data
         return Result(
             method=self.settings.method,
@@ -740,14 +740,14 @@ class Server:
             final=summarise(self._rounds),
             peak_memory_bytes=peak_memory(self.clip.device),
             data={
-                "name": str(data.get("name")),
+                "name": data["name"],
                 "classes": list(head.classes),
                 "train_images": [one["images"] for one in known],
                 "test_images": [one["exams"][0] for one in known],
                 "exams": {exam["name"]: exam["about"] for exam in head.exams},
                 "transductive": self.settings.transductive,
-                "skipped": data["skipped"] if isinstance(data.get("skipped"), int) else 0,
-                "notes": [str(note)[:1000] for note in data.get("notes") or []],
+                "skipped": data["skipped"],
+                "notes": list(data["notes"]),
                 "weights": self.clip.weights_digest,
                 "activation": self.clip.text.activation,
                 **({"deal": deals[0]} if alike else {}),
