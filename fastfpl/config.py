@@ -177,6 +177,17 @@ class Settings(BaseModel):
     dropout: float = Field(
         0.0, ge=0, lt=1, description="probability that a trained client's upload is lost"
     )
+    dp_noise: float | None = Field(
+        None,
+        gt=0,
+        le=1e6,
+        description="differential privacy of clients: deviation of the noise on merged prompts, in "
+        "multiples of dp_clip",
+    )
+    dp_clip: float | None = Field(
+        None, gt=0, le=1e6, description="norm to which a client's move is cut, with dp_noise"
+    )
+    dp_delta: float = Field(1e-5, gt=0, lt=1, description="δ at which ε is reported, with dp_noise")
     rounds: int = Field(10, ge=1, description="rounds of download, local training and merge")
     local_epochs: int = Field(5, ge=1, description="epochs of a client in a round")
     batch_size: int = Field(16, ge=1, le=1 << 20, description="images of a training step")
@@ -313,6 +324,13 @@ class Settings(BaseModel):
             raise ValueError(
                 "participation must be left out with sampling='domain', one client of each domain"
             )
+        if (self.dp_noise is None) != (self.dp_clip is None):
+            raise ValueError(
+                f"dp_clip must be given with dp_noise and without it left out; got {self.dp_clip} "
+                f"with dp_noise={self.dp_noise}"
+            )
+        if self.dp_noise is None and self.dp_delta != 1e-5:
+            raise ValueError("dp_delta must be left out without dp_noise")
         if not re.fullmatch(r"none|fresh|views:[1-9][0-9]*", self.augment):
             raise ValueError(
                 f"augment must be none, fresh or views:V with V ≥ 1; got {self.augment!r}"

@@ -624,6 +624,7 @@ ELSEWHERE = {
     "transductive",  # test_fedapt_unsupervised
     *("layout", "columns", "digest"),  # test_own_images
     "unseen",  # test_adapt
+    *("dp_noise", "dp_clip", "dp_delta"),  # test_privacy
 }
 
 

@@ -14,6 +14,7 @@ from fastfpl.cli.compare import compare
 from fastfpl.cli.data import data
 from fastfpl.cli.doctor import doctor
 from fastfpl.cli.export import export
+from fastfpl.cli.flower import flower
 from fastfpl.cli.methods import methods
 from fastfpl.cli.new import new
 from fastfpl.cli.predict import predict
@@ -69,6 +70,6 @@ def group() -> None:
     """Federated prompt learning of CLIP: exact, tested, fast."""
 
 
-_COMMANDS = (run, compare, report, predict, export, adapt)
+_COMMANDS = (run, compare, report, predict, export, adapt, flower)
 for _command in (*_COMMANDS, profile, methods, presets, quirks, doctor, data, new):
     group.add_command(_command)

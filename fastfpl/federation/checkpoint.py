@@ -270,6 +270,13 @@ def check_checkpoint(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any] |
         )
     then = head["facts"]
     check_source("fastfpl.run", folder, head, facts.get(METHOD_SOURCE))
+    # a run on Flower leaves its clients' states with the clients
+    engines = [side.get("engine", "process") for side in (then, facts)]
+    if engines[0] != engines[1]:
+        raise InputError(
+            f"fastfpl.run: a run must be resumed by the engine that began it; got {folder} of "
+            f"{engines[0]}, this is {engines[1]}; use that one or another out"
+        )
     different = {
         key: (then.get(key), value) for key, value in facts.items() if then.get(key) != value
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from fastfpl.training.gathering import Share, gather, row, stack
 from fastfpl.training.scoring import Scores, score
 from fastfpl.training.trainer import Trainer
 
-__all__ = ["Exam", "Examiner", "marks"]
+__all__ = ["Exam", "Examiner", "joined", "mark", "marks"]
 
 Indices = npt.NDArray[np.int64]
 
@@ -59,11 +59,14 @@ class Examiner:
         The first is the headline.
     clients : int
         Number of clients N.
+    members : sequence of int or None
+        Those of them that are asked here; None for all.
     """
 
     trainer: Trainer
     exams: list[Exam]
     clients: int
+    members: Sequence[int] | None = None
 
     def ask(
         self,
@@ -83,7 +86,7 @@ class Examiner:
             ``keep(client, own)`` is told what a client would keep of the fine-tuning before.
         """
         trainer, method = self.trainer, self.trainer.method
-        everyone = list(range(self.clients))
+        everyone = list(range(self.clients) if self.members is None else self.members)
         if not method.personal:
             # one global model serves every client
             one, _ = states(0)
@@ -127,7 +130,8 @@ class Examiner:
 
         def ask(members: list[int], downs: State, owns: State) -> None:
             for exam in self.exams:
-                longest = max(exam.images, key=len)
+                here = range(self.clients) if self.members is None else self.members
+                longest = max((exam.images[c] for c in here), key=len)
                 images = dict.fromkeys(members, longest)
                 score(exam.method, members, downs, owns, exam.feed, images, trial=True)
 
@@ -149,23 +153,32 @@ def _answers(exam: Exam, members: Sequence[int], down: State, own: State) -> lis
     return [scores[c] for c in members]
 
 
-def marks(scores: Sequence[Scores], domains: tuple[str, ...]) -> dict[str, Any]:
-    """Say how one exam went: unweighted means over clients, in all and domain by domain.
-
-    Clients without a test image have None, and are left out of the means. The figure of a domain is
-    a mean over the clients that have test images of it.
-    """
-    clients = [s.accuracy for s in scores]
+def mark(scores: Scores, domains: tuple[str, ...]) -> dict[str, Any]:
+    """Say how one client did in one exam, in all and in the domains of its images."""
     by_domain = {}
     for d, name in enumerate(domains):
-        right = [s.answers[s.domains == d] == s.labels[s.domains == d] for s in scores]
-        shares = [float(r.mean()) for r in right if len(r)]
+        right = scores.answers[scores.domains == d] == scores.labels[scores.domains == d]
+        if len(right):
+            by_domain[name] = float(right.mean())
+    return {"accuracy": scores.accuracy, "macro_f1": scores.macro_f1, "domains": by_domain}
+
+
+def joined(each: Sequence[Mapping[str, Any] | None], domains: tuple[str, ...]) -> dict[str, Any]:
+    """Join clients' marks of one exam: unweighted means over clients, in all and by domain.
+
+    The figure of a domain is a mean over the clients that have test images of it. A client without
+    a mark, which did not answer, is in no mean and None in ``clients``.
+    """
+    there = [one for one in each if one is not None]
+    by_domain = {}
+    for name in domains:
+        shares = [one["domains"][name] for one in there if name in one["domains"]]
         if shares:
             by_domain[name] = math.fsum(shares) / len(shares)
     return {
-        "accuracy": _mean(clients),
-        "macro_f1": _mean([s.macro_f1 for s in scores]),
-        "clients": clients,
+        "accuracy": _mean([one["accuracy"] for one in there]),
+        "macro_f1": _mean([one["macro_f1"] for one in there]),
+        "clients": [None if one is None else one["accuracy"] for one in each],
         "domains": by_domain,
     }
 
@@ -173,3 +186,8 @@ def marks(scores: Sequence[Scores], domains: tuple[str, ...]) -> dict[str, Any]:
 def _mean(values: Sequence[float | None]) -> float:
     there = [value for value in values if value is not None]
     return math.fsum(there) / len(there)
+
+
+def marks(scores: Sequence[Scores], domains: tuple[str, ...]) -> dict[str, Any]:
+    """Say how one exam went where every client was asked, as `joined` does."""
+    return joined([mark(s, domains) for s in scores], domains)

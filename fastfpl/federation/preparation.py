@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from fastfpl.errors import InputError
 from fastfpl.features import FeatureStore, TextFeatures
 from fastfpl.federation.checkpoint import settings_facts
 from fastfpl.federation.exams import Exam, Examiner
+from fastfpl.federation.merging import privacy_of
 from fastfpl.federation.newcomers import Newcomers
 from fastfpl.federation.rehearsal import rehearse
 from fastfpl.federation.rounds import Federation
@@ -47,6 +49,7 @@ __all__ = [
     "place_of",
     "plan",
     "prepare",
+    "settled",
     "weigh",
 ]
 
@@ -105,30 +108,8 @@ def plan(
     datasets : dict, optional
         What was loaded for other plans; gets what is loaded for this one.
     """
-    kind = find_method(settings.method)
-    options = check_options(settings.method, settings.options)
-    quirks = choose_quirks(settings.as_released, settings.method, settings.model_dump(), options)
-    settings = settings.model_copy(update={"as_released": quirks})
-    if kind.paired and settings.augment == "none":
-        raise InputError(
-            f"fastfpl.run: augment must be fresh or views:V for {settings.method}, which "
-            "learns from strongly augmented images; got 'none'"
-        )
-    if settings.transductive and kind.supervised:
-        raise InputError(
-            "fastfpl.run: transductive must be left out but for methods that look at no label; "
-            f"got True for {settings.method}"
-        )
-    if model is not None and settings.quick_gelu != "auto":
-        raise InputError(
-            "fastfpl.run: quick_gelu must be left out with a model that is loaded; got "
-            f"{settings.quick_gelu!r}"
-        )
-    if model is not None:  # what is said of a run is what it really used
-        used = {"clip": model.name, "pretrained": model.pretrained or None}
-        settings = settings.model_copy(
-            update={**used, "dtype": str(model.dtype).removeprefix("torch.")}
-        )
+    settings, kind, options = settled(settings, model)
+    quirks = settings.as_released
     device = choose_device(settings.device)
     if model is None and settings.clip != "tiny":
         known(settings.clip)
@@ -162,6 +143,37 @@ def plan(
             "domain-dirichlet"
         )
     return Plan(settings, kind, options, device, dataset, scenario)
+
+
+def settled(
+    settings: Settings, model: FrozenCLIP | None = None
+) -> tuple[Settings, type[Method], dict[str, Any]]:
+    """Refuse what can be refused without data: (settings with quirks by name, method, options)."""
+    kind = find_method(settings.method)
+    options = check_options(settings.method, settings.options)
+    quirks = choose_quirks(settings.as_released, settings.method, settings.model_dump(), options)
+    settings = settings.model_copy(update={"as_released": quirks})
+    if kind.paired and settings.augment == "none":
+        raise InputError(
+            f"fastfpl.run: augment must be fresh or views:V for {settings.method}, which "
+            "learns from strongly augmented images; got 'none'"
+        )
+    if settings.transductive and kind.supervised:
+        raise InputError(
+            "fastfpl.run: transductive must be left out but for methods that look at no label; "
+            f"got True for {settings.method}"
+        )
+    if model is not None and settings.quick_gelu != "auto":
+        raise InputError(
+            "fastfpl.run: quick_gelu must be left out with a model that is loaded; got "
+            f"{settings.quick_gelu!r}"
+        )
+    if model is not None:  # what is said of a run is what it really used
+        used = {"clip": model.name, "pretrained": model.pretrained or None}
+        settings = settings.model_copy(
+            update={**used, "dtype": str(model.dtype).removeprefix("torch.")}
+        )
+    return settings, kind, options
 
 
 def place_of(settings: Settings) -> Place:
@@ -271,6 +283,7 @@ def prepare(
     model: FrozenCLIP | None = None,
     cache: Path | None = None,
     observer: Observer = silent,
+    members: Sequence[int] | None = None,
 ) -> Federation:
     """Load, partition and encode what the settings name.
 
@@ -283,6 +296,9 @@ def prepare(
         Folder of the feature store.
     observer : callable
         Told of long steps.
+    members : sequence of int, optional
+        Clients that train and are asked here, all of them if left out; of others no image is
+        encoded.
     """
     planned = settings if isinstance(settings, Plan) else plan(settings, model=model)
     settings, kind, options = planned.settings, planned.kind, planned.options
@@ -316,30 +332,43 @@ def prepare(
         for one, training in ((method, True), *((m, False) for _, m in exams)):
             one.text(*one.start(down, {}, training=training))
     method.task.text_features.clear()
-    everybody = [*scenario.shards, *scenario.newcomers]
-    train_rows = np.unique(np.concatenate([s.train for s in everybody]))
+    if members is not None and scenario.newcomers:
+        raise InputError(
+            "fastfpl.run: the scenario unseen-clients must be played in one process, whose "
+            "newcomers go on from its server; got it for some clients alone"
+        )
+    # a client alone adds no noise: who merges does
+    privacy = privacy_of(settings) if members is None else None
+    if privacy is not None:
+        privacy.check(method, now.server, now.download(method, 0))
+        method.task.text_features.clear()
+    here = range(len(scenario.shards)) if members is None else sorted(members)
+    trained = {client: scenario.shards[client].train for client in here}
+    trained |= {len(scenario.shards) + n: s.train for n, s in enumerate(scenario.newcomers)}
+    train_rows = np.unique(np.concatenate(list(trained.values())))
     trainer = Trainer(
         settings=settings,
         method=method,
         feed=training_feed(eye, scenario.dataset.train, train_rows, settings, paired=kind.paired)
         if kind.trains
         else None,
-        images={client: shard.train for client, shard in enumerate(everybody)},
+        images=trained,
         observer=observer,
         graphs=graphs,
         budget=budget,
     )
 
-    def ready(question: Question, asked: Method) -> Exam:
-        rows = np.unique(np.concatenate(question.images))
+    def ready(question: Question, asked: Method, of: Sequence[int]) -> Exam:
+        rows = np.unique(np.concatenate([question.images[c] for c in of]))
         feed = evaluation_feed(eye, question.split, "test", rows)
         name, about = question.name, question.about
         return Exam(name, about, asked, feed, question.images, question.domains)
 
-    examiner = Examiner(trainer, [ready(*exam) for exam in exams], len(scenario.shards))
+    examiner = Examiner(trainer, [ready(*exam, here) for exam in exams], len(scenario.shards), here)
     newcomers = None
     if scenario.newcomers:
-        adapted, before = (ready(question, method) for question in scenario.arrivals)
+        later = range(len(scenario.newcomers))
+        adapted, before = (ready(question, method, later) for question in scenario.arrivals)
         newcomers = Newcomers(adapted, before, scenario.newcomer_domains)
     if budget is not None:
         budget.settle()
@@ -357,12 +386,18 @@ def prepare(
         now=now,
         order=_order(settings),
         newcomers=newcomers,
+        privacy=privacy,
     )
 
 
 def _order(settings: Settings) -> Together | InTurn:
     """Train clients together; one after another where a quirk of released code asks for it."""
     visits = visits_of(settings.as_released, settings.schedule, settings.lr)
+    if visits is not None and settings.dp_noise is not None:
+        raise InputError(
+            "fastfpl.run: dp_noise must be left out with quirks by which clients inherit from each "
+            f"other; got {settings.dp_noise} with as_released={', '.join(settings.as_released)}"
+        )
     return Together() if visits is None else InTurn(visits)
 
 

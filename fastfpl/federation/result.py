@@ -56,7 +56,8 @@ class Result:
         ``bytes_down``, and ``exams``: for each question of the scenario ``accuracy`` and
         ``macro_f1`` (over the classes that occur; both unweighted means over clients), ``clients``
         and ``domains`` (mean over the clients that have test images of the domain). ``accuracy``
-        and ``clients`` of the row are those of the first exam.
+        and ``clients`` of the row are those of the first exam. With ``dp_noise`` also ``epsilon``
+        after the round, at ``dp_delta``.
     final : dict
         ``accuracy`` of the last round, ``last5`` mean of the last five evaluations, ``best``
         (largest on test: for comparison with papers only), ``std_over_clients`` and ``macro_f1`` in
@@ -81,6 +82,12 @@ class Result:
         ``changed`` (setting, or METHOD.OPTION, to the preset's value and the run's), and what was
         ``published`` for the run's data set and method: for each table ``source``, ``cautions``,
         ``where`` (settings of the table's own) and ``figures``, in per cent as printed.
+    flower : dict or None
+        Of a run over a network (docs/flower.md): its ``rules``, the ``version`` of flwr, how many
+        clients' answers were ``refused``, ``failed`` or ``absent`` in all, what
+        ``stays_with_clients``, ``upload_bytes`` of one client, and ``client_memory_bytes``, the
+        largest resident set that each said. Its rounds have a row ``flower`` of their own, and None
+        in the ``clients`` of an exam for one that did not answer.
     """
 
     method: str
@@ -93,6 +100,7 @@ class Result:
     data: dict[str, Any]
     memory: dict[str, Any] | None = None
     preset: dict[str, Any] | None = None
+    flower: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of ``result.json``."""
@@ -107,6 +115,7 @@ class Result:
             "final": self.final,
             "peak_memory_bytes": self.peak_memory_bytes,
             "memory": self.memory,
+            **({} if self.flower is None else {"flower": self.flower}),
         }
 
     def save(self, folder: Path) -> None:

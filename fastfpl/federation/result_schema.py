@@ -48,6 +48,7 @@ class Row(_Part):
     images_per_second: _Amount
     bytes_up: _Count
     bytes_down: _Count
+    epsilon: _Amount | None = None
 
 
 class _Final(_Part):
@@ -115,6 +116,15 @@ class _Preset(_Part):
     published: list[_Published]
 
 
+class _Flower(_Part):
+    rules: dict[_Name, Any]
+    version: _Text
+    refused: _Count
+    failed: _Count
+    absent: _Count
+    stays_with_clients: list[_Text]
+
+
 class _Result(_Part):
     model_config = ConfigDict(extra="forbid")
 
@@ -128,6 +138,7 @@ class _Result(_Part):
     data: _Data
     memory: dict[str, Any] | None = None
     preset: _Preset | None = None
+    flower: _Flower | None = None
 
     @model_validator(mode="after")
     def _agree(self) -> _Result:
@@ -154,6 +165,9 @@ class _Result(_Part):
                 evaluated and len(row.clients) != clients
             ):
                 raise ValueError(f"round {row.round} must have an accuracy of {clients} clients")
+            answers = [exam.clients for exam in row.exams.values()]
+            if evaluated and any(all(a is None for a in each) for each in answers):
+                raise ValueError(f"round {row.round} must have the accuracy of a client")
             if any(client >= others for client in (*row.selected, *row.lost)):
                 raise ValueError(f"round {row.round} must name clients from 0 to {others - 1}")
         if rows[-1].accuracy is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from fastfpl.config import Settings
 from fastfpl.data import Dataset, Shard
 from fastfpl.federation.checkpoint import settings_facts
 from fastfpl.federation.exams import Exam, Examiner, marks
+from fastfpl.federation.merging import Privacy
 from fastfpl.federation.models import answers_with
 from fastfpl.federation.newcomers import Newcomers
 from fastfpl.federation.sampling import Sampling
@@ -22,6 +24,7 @@ from fastfpl.federation.shared import SharedStates
 from fastfpl.federation.states import StateFiles
 from fastfpl.federation.turns import InTurn, Together
 from fastfpl.methods import Method, State
+from fastfpl.methods.base import Upload
 from fastfpl.training.gathering import row
 from fastfpl.training.scoring import Scores
 from fastfpl.training.steps import PHASE
@@ -63,6 +66,8 @@ class Federation:
         Rows of ``result.json``.
     newcomers : Newcomers or None
         Clients that join after every evaluated round, if the scenario has some.
+    privacy : Privacy or None
+        What cuts uploads and adds noise before they are merged.
     """
 
     clip: FrozenCLIP
@@ -80,6 +85,7 @@ class Federation:
     folder: Path | None = None
     rounds: list[dict[str, Any]] = field(default_factory=list)
     newcomers: Newcomers | None = None
+    privacy: Privacy | None = None
 
     @property
     def exams(self) -> list[Exam]:
@@ -173,8 +179,13 @@ class Federation:
                     uploads.put(client, upload)
                 if method.evaluates_download == "trained":
                     self.downloads.put(client, down)
+        sent: Mapping[int, Upload] = uploads
         counts = {c: len(self.trainer.images[c]) for c in uploads}
-        self.now = now.after(method, uploads, counts, handed)
+        if self.privacy is not None:
+            down = now.download(method, call.selected[0])
+            sent, counts = self.privacy.merged(down, uploads, len(call.selected))
+            line["epsilon"] = self.privacy.epsilon(now.number + 1)
+        self.now = now.after(method, sent, counts, handed)
         line["selected"] = call.selected
         line["lost"] = sorted(call.lost)
         line["loss"] = sum(losses[c] for c in call.selected) / len(losses)

@@ -126,7 +126,40 @@ def captions(comparison: Comparison) -> list[str]:
         lines.append(deal)
     if any(row.images_per_second is None for row in table):
         lines[1] += f"; {NONE}: trains nothing"
+    lines += networked(comparison) + private(comparison)
     return [*lines, *released(comparison)]
+
+
+def networked(comparison: Comparison) -> list[str]:
+    """Say of every method that ran on Flower what did not arrive or was refused."""
+    lines = []
+    for method, results in comparison.results.items():
+        told = [r.flower for r in results if r.flower is not None]
+        if told:
+            refused, failed, absent = (
+                sum(one[key] for one in told) for key in ("refused", "failed", "absent")
+            )
+            lines.append(
+                f"{method} ran on Flower: {refused} answers of clients refused, {failed} failed, "
+                f"{absent} missing; bytes are those of arrays, without envelopes"
+            )
+    return lines
+
+
+def private(comparison: Comparison) -> list[str]:
+    """Say of every method what its runs guarantee of a client, and of what."""
+    lines = []
+    for method, results in comparison.results.items():
+        for told in dict.fromkeys(
+            (r.rounds[-1]["epsilon"], r.settings["dp_delta"])
+            for r in results
+            if r.rounds[-1].get("epsilon") is not None
+        ):
+            lines.append(
+                f"{method}: merged prompts are ({told[0]:.3g}, {told[1]:g})-differentially private "
+                "of clients after the last round; losses and accuracies are not covered"
+            )
+    return lines
 
 
 def dealt(comparison: Comparison) -> str | None:

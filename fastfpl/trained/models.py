@@ -161,6 +161,12 @@ class Model:
     def states(self, number: int) -> tuple[State, State]:
         """Return what a client answers with: (download, own), see `answers_with`."""
         kept = self.checkpoint
+        if kept.facts.get("engine") == "flower" and kept.facts.get("private"):
+            raise InputError(
+                f"{OP}: the run must keep its clients' states in its folder; got one on Flower, "
+                f"where what clients of {self.method.name} keep stays with them; ask there, or use "
+                "a method with one model for all"
+            )
         down, own = answers_with(
             self.method, kept.server, kept.clients, kept.downloads, number, len(kept.rounds)
         )

@@ -1,0 +1,397 @@
+"""A whole federation on one machine, of real processes on loopback: started, played, taken down."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastfpl.config import Settings
+from fastfpl.errors import Damaged, InputError, Missing, cut
+from fastfpl.federation import Result
+from fastfpl.federation.experiment import refuse_held
+from fastfpl.files import on_disk, write_text
+from fastfpl.flower.apps import flower_version
+from fastfpl.flower.folder import write_app
+from fastfpl.flower.keys import CA, SERVER, SERVER_KEY, check_keys, client_key, write_keys
+from fastfpl.flower.rules import Rules
+from fastfpl.flower.server import checked, expected_clients, read_status
+from fastfpl.training.preparation import choose_device
+
+__all__ = ["OFFLINE", "Lab", "standing", "up"]
+
+#: Switches without which Flower's processes look for the network.
+OFFLINE = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+}
+_HOST = "127.0.0.1"
+_STARTS = 90.0  # seconds for a process to listen, on a machine that is busy
+_LOOKS = 15.0  # seconds between two questions to the SuperLink, each a process of its own
+
+
+class Lab:
+    """A SuperLink and SuperNodes on loopback.
+
+    Parameters
+    ----------
+    folder : Path
+        Of logs, of Flower's own files and of what clients keep.
+    clients : int
+    port : int, optional
+        Of the SuperLink, free ones of the system if left out; nodes take those after it.
+    secure : bool
+        With TLS, and only nodes with a registered key.
+    keys : Path, optional
+        Folder of certificates and keys, made below ``folder`` if left out.
+    node : mapping, optional
+        More of every node's configuration.
+    cache : Path, optional
+        Below which every client has its feature cache; below ``folder`` if left out.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        clients: int,
+        *,
+        port: int | None = None,
+        secure: bool = False,
+        keys: Path | None = None,
+        node: Mapping[str, Any] | None = None,
+        cache: Path | None = None,
+    ) -> None:
+        flower_version()
+        self.folder = folder.absolute()
+        self.clients = clients
+        self._secure = secure or keys is not None
+        self._keys = self.folder / "keys" if keys is None else keys.absolute()
+        self._node = dict(node or {})
+        self._cache = (cache or self.folder / "cache").absolute()
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
+        count = clients + 1
+        self._ports = _free(count) if port is None else list(range(port, port + count))
+        if port is not None:
+            for one in self._ports:
+                _refuse_taken(one)
+        if keys is not None:
+            check_keys(keys, clients)
+
+    @property
+    def address(self) -> str:
+        """Where the SuperLink listens."""
+        return f"{_HOST}:{self._ports[0]}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What its processes are started with."""
+        # they start each other by name, and this Python's own come first
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        return {**os.environ, **OFFLINE, "PATH": path, "FLWR_HOME": str(self.folder / "home")}
+
+    def start(self) -> None:
+        """Start the SuperLink, then a SuperNode for every client."""
+        home = self.folder / "home"
+        with on_disk("fastfpl.flower", "the lab's folder", self.folder, "or name another out"):
+            for part in (home, self.folder / "logs", self._cache):
+                part.mkdir(parents=True, exist_ok=True)
+        if self._secure and not self._keys.exists():
+            write_keys(self._keys, [_HOST, "localhost"], self.clients)
+        trust = (
+            f"root-certificates = {json.dumps(str(self._keys / CA))}"
+            if self._secure
+            else "insecure = true"
+        )
+        text = f'[superlink]\ndefault = "lab"\n\n[superlink.lab]\naddress = "{self.address}"\n'
+        write_text(home / "config.toml", text + trust + "\n")
+        # of nodes and runs that are gone, and of keys that are registered anew
+        for old in self.folder.glob("superlink.db*"):
+            old.unlink()
+        link = [_tool("flower-superlink"), "--host", _HOST, "--port", str(self._ports[0])]
+        link += ["--database", str(self.folder / "superlink.db")]
+        link += ["--disable-runtime-dependency-installation"]
+        if self._secure:
+            link += ["--ssl-ca-certfile", str(self._keys / CA)]
+            link += ["--ssl-certfile", str(self._keys / SERVER)]
+            link += ["--ssl-keyfile", str(self._keys / SERVER_KEY), "--enable-supernode-auth"]
+        else:
+            link += ["--insecure"]
+        self._start("superlink", link)
+        self._listens("superlink", self._ports[0])
+        if self._secure:
+            for client in range(self.clients):
+                public = str(client_key(self._keys, client)) + ".pub"
+                self.flwr("supernode", "register", public, "lab", "--name", f"client-{client}")
+        for client in range(self.clients):
+            self.start_node(client)
+
+    def start_node(self, client: int) -> None:
+        """Start the SuperNode of a client."""
+        own = {
+            "client": client,
+            "state-dir": str(self.folder / "clients" / f"site-{client}"),
+            "cache": str(self._cache / f"site-{client}"),
+            **self._node,
+        }
+        text = " ".join(
+            f"{key}={json.dumps(value) if isinstance(value, str) else value}"
+            for key, value in own.items()
+        )
+        node = [_tool("flower-supernode"), "--superlink", self.address, "--host", _HOST]
+        node += ["--port", str(self._ports[1 + client]), "--node-config", text]
+        if self._secure:
+            node += ["--root-certificates", str(self._keys / CA)]
+            node += ["--auth-supernode-private-key", str(client_key(self._keys, client))]
+        else:
+            node += ["--insecure"]
+        self._start(f"client-{client}", node)
+
+    def kill(self, name: str) -> None:
+        """Kill a process and all that it started, without a word."""
+        process = self._running.pop(name)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def flwr(self, *arguments: str) -> Any:
+        """Ask Flower's own command line, and return the JSON that it answers."""
+        command = [_tool("flwr"), *arguments, "--format", "json"]
+        done = subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, check=False, timeout=300
+        )
+        # what comes before the JSON is not ours to read
+        begin = done.stdout.find("{")
+        try:
+            answer = json.loads(done.stdout[begin:])
+        except ValueError:
+            answer = {}
+        if done.returncode or not answer.get("success", False):
+            said = answer.get("error-message") or done.stderr or done.stdout
+            raise InputError(
+                f"fastfpl.flower: {shlex.join(command[1:3])} must succeed at {self.address}; got "
+                f"{cut(' '.join(str(said).split()), 600)}; see {self.folder / 'logs'}"
+            )
+        return answer
+
+    def submit(self, app: Path, resume: bool = False) -> str:
+        """Hand in a run; return its number."""
+        how = f"resume={'true' if resume else 'false'}"
+        return str(self.flwr("run", str(app), "lab", "--run-config", how)["run-id"])
+
+    def status(self, run: str) -> str:
+        """Return what the SuperLink says of a run."""
+        found = self.flwr("ls", "lab", "--run-id", run)["runs"]
+        return str(found[0]["status"]) if found else "unknown"
+
+    def dead(self) -> list[str]:
+        """Return which processes have ended, with the end of their logs."""
+        return [
+            f"{name} ended with {process.returncode}: {self._tail(name)}"
+            for name, process in self._running.items()
+            if process.poll() is not None
+        ]
+
+    def stop(self) -> None:
+        """Take everything down: nodes first, then the SuperLink."""
+        names = sorted(self._running, key=lambda name: name == "superlink")
+        for name in names:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._running[name].pid, signal.SIGTERM)
+        end = time.monotonic() + 10
+        for name in names:
+            process = self._running.pop(name)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.1, end - time.monotonic()))
+            # what it started has its group, and may outlive it
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def _start(self, name: str, command: Sequence[str]) -> None:
+        path = self.folder / "logs" / f"{name}.log"
+        with path.open("ab") as log:
+            self._running[name] = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self.environment,
+                start_new_session=True,
+            )
+
+    def _listens(self, name: str, port: int) -> None:
+        end = time.monotonic() + _STARTS
+        while time.monotonic() < end and self._running[name].poll() is None:
+            with contextlib.suppress(OSError), socket.create_connection((_HOST, port), 1):
+                return
+            time.sleep(0.2)
+        raise InputError(
+            f"fastfpl.flower: {name} must listen on port {port} within {_STARTS:g} s; got "
+            f"{self._tail(name)}; see {self.folder / 'logs'}"
+        )
+
+    def _tail(self, name: str) -> str:
+        path = self.folder / "logs" / f"{name}.log"
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        return cut(" ".join(" ".join(lines[-12:]).split()), 600) or "nothing"
+
+
+@contextlib.contextmanager
+def standing(lab: Lab) -> Iterator[Lab]:
+    """Have a lab stand, and take it down however this ends, by a signal too."""
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, leave) if main else None
+    try:
+        lab.start()
+        yield lab
+    finally:
+        lab.stop()
+        if main:
+            signal.signal(signal.SIGTERM, before)
+
+
+def up(
+    settings: Settings,
+    rules: Rules,
+    out: Path,
+    *,
+    resume: bool = False,
+    port: int | None = None,
+    secure: bool = False,
+    keys: Path | None = None,
+    node: Mapping[str, Any] | None = None,
+    cache: Path | None = None,
+    observer: Callable[[str, int, int], None] | None = None,
+) -> Result:
+    """Play a run by a SuperLink and one SuperNode a client on loopback, and take them down.
+
+    Parameters
+    ----------
+    settings : Settings
+    rules : Rules
+    out : Path
+        Folder of the results; logs and what clients keep lie in ``out/flower``.
+    resume : bool
+    port, secure, keys, node, cache
+        See `Lab`.
+    observer : callable, optional
+        ``observer(phase, rounds done, rounds)`` is told of what goes on.
+
+    Returns
+    -------
+    Result
+    """
+    refuse_held(out, resume)
+    checked(settings, rules)
+    choose_device(settings.device)
+    out = out.absolute()
+    folder = out / "flower"
+    clients = expected_clients(settings)
+    lab = Lab(folder, clients, port=port, secure=secure, keys=keys, node=node, cache=cache)
+    app = folder / "app"
+    if app.exists():
+        shutil.rmtree(app)
+    write_app(app, settings.method, settings.model_dump(), rules.model_dump(), str(out))
+    stamp = _stamp(out)
+    with standing(lab):
+        run = lab.submit(app, resume)
+        return _watch(lab, run, out, stamp, observer)
+
+
+def _watch(
+    lab: Lab,
+    run: str,
+    out: Path,
+    stamp: float,
+    observer: Callable[[str, int, int], None] | None,
+) -> Result:
+    """Wait for the end of a run."""
+    looked = time.monotonic()
+    while True:
+        status = _status(out) if _stamp(out) > stamp else {}
+        phase = status.get("phase")
+        if phase and observer is not None:
+            observer(str(phase), int(status["rounds_done"]), int(status["rounds"]))
+        if phase == "finished":
+            return Result.load(out)
+        if phase == "stopped":
+            raise InputError(str(status.get("why")))
+        dead = [text for text in lab.dead() if text.startswith("superlink")]
+        if dead:
+            raise InputError(f"fastfpl.flower: the SuperLink must stay; got {dead[0]}")
+        if time.monotonic() - looked > _LOOKS:
+            looked = time.monotonic()
+            found = lab.status(run)
+            ended = _stamp(out) > stamp and _status(out).get("phase") in ("finished", "stopped")
+            if found.startswith("finished") and not ended:
+                tail = lab._tail("superlink")
+                raise InputError(
+                    f"fastfpl.flower: the ServerApp must end with a result; got {found}: {tail}; "
+                    f"see {lab.folder / 'logs'}"
+                )
+        time.sleep(0.3)
+
+
+def _status(out: Path) -> dict[str, Any]:
+    try:
+        return read_status(out)
+    except Damaged:
+        return {}
+
+
+def _stamp(out: Path) -> float:
+    try:
+        return (out / "flower.json").stat().st_mtime
+    except OSError:
+        return -1.0
+
+
+def _tool(name: str) -> str:
+    """Find a command of Flower's beside this Python, or on the path."""
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.is_file() else shutil.which(name)
+    if found is None:
+        raise Missing(
+            f"fastfpl.flower: {name} must be on the path; got none; run: pip install "
+            '"fastfpl[flower]"'
+        )
+    return found
+
+
+def _free(count: int) -> list[int]:
+    """Find ports that nobody listens on."""
+    with contextlib.ExitStack() as stack:
+        ports = []
+        for _ in range(count):
+            one = stack.enter_context(socket.socket())
+            one.bind((_HOST, 0))
+            ports.append(int(one.getsockname()[1]))
+    return ports
+
+
+def _refuse_taken(port: int) -> None:
+    try:
+        with socket.socket() as one:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            one.bind((_HOST, port))
+    except (OSError, OverflowError) as error:
+        raise InputError(
+            f"fastfpl.flower: port must be free on {_HOST}; got {port}: {error}; name another, or "
+            "leave it out"
+        ) from None

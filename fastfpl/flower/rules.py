@@ -1,0 +1,95 @@
+"""The rules of a networked run: how long is waited, what is taken, how it is merged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fastfpl.errors import InputError, cut, near, shown
+
+__all__ = ["Rules", "make_rules"]
+
+
+class Rules(BaseModel):
+    """What the server decides beside the settings of the run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    quorum: float = Field(
+        0.5, gt=0, le=1, description="share of the called clients whose answers must be there"
+    )
+    grace: float = Field(
+        60.0, ge=0, le=1e6, description="seconds for the others once the quorum is there"
+    )
+    timeout: float = Field(
+        600.0, gt=0, le=1e6, description="seconds after which a round waits for nobody"
+    )
+    patience: float = Field(
+        1800.0,
+        ge=0,
+        le=1e8,
+        description="seconds without a quorum, or before the first round without all clients, "
+        "after which the run stops or begins with those that are there",
+    )
+    wire: Literal["exact", "float16", "bfloat16"] = Field(
+        "exact", description="floats on the wire: as they are, or in 16 bits"
+    )
+    most_norm: float = Field(
+        1e4, gt=0, le=1e15, description="largest Euclidean norm of an array that is taken"
+    )
+    most_bytes: int = Field(
+        1 << 28, ge=1, le=1 << 40, description="largest answer that is taken, in bytes of arrays"
+    )
+    merge: Literal["mean", "median", "trimmed"] = Field(
+        "mean",
+        description="mean by training images as the method has it, or robust: coordinate-wise "
+        "median or trimmed mean, of clients that count alike",
+    )
+    trim: float = Field(
+        0.2, ge=0, lt=0.5, description="share of clients cut off at either end, with trimmed"
+    )
+    clip_update: float | None = Field(
+        None,
+        gt=0,
+        le=1e15,
+        description="norm to which the server cuts what a client moved what it had downloaded",
+    )
+
+    @model_validator(mode="after")
+    def _combine(self) -> Rules:
+        if self.merge != "trimmed" and self.trim != 0.2:
+            raise ValueError(f"trim must be left out with merge={self.merge!r}; it is for trimmed")
+        return self
+
+    def enough(self, called: int) -> int:
+        """Say how many of the called clients are a quorum."""
+        return max(1, math.ceil(self.quorum * called - 1e-9))
+
+
+def make_rules(values: Mapping[str, Any]) -> Rules:
+    """Check values and fill in defaults, or refuse with a sentence that names the key."""
+    known = Rules.model_fields
+    for key in values:
+        if key not in known:
+            raise InputError(
+                f"fastfpl.flower: rule must be a known one; got {shown(key)}"
+                + near(cut(str(key)), known)
+            )
+    clean: dict[str, Any] = {
+        key: float(value) if isinstance(value, int) and key not in ("most_bytes",) else value
+        for key, value in values.items()
+    }
+    try:
+        return Rules(**clean)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        rule = first["msg"].removeprefix("Value error, ")
+        what = f"{key} is refused: " if key else ""
+        raise InputError(
+            f"fastfpl.flower: {what}{rule[0].lower() + rule[1:]}; "
+            f"got {shown(first['input'] if key else dict(values))}"
+        ) from None

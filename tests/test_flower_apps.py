@@ -1,0 +1,238 @@
+"""Flower's own objects and processes around a networked run."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import socket
+import stat
+import sys
+
+import pytest
+
+import fastfpl
+from fastfpl.cli import main
+from fastfpl.config import make_settings
+from fastfpl.errors import InputError, Missing
+from fastfpl.federation import Result
+from fastfpl.flower import apps, lab
+from fastfpl.flower.keys import check_keys
+from fastfpl.flower.letters import Letter, Refused, pack, unpack
+from fastfpl.flower.rules import make_rules
+from tests.worlds import GATE, TINY_RUN
+
+needs_flower = pytest.mark.skipif(
+    importlib.util.find_spec("flwr") is None, reason="flwr is not installed"
+)
+# of what flwr imports, not of anything here
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+RUN = {**TINY_RUN, "clients": 2, "local_epochs": 1, "threads": 1}
+
+
+def said(capsys, *arguments):
+    with pytest.raises(SystemExit) as end:
+        main([str(a) for a in arguments])
+    shown = capsys.readouterr()
+    return end.value.code, " ".join((shown.out + shown.err).split())
+
+
+def assert_same(networked, alone):
+    for a, b in zip(networked.rounds, alone.rounds, strict=True):
+        for key in ("accuracy", "clients", "exams", "selected", "lost", "bytes_up", "bytes_down"):
+            assert a[key] == b[key], key
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    assert networked.data == alone.data
+
+
+@needs_flower
+@pytest.mark.parametrize("wire", ["exact", "bfloat16"])
+def test_a_letter_is_whole_in_flowers_records(wire):
+    import torch
+    from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+    state = {"a": torch.randn(2, 3), "b": torch.zeros(0), "c": torch.tensor(1.5)}
+    letter = Letter({"kind": "x", "n": 1, "f": 0.1}, pack(state, wire))
+    back = apps.letter_of(apps.records(letter))
+    assert back == letter
+    assert set(unpack(back.arrays)) == set(state)
+    for content, sentence in (
+        (RecordDict({}), "a message must hold a head of JSON and arrays"),
+        (RecordDict({"head": ConfigRecord({"json": "{"})}), "must be JSON of facts; got {"),
+        (RecordDict({"head": ConfigRecord({"json": 1})}), "a message must hold a head of JSON"),
+        (
+            RecordDict(
+                {
+                    "head": ConfigRecord({"json": "{}"}),
+                    "arrays": ArrayRecord({"a": Array(torch.ones(2).numpy())}),
+                }
+            ),
+            "arrays must be of fastfpl.raw-1; got 'numpy.ndarray'",
+        ),
+    ):
+        with pytest.raises(Refused, match=sentence):
+            apps.letter_of(content)
+
+
+@needs_flower
+@pytest.mark.parametrize("method", ["pfedmoap", "promptfl-ft"])
+def test_flowers_apps_play_a_run(method, tmp_path):
+    """A ServerApp and a ClientApp that remembers nothing between messages but its disk."""
+    from flwr.app import Context, RecordDict
+
+    from tests.flower_grid import LocalGrid
+
+    settings = make_settings(
+        {"method": method, "options": GATE if method == "pfedmoap" else {}, **RUN}
+    )
+    config = {
+        "settings": json.dumps(settings.model_dump()),
+        "rules": "{}",
+        "out": str(tmp_path / "out"),
+        "resume": False,
+    }
+    nodes = {
+        70 + c: {"partition-id": c, "state-dir": str(tmp_path / f"site-{c}"), "threads": 1}
+        for c in range(2)
+    }
+    grid = LocalGrid(apps.client_app(), nodes, config)
+    apps.server_app()(grid, Context(1, 1, {}, RecordDict(), config))
+    networked = Result.load(tmp_path / "out")
+    assert_same(networked, fastfpl.run(settings))
+    assert networked.flower["version"] == apps.flower_version()
+    assert not (tmp_path / "out" / "clients").exists()
+    assert list((tmp_path / "site-0").glob("*/client-00000/own-*.safetensors"))
+    assert grid.counted > 0
+
+
+@pytest.mark.parametrize(
+    ("run", "node", "sentence"),
+    [
+        ({"settings": "x"}, {"client": 0}, "settings of the run must be JSON of one mapping"),
+        ({}, {"state-dir": "s"}, "client must be a whole number in the node's configuration"),
+        ({}, {"client": True, "state-dir": "s"}, "client must be a whole number"),
+        ({}, {"client": 0}, "state-dir must name a folder in the node's configuration"),
+        ({}, {"client": 0, "state-dir": "s", "pretrained": "w"}, "pretrained of a node must be le"),
+    ],
+)
+def test_wrong_configurations_are_sentences(run, node, sentence):
+    with pytest.raises(InputError, match=sentence):
+        apps.site_of({"settings": '{"method": "promptfl"}', **run}, node)
+
+
+@needs_flower
+@pytest.mark.timeout(400)
+def test_real_processes_on_loopback_give_the_numbers_of_one(tmp_path, capsys):
+    """A SuperLink and two SuperNodes, started, played and taken down by the command."""
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in {**RUN, "rounds": 1}.items()]
+    out = tmp_path / "out"
+    main(["flower", "up", "fedpgp", "-o", "bottleneck=2", "--out", str(out), *flags])
+    networked = Result.load(out)
+    settings = {**RUN, "rounds": 1, "options": {"bottleneck": 2}}
+    assert_same(networked, fastfpl.run("fedpgp", **settings))
+    assert networked.flower["stays_with_clients"] == ["u", "v"]
+    assert all(memory > 1 << 26 for memory in networked.flower["client_memory_bytes"].values())
+    main(["flower", "status", str(out)])
+    assert "fedpgp: finished; 1 of 1 rounds ended; joined: 0, 1" in capsys.readouterr().out
+    assert list((out / "flower" / "clients" / "site-1").glob("*/client-00001/own-*.safetensors"))
+
+
+@needs_flower
+def test_an_app_folder_is_one_that_flower_builds(tmp_path, capsys):
+    folder = tmp_path / "app"
+    main(["flower", "init", str(folder), "promptfl", "--lr", "0.1", "-r", "quorum=1.0"])
+    assert "run it by: flwr run" in capsys.readouterr().out
+    import tomllib
+
+    found = tomllib.loads((folder / "pyproject.toml").read_text("utf-8"))["tool"]["flwr"]["app"]
+    assert json.loads(found["config"]["settings"])["lr"] == 0.1
+    assert json.loads(found["config"]["rules"])["quorum"] == 1.0
+    from flwr.cli.build import build_fab_from_disk
+
+    assert len(build_fab_from_disk(folder)) < 10_000
+    code, text = said(capsys, "flower", "init", folder, "promptfl")
+    assert code == 2
+    assert "the app's folder must be new or empty" in text
+
+
+@needs_flower
+def test_keys_are_for_their_owner(tmp_path, capsys):
+    from cryptography import x509
+
+    folder = tmp_path / "keys"
+    main(["flower", "keys", str(folder), "--clients", "2", "--host", "10.0.0.1", "--host", "a.org"])
+    check_keys(folder, 2)
+    for name in ("ca.key", "server.key", "client-0", "client-1"):
+        assert stat.S_IMODE((folder / name).stat().st_mode) == 0o600
+    root, leaf = (
+        x509.load_pem_x509_certificate((folder / name).read_bytes())
+        for name in ("ca.crt", "server.crt")
+    )
+    leaf.verify_directly_issued_by(root)
+    names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["a.org"]
+    assert (folder / "client-1.pub").read_text().startswith("ecdsa-sha2-nistp384 ")
+    code, text = said(
+        capsys, "flower", "up", "promptfl", "--keys", folder, "--out", tmp_path / "o", "--clients=3"
+    )
+    assert code == 2
+    assert "must hold certificates and keys of 3 clients; got no client-2, client-2.pub" in text
+
+
+@needs_flower
+def test_a_port_in_use_is_a_sentence(tmp_path, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        code, text = said(
+            *(capsys, "flower", "up", "promptfl", "--port", port, "--out", tmp_path / "o")
+        )
+    assert code == 2
+    assert f"port must be free on 127.0.0.1; got {port}" in text
+
+
+@needs_flower
+def test_a_superlink_that_is_not_there_is_a_sentence(tmp_path):
+    away = lab.Lab(tmp_path, 1)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "config.toml").write_text(
+        f'[superlink]\ndefault = "lab"\n\n[superlink.lab]\naddress = "{away.address}"\n'
+        "insecure = true\n"
+    )
+    with pytest.raises(InputError, match=f"flwr ls lab must succeed at {away.address}|ls lab must"):
+        away.status("1")
+
+
+def test_without_flower_the_command_is_a_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flwr", None)
+    with pytest.raises(Missing, match=r'pip install "fastfpl\[flower\]"'):
+        apps.client_app()
+    code, text = said(capsys, "flower", "up", "promptfl", "--out", tmp_path / "out")
+    assert code == 2
+    assert "fastfpl.flower: flwr must be installed; got none" in text
+    assert not (tmp_path / "out").exists()
+
+
+@needs_flower
+def test_what_cannot_be_played_starts_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(lab.subprocess, "Popen", None)
+    out = tmp_path / "out"
+    for flags, sentence in (
+        (["fedapt-unsupervised"], "augment must be fresh or views:V for fedapt-unsupervised"),
+        (["promptfl", "--as-released", "all"], "inherit from each other within a round"),
+        (["promptfl", "--device", "tpu"], "device must be auto, cpu or cuda"),
+        (["promptfl", "--preset", "none"], "none"),
+    ):
+        code, text = said(capsys, "flower", "up", *flags, "--out", out)
+        assert (code, sentence in text) == (2, True), text
+        assert not out.exists()
+
+
+def test_rules_have_a_table_and_a_flag(capsys):
+    main(["flower", "rules"])
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in make_rules({}).model_dump())
+    code, text = said(capsys, "flower", "up", "promptfl", "-r", "quorum")
+    assert (code, "rule must read KEY=VALUE; got 'quorum'" in text) == (2, True)
+    code, text = said(capsys, "flower", "init", "x", "promptfl", "--resume")
+    assert (code, "resume must be left out of init" in text) == (2, True)
