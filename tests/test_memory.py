@@ -146,14 +146,14 @@ def test_images_are_scored_within_the_limit(method, limit, clip, cache, scored, 
     counts = []
     # no text pass stays below these
     monkeypatch.setattr(scoring, "current_limit", lambda: limit)
-    plain = scoring._at_once
+    plain = scoring.at_once
 
     def at_once(*arguments):
         scored.clear()  # of training
         counts.append(plain(*arguments))
         return counts[-1]
 
-    monkeypatch.setattr(scoring, "_at_once", at_once)
+    monkeypatch.setattr(scoring, "at_once", at_once)
     small = run(method, clip, cache, rounds=1)
     assert all(size <= limit or images == 1 for size, images in scored)
     assert max(images for _, images in scored) <= max(counts)
@@ -166,26 +166,26 @@ def test_images_are_scored_within_the_limit(method, limit, clip, cache, scored, 
     assert small.rounds[0]["clients"] == whole.rounds[0]["clients"]
 
 
-def test_without_a_limit_64_mib_are_scored_at_once():
+def test_without_a_limit_64_mib_are_scoredat_once():
     method = World("promptfl").federation().method
     # 197 x 512 numbers: 393 KiB an image
     patches = torch.zeros(1, 1, 197, 512)
     count = (64 << 20) // (patches.nbytes + 2 * len(NAMES) * 4)
-    assert scoring._at_once(method, {}, patches) == count == 166
+    assert scoring.at_once(method, {}, patches) == count == 166
     with memory_limit(1 << 40):  # more would not be faster
-        assert scoring._at_once(method, {}, patches) == count
+        assert scoring.at_once(method, {}, patches) == count
     with memory_limit(10 * patches.nbytes):
-        assert scoring._at_once(method, {}, patches) == 9
+        assert scoring.at_once(method, {}, patches) == 9
     with memory_limit(1):
-        assert scoring._at_once(method, {}, patches) == 1
+        assert scoring.at_once(method, {}, patches) == 1
 
 
 def test_a_gates_scores_count():
     options = {"experts": 3, "heads": 2, "gate_width": 8}
     method = World("pfedmoap", options=options).federation().method
     image = torch.zeros(1, 1, 16)
-    plain = scoring._at_once(method, {}, image)
-    gated = scoring._at_once(method, {"experts": torch.zeros(1, len(NAMES), 2, 8)}, image)
+    plain = scoring.at_once(method, {}, image)
+    gated = scoring.at_once(method, {"experts": torch.zeros(1, len(NAMES), 2, 8)}, image)
     # two heads, six classes, three experts: scores, their softmax and what is summed
     assert plain == (64 << 20) // (4 * (16 + 12))
     assert gated == (64 << 20) // (4 * (16 + 12 + 3 * 2 * 6 * 3))
@@ -198,7 +198,7 @@ def test_images_that_stop_together_are_scored_together(monkeypatch):
     patches = torch.zeros(1, 1, 4, 16)
     for limit in (1, 10**6, 10**8, None):
         with memory_limit(limit):
-            assert scoring._at_once(method, {}, patches) % 100 == 0
+            assert scoring.at_once(method, {}, patches) % 100 == 0
     # whatever the limit, the plans of an image are those of its hundred
     down = stack([{"ctx": method.server_init()["ctx"]}])
     features = torch.nn.functional.normalize(drawn(250, 4, 16, seed=1), dim=-1).float()
