@@ -49,7 +49,7 @@ from fastfpl.training.budget import uncapped
 from fastfpl.training.feeds import Observer, silent
 from fastfpl.training.graphs import against
 
-__all__ = ["RoundObserver", "refuse_held", "run", "threads", "unseen"]
+__all__ = ["RoundObserver", "pixels_of", "refuse_held", "run", "threads", "unseen"]
 
 #: ``on_round(label, row)`` is told of every round that ended.
 RoundObserver = Callable[[str, Mapping[str, Any]], None]
@@ -285,14 +285,14 @@ def _save(federation: Federation, folder: Path, faces: Mapping[str, set[str]]) -
 
 def _task(federation: Federation) -> dict[str, Any]:
     """Say of a task what a checkpoint holds."""
-    found = {**task_of(federation.method.task), "pixels": _pixels(federation)}
+    found = {**task_of(federation.method.task), "pixels": pixels_of(federation)}
     if federation.newcomers is not None:
         domains = list(federation.newcomers.domains)
         found |= {"newcomers": len(domains), "newcomer_domains": domains}
     return found
 
 
-def _pixels(federation: Federation) -> dict[str, list[float]]:
+def pixels_of(federation: Federation) -> dict[str, list[float]]:
     """Say by what pixels are normalised."""
     own = federation.dataset.statistics if federation.settings.statistics == "dataset" else None
     mean, std = own or (federation.clip.mean, federation.clip.std)

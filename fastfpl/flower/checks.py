@@ -286,7 +286,8 @@ def _texts(head: Mapping[str, Any], key: str) -> list[str]:
 
 def _described(data: dict[str, Any]) -> bool:
     """Whether facts of a data set are what a result may hold."""
-    deal, notes, tests = (data.get(key) for key in ("deal", "notes", "test_images"))
+    keys = ("deal", "notes", "test_images", "clients", "training", "pixels")
+    deal, notes, tests, clients, training, pixels = (data.get(key) for key in keys)
     return (
         all(_named(data.get(key)) for key in ("name", "activation", "train_images"))
         and isinstance(data.get("skipped"), int)
@@ -299,6 +300,15 @@ def _described(data: dict[str, Any]) -> bool:
         and all(map(_named, deal.values()))
         and isinstance(tests, list)
         and all(map(_named, tests))
+        and isinstance(clients, list)
+        and all(map(_named, clients))
+        and isinstance(training, dict)
+        and set(training) == {"used", "there"}
+        and _numbers(list(training.values()))
+        and isinstance(pixels, dict)
+        and set(pixels) == {"mean", "std"}
+        and all(isinstance(p, list) and len(p) == 3 for p in pixels.values())
+        and all(isinstance(p, float) and math.isfinite(p) for q in pixels.values() for p in q)
     )
 
 

@@ -44,7 +44,7 @@ from fastfpl.flower.letters import SCHEMA, Letter, digest, pack
 from fastfpl.flower.merging import check_merging, robust
 from fastfpl.flower.post import Outcome, Post, exchange
 from fastfpl.flower.rules import Rules
-from fastfpl.methods import Method, State
+from fastfpl.methods import Method, State, method_source
 from fastfpl.ops.memory import memory_limit
 from fastfpl.ops.precision import without_autocast
 from fastfpl.released import as_released, visits_of
@@ -313,6 +313,7 @@ class Server:
         return method, Round(len(found.rounds), found.server)
 
     def _save(self, method: Method, now: Round) -> None:
+        assert self._head is not None
         folder, device = self.folder, self.clip.device
         save_checkpoint(
             folder,
@@ -326,7 +327,7 @@ class Server:
                 SharedStates(folder / DOWNLOADS, device),
                 SharedStates(folder / TUNED, device),
                 {**self.settings.model_dump(), "options": dict(self.options)},
-                task_of(method.task),
+                {**task_of(method.task), "pixels": self._head.data["pixels"]},
             ),
         )
 
@@ -746,7 +747,7 @@ class Server:
         known = [self._known.get(str(c), nothing) for c in range(head.clients)]
         deals = [card.data.get("deal") for card in self._cards.values()]
         alike = all(one == deals[0] for one in deals)
-        data = head.data
+        data, source = head.data, method_source(self.settings.method)
         return Result(
             method=self.settings.method,
             settings={**self.settings.model_dump(), "options": dict(self.options)},
@@ -767,6 +768,9 @@ class Server:
                 "weights": self.clip.weights_digest,
                 "activation": self.clip.text.activation,
                 **({"deal": deals[0]} if alike else {}),
+                "training": data["training"],
+                **({"clients": list(data["clients"])} if data["clients"] else {}),
+                **({} if source is None else {"method_source": source}),
             },
             flower={
                 "rules": rules,

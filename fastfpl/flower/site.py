@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,8 @@ from fastfpl.errors import FastfplError, InputError, shown
 from fastfpl.federation import Federation
 from fastfpl.federation.checkpoint import settings_facts
 from fastfpl.federation.exams import mark
-from fastfpl.federation.preparation import Plan, plan, prepare
+from fastfpl.federation.experiment import pixels_of
+from fastfpl.federation.preparation import Plan, plan, prepare, settled
 from fastfpl.federation.result import deal, peak_memory
 from fastfpl.flower.identity import digest_of, identity, task_digest
 from fastfpl.flower.letters import SCHEMA, Letter, Refused, digest, pack, unpack
@@ -161,6 +163,12 @@ class Site:
                     "notes": list(scenario.dataset.notes),
                     "activation": federation.clip.text.activation,
                     "deal": deal(scenario.shards),
+                    "training": {
+                        "used": len(np.unique(np.concatenate([s.train for s in scenario.shards]))),
+                        "there": len(scenario.dataset.train),
+                    },
+                    "clients": list(federation.names),
+                    "pixels": pixels_of(federation),
                     "train_images": scenario.dataset.train.fingerprint,
                     "test_images": [exam.feed.split.fingerprint for exam in exams],
                 },
@@ -253,7 +261,8 @@ class Site:
     @property
     def _named(self) -> Settings:
         """The settings as the run has them: weights by the run's name for them."""
-        settings = self.planned.settings
+        # before the data set says how many clients there are: the server has none
+        settings, _, _ = settled(self.settings, self._model)
         if self._pretrained is None:
             return settings
         return settings.model_copy(update={"pretrained": self._pretrained})
