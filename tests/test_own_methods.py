@@ -155,7 +155,7 @@ def test_another_class_of_the_name_does_not_go_on(tmp_path):
     assert len(fastfpl.run(defined(1), **more).rounds) == 2
     KNOWN.clear()
     with pytest.raises(
-        InputError, match=r"cell, must be known; it is Cell of __main__, source .*: hand"
+        InputError, match=r"cell, must be known; it is Cell of __main__, source .*: name it"
     ):
         fastfpl.load(out)
 
