@@ -25,6 +25,7 @@ __all__ = [
     "RESULT",
     "Result",
     "deal",
+    "empty_row",
     "environment",
     "forget_peak_memory",
     "peak_memory",
@@ -147,6 +148,23 @@ class Result:
             raise Damaged(f"fastfpl.Result: {path} must be readable; got {error}") from None
         except ValueError as error:  # also of bytes that are not UTF-8
             raise Damaged(f"fastfpl.Result: {path} must be a result; got {error}") from None
+
+
+def empty_row(round_: int) -> dict[str, Any]:
+    """Return a round's row of `Result.rounds` before anything of it is known."""
+    return {
+        "round": round_,
+        "accuracy": None,
+        "clients": [],
+        "exams": {},
+        "selected": [],
+        "lost": [],
+        "loss": None,
+        "seconds": 0.0,
+        "images_per_second": 0.0,
+        "bytes_up": 0,
+        "bytes_down": 0,
+    }
 
 
 def summarise(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

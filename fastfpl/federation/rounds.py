@@ -18,6 +18,7 @@ from fastfpl.federation.exams import Exam, Examiner, marks
 from fastfpl.federation.merging import Privacy
 from fastfpl.federation.models import answers_with
 from fastfpl.federation.newcomers import Newcomers
+from fastfpl.federation.result import empty_row
 from fastfpl.federation.sampling import Sampling
 from fastfpl.federation.server import Round
 from fastfpl.federation.shared import SharedStates
@@ -123,19 +124,7 @@ class Federation:
         round_, settings, method = self.now.number, self.settings, self.method
         self.examiner.forget()  # a resumed run starts without any
         begin = time.perf_counter()
-        line: dict[str, Any] = {
-            "round": round_,
-            "accuracy": None,
-            "clients": [],
-            "exams": {},
-            "selected": [],
-            "lost": [],
-            "loss": None,
-            "seconds": 0.0,
-            "images_per_second": 0.0,
-            "bytes_up": 0,
-            "bytes_down": 0,
-        }
+        line = empty_row(round_)
         if self.trainer.feed is not None:
             with record_function(PHASE + "training"):
                 self._train(line)

@@ -32,7 +32,13 @@ from fastfpl.federation.lock import Held, alone_in
 from fastfpl.federation.merging import Expected, clipped, expected, privacy_of
 from fastfpl.federation.models import task_of
 from fastfpl.federation.preparation import settled
-from fastfpl.federation.result import environment, forget_peak_memory, peak_memory, summarise
+from fastfpl.federation.result import (
+    empty_row,
+    environment,
+    forget_peak_memory,
+    peak_memory,
+    summarise,
+)
 from fastfpl.federation.sampling import Sampling
 from fastfpl.federation.server import Round
 from fastfpl.federation.shared import DOWNLOADS, TUNED, SharedStates
@@ -493,20 +499,7 @@ class Server:
         settings, begin = self.settings, time.perf_counter()
         round_ = now.number
         told: dict[str, Any] = {"refused": [], "failed": [], "absent": [], "bytes_exam": 0}
-        line: dict[str, Any] = {
-            "round": round_,
-            "accuracy": None,
-            "clients": [],
-            "exams": {},
-            "selected": [],
-            "lost": [],
-            "loss": None,
-            "seconds": 0.0,
-            "images_per_second": 0.0,
-            "bytes_up": 0,
-            "bytes_down": 0,
-            "flower": told,
-        }
+        line = {**empty_row(round_), "flower": told}
         self._greet(self.rules.grace)
         now = self._train(method, now, line) if method.trains else now.untrained()
         last = round_ == settings.rounds - 1 or not method.trains
