@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GROUND = {"errors", "installed", "shapes", "seeds", "files", "terminal", "plain_yaml"}
 FLOORS = (
     GROUND,
-    {"reference", "kernels", "_C", "data"},
+    {"reference", "kernels", "_C", "data", "tracking"},
     {"ops"},
     {"clip", "prompts", "features"},
     {"methods"},

@@ -38,6 +38,7 @@ def compare(
     out: Path | None,
     resume: bool,
     cache: Path | None,
+    track: Sequence[str],
     **flags: Any,
 ) -> None:
     """Run several METHODs under the same settings; print a table, write plots and one HTML page.
@@ -49,6 +50,7 @@ def compare(
     from fastfpl.federation import sweep as play_each
     from fastfpl.methods import method_name
     from fastfpl.report import sweep_table, write_report, write_sweep
+    from fastfpl.tracking import make_trackers
 
     try:
         numbers = [int(part) for part in seeds.split(",")]
@@ -62,7 +64,7 @@ def compare(
         raise InputError("fastfpl compare: seed must be left out; seeds are given by --seeds")
     whole = {**(load_preset(preset).settings if preset else {}), **values}
     folder = out or Path("runs") / f"compare-{short_name(whole.get('dataset', 'glyphs'))}"
-    chosen = _swept(sweep, whole)
+    chosen, trackers = _swept(sweep, whole), make_trackers(track)
     with progress() as (observer, on_round):
         shared = {
             "seeds": numbers,
@@ -72,6 +74,7 @@ def compare(
             "cache": cache,
             "observer": observer,
             "on_round": on_round,
+            "callbacks": trackers,
             **values,
         }
         if chosen is None:

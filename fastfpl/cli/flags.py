@@ -211,6 +211,13 @@ def _complete_option(
 
 
 _RESUME = click.option("--resume", is_flag=True, help="go on with the run in --out")
+_TRACK = click.option(
+    "--track",
+    multiple=True,
+    type=Name("tracker"),
+    metavar="tensorboard|wandb|mlflow",
+    help="follow the run there; may be repeated  [metrics.jsonl alone]",
+)
 _SHARED = (
     click.option("--preset", type=Name("preset"), help="a paper's settings; see: fastfpl presets"),
     click.option(
@@ -233,7 +240,7 @@ SEED = click.option("--seed", type=Count(), default=None, help="of everything th
 
 def run_options(command: _Command) -> _Command:
     """Give a command every flag of a run but ``--seed``."""
-    return shared(_RESUME(_settings_options(command)))
+    return shared(_RESUME(_TRACK(_settings_options(command))))
 
 
 def profile_options(command: _Command) -> _Command:

@@ -26,6 +26,7 @@ def run(
     out: Path | None,
     resume: bool,
     cache: Path | None,
+    track: Sequence[str],
     **flags: Any,
 ) -> None:
     """Run METHOD once and write result.json and checkpoints into --out.
@@ -42,9 +43,10 @@ def run(
     from fastfpl.data import short_name
     from fastfpl.federation import Comparison
     from fastfpl.federation import run as play
+    from fastfpl.tracking import make_trackers
 
     settings = settings_of(method, preset, config, options, flags)
-    method = settings.method
+    method, trackers = settings.method, make_trackers(track)
     folder = out or Path("runs") / f"{method}-{short_name(settings.dataset)}-seed{settings.seed}"
     with progress() as (observer, on_round):
         result = play(
@@ -55,6 +57,7 @@ def run(
             cache=cache,
             observer=observer,
             on_round=on_round,
+            callbacks=trackers,
         )
     print_tables(Comparison({method: [result]}))
     if result.memory is not None:

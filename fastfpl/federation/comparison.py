@@ -27,6 +27,7 @@ from fastfpl.federation.result import Result
 from fastfpl.files import write_json
 from fastfpl.methods import Method, check_options, find_method, method_name
 from fastfpl.released import share_quirks
+from fastfpl.tracking import Callback
 from fastfpl.training.feeds import Observer, silent
 from fastfpl.training.preparation import load_model
 
@@ -146,6 +147,7 @@ def compare(
     cache: str | Path | None = None,
     observer: Observer = silent,
     on_round: RoundObserver = unseen,
+    callbacks: Sequence[Callback] = (),
     options: Mapping[str, Mapping[str, Any]] | None = None,
     dataset: str | Path | Dataset | None = None,
     **settings: Any,
@@ -157,7 +159,7 @@ def compare(
     methods : sequence of str or type of Method
         Each once, by name or as in `run`.
     seeds : sequence of int
-    preset, out, resume, model, cache, observer, on_round
+    preset, out, resume, model, cache, observer, on_round, callbacks
         As in `run`; ``out`` gets one folder a method and seed, and ``comparison.json``, which says
         what belongs together.
     options : mapping from method to its options
@@ -171,7 +173,8 @@ def compare(
     names = [method_name(method, "fastfpl.compare") for method in methods]
     jobs = _jobs(names, seeds, preset, out, options, settings)
     _check(jobs, live, resume, model)
-    return _play(names, jobs, live, preset, resume, model, cache, observer, on_round)
+    how = (live, preset, resume, model, cache, observer, on_round, callbacks)
+    return _play(names, jobs, *how)
 
 
 def _named(op: str, dataset: str | Path | Dataset | None, settings: dict[str, Any]) -> Any:
@@ -272,6 +275,7 @@ def _play(
     cache: str | Path | None,
     observer: Observer,
     on_round: RoundObserver,
+    callbacks: Sequence[Callback],
 ) -> Comparison:
     whole = {
         "methods": list(methods),
@@ -306,6 +310,7 @@ def _play(
                 cache=cache,
                 observer=tell,
                 on_round=tell_round,
+                callbacks=callbacks,
             )
         )
         begin()
@@ -325,6 +330,7 @@ def sweep(
     cache: str | Path | None = None,
     observer: Observer = silent,
     on_round: RoundObserver = unseen,
+    callbacks: Sequence[Callback] = (),
     options: Mapping[str, Mapping[str, Any]] | None = None,
     dataset: str | Path | Dataset | None = None,
     **settings: Any,
@@ -340,7 +346,7 @@ def sweep(
         Its values, each once.
     out : path, optional
         Gets one folder ``KEY=VALUE`` a value (`value_folder`).
-    seeds, preset, resume, model, cache, observer, on_round, options, dataset, **settings
+    seeds, preset, resume, model, cache, observer, on_round, callbacks, options, dataset, **settings
         As for `compare`.
     """
     op = "fastfpl.sweep"
@@ -370,5 +376,5 @@ def sweep(
         for value in values
     }
     _check([job for mine in jobs.values() for job in mine], live, resume, model)
-    how = (live, preset, resume, model, cache, observer, on_round)
+    how = (live, preset, resume, model, cache, observer, on_round, callbacks)
     return Sweep(key, {value: _play(names, mine, *how) for value, mine in jobs.items()})
