@@ -57,8 +57,7 @@ _HOME = {
 }
 _ROOMS = (
     *("clip", "data", "dropin", "errors", "features", "federation", "methods", "ops", "prompts"),
-    "testing",
-    "trained",
+    *("testing", "tracking", "trained"),
 )
 
 

@@ -12,7 +12,15 @@ import fastfpl
 from fastfpl.errors import InputError, Missing
 from fastfpl.federation.checkpoint import CHECKPOINT
 from fastfpl.federation.result import RESULT
-from fastfpl.tracking import METRICS, TRACKERS, Callback, RunInfo, make_trackers, metrics_of
+from fastfpl.tracking import (
+    METRICS,
+    TRACKERS,
+    Callback,
+    Progress,
+    RunInfo,
+    make_trackers,
+    metrics_of,
+)
 from fastfpl.tracking import trackers as tracking
 from tests.worlds import TINY_RUN, small_clip
 
@@ -256,3 +264,66 @@ def test_wandb_offline_has_every_round(play, tmp_path, monkeypatch):
     number = json.loads((tmp_path / "run" / "tracking.json").read_text())["wandb"]
     assert all(number in path.name for path in written)  # one run goes on
     assert all(b"accuracy" in path.read_bytes() for path in written)
+
+
+# -- tables of pandas -----------------------------------------------------------------------------
+
+
+def test_results_are_long_tables_of_pandas(play):
+    pandas = library("pandas")
+    result = play(None)
+    frame = result.to_pandas()
+    clients = frame[frame.client.notna() & (frame["round"] == 2)]
+    assert clients.value.tolist() == result.rounds[2]["clients"]
+    assert clients.client.tolist() == [0, 1, 2]
+    means = frame[(frame.figure == "accuracy") & frame.client.isna()]
+    assert means.value.tolist() == [row["accuracy"] for row in result.rounds]
+    assert frame[frame.figure == "bytes_up"].value.tolist() == [
+        r["bytes_up"] for r in result.rounds
+    ]
+    both = fastfpl.federation.Comparison({"promptfl": [result], "again": [result]}).to_pandas()
+    pandas.testing.assert_frame_equal(both[: len(frame)], frame)
+    assert len(both) == 2 * len(frame)
+    assert set(frame.columns) >= {"method", "dataset", "seed", "exam"}
+
+
+def test_without_pandas_a_sentence(play, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    result = fastfpl.Result("m", {}, {}, {}, [], {}, 0, {})
+    with pytest.raises(Missing, match=r'pip install "fastfpl\[pandas\]"'):
+        result.to_pandas()
+
+
+# -- progress --------------------------------------------------------------------------------------
+
+
+def test_progress_is_a_callback_too(play, capsys):
+    play(None, callbacks=[Progress()])
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split("  ")[:2] for line in said] == [
+        ["promptfl-digits-seed0", f"round {n}"] for n in (1, 2, 3)
+    ]
+
+
+NOTEBOOK = """
+import sys, warnings
+sys.modules["ipywidgets"] = {widgets}
+import importlib.util
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == "ipywidgets" else found(name, *a)
+import fastfpl
+from fastfpl.tracking import Progress
+r = fastfpl.run("zeroshot", dataset="digits", clients=2, callbacks=[Progress()], cache={cache!r})
+"""
+
+
+@pytest.mark.slow
+@quiet
+def test_a_notebook_shows_a_line_a_round_in_the_cell(tmp_path):
+    nbformat, client = library("nbformat"), library("nbclient")
+    library("ipykernel")
+    cell = nbformat.v4.new_code_cell(NOTEBOOK.format(widgets=None, cache=str(tmp_path)))
+    book = nbformat.v4.new_notebook(cells=[cell])
+    client.NotebookClient(book, timeout=120, kernel_name="python3").execute()
+    (output,) = (o for o in book.cells[0].outputs if o.get("name") == "stdout")
+    assert re.search(r"zeroshot-digits-seed0  round 1  accuracy [\d.]+ %", output.text)

@@ -10,11 +10,12 @@ import click
 
 from fastfpl.cli.flags import Grouped, gather, run_options
 from fastfpl.cli.names import Name
-from fastfpl.cli.screen import print_tables, progress
+from fastfpl.cli.screen import print_tables
 from fastfpl.config import load_preset
 from fastfpl.errors import InputError, cut, shown
 from fastfpl.plain_yaml import parse_yaml
 from fastfpl.terminal import console, say
+from fastfpl.tracking import progress
 
 
 @click.command(cls=Grouped)

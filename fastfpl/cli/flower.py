@@ -10,10 +10,11 @@ import click
 
 from fastfpl.cli.flags import SEED, Grouped, Place, run_options, settings_of
 from fastfpl.cli.names import Name
-from fastfpl.cli.screen import print_tables, progress
+from fastfpl.cli.screen import print_tables
 from fastfpl.errors import InputError, shown
 from fastfpl.plain_yaml import parse_yaml
 from fastfpl.terminal import console, say, table
+from fastfpl.tracking import progress
 
 __all__ = ["flower"]
 

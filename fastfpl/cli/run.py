@@ -10,8 +10,9 @@ import click
 
 from fastfpl.cli.flags import SEED, Grouped, run_options, settings_of
 from fastfpl.cli.names import Name
-from fastfpl.cli.screen import print_tables, progress
+from fastfpl.cli.screen import print_tables
 from fastfpl.terminal import say
+from fastfpl.tracking import progress
 
 
 @click.command(cls=Grouped)

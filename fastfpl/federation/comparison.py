@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastfpl.clip import FrozenCLIP
 from fastfpl.config import Settings, load_preset, make_settings
 from fastfpl.data import Dataset
 from fastfpl.errors import InputError, cut, near, shown
 from fastfpl.federation.experiment import RoundObserver, refuse_held, run, unseen
+from fastfpl.federation.frames import frame_of
 from fastfpl.federation.preparation import (
     Place,
     Plan,
@@ -30,6 +31,9 @@ from fastfpl.released import share_quirks
 from fastfpl.tracking import Callback
 from fastfpl.training.feeds import Observer, silent
 from fastfpl.training.preparation import load_model
+
+if TYPE_CHECKING:
+    import pandas
 
 __all__ = ["PLAN", "Comparison", "Sweep", "compare", "sweep", "value_folder"]
 
@@ -97,6 +101,26 @@ class Comparison:
                 }
             )
         return table
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return every figure of every round as a table of pandas, in long form.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Columns ``method``, ``dataset``, ``seed``, ``round`` (from 0), ``exam``, ``client``,
+            ``figure`` and ``value``. A row with a client is its ``accuracy`` in [0, 1]; one without
+            is a figure of the round: ``accuracy`` and ``macro_f1`` of an exam (means over clients),
+            ``accuracy on DOMAIN``, ``loss``, ``seconds``, ``images_per_second``, ``bytes_up``,
+            ``bytes_down``, ``epsilon``. Clients are names where the data set has some, else
+            numbers.
+
+        Raises
+        ------
+        Missing
+            If pandas is not installed (extra ``pandas``).
+        """
+        return frame_of([r for results in self.results.values() for r in results])
 
 
 def _means(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:

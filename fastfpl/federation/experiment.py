@@ -47,7 +47,7 @@ from fastfpl.ops.memory import memory_limit
 from fastfpl.ops.precision import without_autocast
 from fastfpl.tracking import Callback, RunInfo
 from fastfpl.tracking.callback import Told
-from fastfpl.tracking.lines import Lines
+from fastfpl.tracking.lines import METRICS, Lines
 from fastfpl.training.budget import uncapped
 from fastfpl.training.feeds import Observer, silent
 from fastfpl.training.graphs import against
@@ -165,9 +165,14 @@ def run(
             refuse_held(folder, resume)
         store = None if cache is None else Path(cache)
         told = Told(callbacks)
+
+        def step(what: str, done: int, total: int) -> None:
+            observer(what, done, total)
+            told.step(what, done, total)
+
         try:
             with stoppable(chosen, folder):
-                result = _play(chosen, live, held, resume, model, store, observer, on_round, told)
+                result = _play(chosen, live, held, resume, model, store, step, on_round, told)
         except BaseException:
             told.stop()
             raise
@@ -209,6 +214,12 @@ def refuse_held(folder: Path, resume: bool) -> None:
                 f"fastfpl.run: out must not hold a run already; got {folder}; "
                 "go on with it by resume (--resume), or name another folder"
             )
+        # of a run it stands beside a checkpoint
+        if os.path.lexists(folder / METRICS) and not os.path.lexists(folder / CHECKPOINT):
+            raise InputError(
+                f"fastfpl.run: out must have no {METRICS} but a run's; got one without "
+                f"{CHECKPOINT} in {folder}; remove it or name another out"
+            )
     except OSError as error:
         raise InputError(
             f"fastfpl.run: out must be a folder that can be read; got {cut(str(folder))}: "
@@ -249,6 +260,7 @@ def _play(
     # a limit around a run is for passes of the caller
     with recorded_faces() as faces, memory_limit(None), uncapped():
         planned = plan(chosen, model=model, datasets=known_as(chosen, live))
+        head = None
         if held is not None and resume:
             # other settings show before any weights are read
             head = check_checkpoint(held.folder, planned.facts)
@@ -257,20 +269,20 @@ def _play(
                     f"fastfpl.run: rounds must be at least the {head['rounds_done']} that "
                     f"{held.folder} has played; got {chosen.rounds}"
                 )
+        told.begin(
+            RunInfo(
+                run_name(planned.settings),
+                {**planned.settings.model_dump(), "options": dict(planned.options)},
+                None if held is None else held.folder,
+                0 if head is None else head["rounds_done"],
+                planned.scenario.names,
+            )
+        )
         federation = prepare(planned, model=model, cache=cache, observer=observer)
         if held is not None:
             _take_up(federation, held.folder, resume, faces)
             held.sweep(files_of(held.folder) or set())
         lines = None if held is None else Lines(held.folder, federation.rounds)
-        told.begin(
-            RunInfo(
-                run_name(planned.settings),
-                _settings(federation),
-                None if held is None else held.folder,
-                len(federation.rounds),
-                federation.names,
-            )
-        )
         while not federation.finished:
             if held is None:
                 row = federation.round()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastfpl.tracking.bars import Progress, progress
 from fastfpl.tracking.callback import Callback, RunInfo, metrics_of
 from fastfpl.tracking.lines import METRICS
 from fastfpl.tracking.trackers import TRACKERS, MLflow, TensorBoard, Tracker, WandB, make_trackers
@@ -11,10 +12,12 @@ __all__ = [
     "TRACKERS",
     "Callback",
     "MLflow",
+    "Progress",
     "RunInfo",
     "TensorBoard",
     "Tracker",
     "WandB",
     "make_trackers",
     "metrics_of",
+    "progress",
 ]

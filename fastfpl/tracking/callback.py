@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Callback", "RunInfo", "Told", "metrics_of"]
+__all__ = ["ENCODING", "Callback", "RunInfo", "Told", "metrics_of"]
 
 _LOG = logging.getLogger("fastfpl")
+#: What the name of a step begins with in which images are counted.
+ENCODING = "encoding"
 #: So many clients have a figure each; of more, smallest, largest and spread are told.
 EACH = 50
 
@@ -48,8 +50,11 @@ class Callback:
     whose rounds are kept as ever.
     """
 
+    def on_step(self, what: str, done: int, total: int) -> None:
+        """Be told how far a long step is: images that are encoded, clients that train."""
+
     def on_run_begin(self, run: RunInfo) -> None:
-        """Be told of a run before its next round."""
+        """Be told of a run before its next round; images may still have to be encoded."""
 
     def on_round_end(self, run: RunInfo, row: Mapping[str, Any]) -> None:
         """Be told of a round: its row of `Result.rounds`; its checkpoint is written."""
@@ -70,6 +75,11 @@ class Told:
         self._all = list(callbacks)
         self._begun: list[Callback] = []
         self._run: RunInfo | None = None
+
+    def step(self, what: str, done: int, total: int) -> None:
+        """Tell of a long step."""
+        for one in self._all:
+            one.on_step(what, done, total)
 
     def begin(self, run: RunInfo) -> None:
         """Tell of the beginning."""

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastfpl.errors import InputError
 from fastfpl.files import on_disk, write_new, write_whole
 
 __all__ = ["METRICS", "Lines"]
@@ -32,13 +31,9 @@ class Lines:
     def __init__(self, folder: Path, rounds: Sequence[Mapping[str, Any]]) -> None:
         self.path = folder / METRICS
         wanted = b"".join(map(_line, rounds))
-        if not rounds and os.path.lexists(self.path):
-            raise InputError(
-                f"fastfpl.run: out must have no {METRICS} but a run's; got one without a "
-                f"checkpoint at {self.path}; remove it or name another out"
-            )
         with on_disk("fastfpl.run", "out", folder, "or name another out"):
-            there = self.path.read_bytes() if self.path.is_file() else None
+            own = self.path.is_file() and not self.path.is_symlink()
+            there = self.path.read_bytes() if own else None
         if rounds and there != wanted:
 
             def write(part: Path) -> None:

@@ -19,6 +19,7 @@ from fastfpl.data.transforms import Preprocess
 from fastfpl.errors import InputError
 from fastfpl.features import FeatureKey, Features, FeatureStore
 from fastfpl.seeds import seed_for
+from fastfpl.tracking.callback import ENCODING
 
 __all__ = [
     "ENCODING",
@@ -42,9 +43,6 @@ def silent(what: str, done: int, total: int) -> None:
 
 
 Indices = npt.NDArray[np.int64]
-
-#: What the name of a step begins with in which images are counted.
-ENCODING = "encoding"
 
 # batches on their way to a device
 _AHEAD = 4
