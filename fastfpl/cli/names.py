@@ -88,7 +88,7 @@ _KNOWN: dict[str, Callable[[], Iterable[tuple[str, str]]]] = {
 }
 
 # kinds of which several stand on a line, separated by commas
-_SEVERAL = ("quirk", "tracker", "datasets")
+_SEVERAL = ("quirk", "tracker")
 
 
 class Name(click.ParamType):  # type: ignore[type-arg]

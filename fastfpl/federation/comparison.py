@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastfpl.clip import FrozenCLIP
 from fastfpl.config import Settings, load_preset, make_settings
-from fastfpl.data import Dataset
+from fastfpl.data import Dataset, short_name
 from fastfpl.errors import InputError, cut, near, shown
 from fastfpl.federation.experiment import RoundObserver, refuse_held, run, unseen
 from fastfpl.federation.frames import frame_of
@@ -35,10 +35,12 @@ from fastfpl.training.preparation import load_model
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["PLAN", "Comparison", "Sweep", "compare", "sweep", "value_folder"]
+__all__ = ["PLAN", "SWEEP", "Comparison", "Sweep", "compare", "sweep", "value_folders"]
 
 #: Names the methods, seeds and rounds that a comparison was asked for.
 PLAN = "comparison.json"
+#: Names the setting, values, methods, seeds and rounds that a sweep was asked for.
+SWEEP = "sweep.json"
 
 
 @dataclass(frozen=True)
@@ -145,10 +147,20 @@ class Sweep:
     comparisons: Mapping[Any, Comparison]
 
 
-def value_folder(key: str, value: Any) -> str:
-    """Name the folder of one value of a sweep: what no folder may be called is percent-encoded."""
-    text = re.sub(r"[%/\\\x00-\x1f\x7f]", lambda m: f"%{ord(m.group()):02X}", str(value))
-    return f"{key}={text}"
+def value_folders(key: str, values: Sequence[Any]) -> dict[Any, str]:
+    """Name the folder of every value of a sweep.
+
+    What no folder may be called is percent-encoded; data sets of one's own have their last name.
+    """
+    found: dict[Any, str] = {}
+    for value in values:
+        short = short_name(value) if key == "dataset" and isinstance(value, str) else str(value)
+        text = re.sub(r"[%/\\\x00-\x1f\x7f]", lambda m: f"%{ord(m.group()):02X}", short)
+        base, number = f"{key}={text}", 1
+        while (name := base if number == 1 else f"{base}-{number}") in found.values():
+            number += 1
+        found[value] = name
+    return found
 
 
 @dataclass(frozen=True)
@@ -369,7 +381,7 @@ def sweep(
     values : sequence
         Its values, each once.
     out : path, optional
-        Gets one folder ``KEY=VALUE`` a value (`value_folder`).
+        Gets one folder ``KEY=VALUE`` a value (`value_folders`), and ``sweep.json``.
     seeds, preset, resume, model, cache, observer, on_round, callbacks, options, dataset, **settings
         As for `compare`.
     """
@@ -388,17 +400,31 @@ def sweep(
             raise InputError(f"{op}: values must be numbers or texts; got {shown(value)}")
     live = _named(op, dataset, settings)
     names = [method_name(method, op) for method in methods]
+    places = value_folders(key, values)
     jobs = {
         value: _jobs(
             names,
             seeds,
             preset,
-            None if out is None else Path(out) / value_folder(key, value),
+            None if out is None else Path(out) / places[value],
             options,
             {**settings, key: value},
         )
         for value in values
     }
     _check([job for mine in jobs.values() for job in mine], live, resume, model)
-    how = (live, preset, resume, model, cache, observer, on_round, callbacks)
+    whole = {"key": key, "values": list(values), "methods": names, "seeds": list(seeds)}
+    first = next(iter(jobs.values()))[0]
+
+    @lru_cache(maxsize=1)
+    def begin() -> None:
+        """Say what belongs to the sweep as soon as a round of it is there."""
+        if out is not None:
+            write_json(Path(out) / SWEEP, {**whole, "rounds": first.settings.rounds})
+
+    def tell(label: str, row: Mapping[str, Any]) -> None:
+        begin()
+        on_round(label, row)
+
+    how = (live, preset, resume, model, cache, observer, tell, callbacks)
     return Sweep(key, {value: _play(names, mine, *how) for value, mine in jobs.items()})
