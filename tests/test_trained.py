@@ -169,7 +169,7 @@ def test_loading_says_what_is_wrong(played, clip, tmp_path):
     for wrong in (4, -1, "7", True, None):
         with pytest.raises(InputError, match="client must be"):
             model.client(wrong)
-    with pytest.raises(InputError, match="must be one of the run; got 'Berlin'; nobody has joined"):
+    with pytest.raises(InputError, match="4, from 0 to 3; got 'Berlin'; nobody has joined"):
         model.client("Berlin")
     with pytest.raises(Missing, match=r"must hold a run; got .* without checkpoint\.json"):
         fastfpl.load(tmp_path)

@@ -365,7 +365,7 @@ def _task(federation: Federation) -> dict[str, Any]:
     if federation.newcomers is not None:
         domains = list(federation.newcomers.domains)
         found |= {"newcomers": len(domains), "newcomer_domains": domains}
-    return found
+    return found | ({"names": list(federation.names)} if federation.names else {})
 
 
 def pixels_of(federation: Federation) -> dict[str, list[float]]:

@@ -357,7 +357,11 @@ class Server:
                 SharedStates(folder / DOWNLOADS, device),
                 SharedStates(folder / TUNED, device),
                 {**self.settings.model_dump(), "options": dict(self.options)},
-                {**task_of(method.task), "pixels": self._head.data["pixels"]},
+                {
+                    **task_of(method.task),
+                    "pixels": self._head.data["pixels"],
+                    "names": list(self._head.data["clients"] or ()),
+                },
             ),
         )
 
