@@ -23,6 +23,7 @@ FLOORS = (
     {"training"},
     {"federation"},
     {"report", "flower", "dropin", "testing", "templates", "trained"},
+    {"serving"},
     {"cli"},
 )
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
@@ -40,6 +41,8 @@ ONLY_IN = {
     "sklearn": {"data"},
     "scipy": {"data"},
     "flwr": {"flower"},
+    "fastapi": {"serving"},
+    "uvicorn": {"serving"},
 }
 LATE = {
     "matplotlib",

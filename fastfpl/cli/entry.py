@@ -23,6 +23,7 @@ from fastfpl.cli.profile import profile
 from fastfpl.cli.quirks import quirks
 from fastfpl.cli.report import report
 from fastfpl.cli.run import run
+from fastfpl.cli.serve import serve
 from fastfpl.errors import FastfplError, cut
 from fastfpl.terminal import say, sayable
 
@@ -70,6 +71,6 @@ def group() -> None:
     """Federated prompt learning of CLIP: exact, tested, fast."""
 
 
-_COMMANDS = (run, compare, report, predict, export, adapt, flower)
+_COMMANDS = (run, compare, report, predict, export, adapt, serve, flower)
 for _command in (*_COMMANDS, profile, methods, presets, quirks, doctor, data, new):
     group.add_command(_command)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ from fastfpl.methods import (
     method_names,
     method_source,
 )
+from fastfpl.prompts import ClassPrompts
 from fastfpl.released import as_released
 from fastfpl.trained.joined import joined_names, read_joined
 from fastfpl.trained.predictions import Client
@@ -237,6 +239,23 @@ class Model:
                 "whose clients answer with parameters of their own: name a client, or adapt one"
             )
         return Client("global", self.method, *self.states(0), self._eye)
+
+    def zero_shot(self) -> Client:
+        """Return the frozen CLIP with the hand-written prompt of zeroshot, about the run's classes.
+
+        The same for every client: what a prediction was before anything was trained.
+        """
+        task = self.method.task
+        # its words stand before the class name, whatever the run's prompts do
+        classes = ClassPrompts(self.clip, self.classnames, "end")
+        kind = find_method("zeroshot")
+        method = kind(
+            replace(task, classes=classes, text_features=TextFeatures()),
+            check_options("zeroshot", {}),
+        )
+        down = method.download(method.server_init(), 0, 0)
+        eye = replace(self._eye, kind=method.image_kind)
+        return Client("zero-shot", method, down, {}, eye)
 
     def _newcomer(self, number: int) -> Client:
         """Return a client that the run adapted after its last round."""
