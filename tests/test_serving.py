@@ -21,7 +21,7 @@ import fastfpl
 from fastfpl.cli import main
 from fastfpl.data import from_arrays
 from fastfpl.errors import InputError, Missing
-from fastfpl.serving import server
+from fastfpl.serving import Answerer, server
 from fastfpl.trained import images as reading
 
 pytest.importorskip("fastapi", reason="fastapi is not installed: pip install fastfpl[serve]")
@@ -229,6 +229,28 @@ def test_nothing_is_stored(served, folder):
     assert ask(f"{url}/predict?client=1", drawing(9, size=(200, 200)))[0] == 200
     assert {p: p.stat().st_mtime_ns for p in (folder / "run").rglob("*")} == before
     assert not any(p.is_file() for p in (folder / "tmp").rglob("*"))
+
+
+@pytest.mark.parametrize("method", ["promptfl", "fedotp", "fedapt"])
+def test_one_model_for_all_patches_and_raw_features(method, tmp_path):
+    settings = {"rounds": 1, "local_epochs": 1, "shots": 1, "clients": 2, "threads": 1, "n_ctx": 2}
+    fastfpl.run(method, dataset="digits", out=tmp_path / "r", cache=tmp_path / "c", **settings)
+    model = fastfpl.load(tmp_path / "r")
+    answerer = Answerer(model)
+    personal = model.method.personal
+    ids = [key for key, _ in answerer.clients]
+    assert ids == (["0", "1"] if personal else ["global"])
+    image = drawing()
+    said = answerer.ask(image, ids[0], 10)
+    want = (model.client(0) if personal else model.global_model()).predict(image).top(10)[0]
+    assert said.classes == want
+    assert said.zero_shot == model.zero_shot().predict(image).top(10)[0]
+    assert abs(sum(share for _, share in said.zero_shot) - 1) < 1e-5
+    if personal:
+        with pytest.raises(InputError, match="client must be named"):
+            answerer.ask(image)
+    else:
+        assert answerer.ask(image, None, 10) == said
 
 
 def test_bytes_are_an_image_file():

@@ -14,6 +14,8 @@ __all__ = ["MOST_TOP", "Answer", "Answerer"]
 
 #: Classes that are answered at most.
 MOST_TOP = 1000
+#: What the one model of a method without personal ones is asked for by.
+GLOBAL = "global"
 #: Clients whose encoded prompts stay in memory.
 _READY = 32
 
@@ -54,7 +56,7 @@ class Answerer:
         """What each client is asked for by, and what people call it; first a model for all."""
         model = self.model
         if not model.method.personal:
-            return [("global", "everybody")]
+            return [(GLOBAL, "everybody")]
         names = model.names
         own = [
             (names[n], names[n]) if names else (str(n), f"client {n}")
@@ -94,19 +96,18 @@ class Answerer:
         return Answer(one.name, mine, zero)
 
     def _client(self, name: str | None) -> Client:
-        key = name or "global"
-        if key in self._ready:
-            self._ready.move_to_end(key)
-            return self._ready[key]
-        if key != "global":
-            found = self.model.client(key)
-        elif self.model.method.personal:
+        personal = self.model.method.personal
+        key = name or ""
+        if not key and personal:
             raise InputError(
                 "fastfpl.serve: client must be named, since clients answer with parameters of "
                 "their own; got none"
             )
-        else:
-            found = self.model.global_model()
+        if key in self._ready:
+            self._ready.move_to_end(key)
+            return self._ready[key]
+        everybody = not personal and key in ("", GLOBAL)
+        found = self.model.global_model() if everybody else self.model.client(key)
         self._ready[key] = found
         if len(self._ready) > _READY:
             self._ready.popitem(last=False)
