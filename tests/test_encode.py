@@ -83,6 +83,10 @@ def test_the_command_line_says_what_is_there(tmp_path, capsys):
     assert (
         said == f"digits: 599 test images and 1,198 for training, patches features in {tmp_path}\n"
     )
+    main(["encode", "--help"])
+    said = capsys.readouterr().out
+    assert "--for METHOD" in said
+    assert "Privacy:" not in said  # nothing of it decides a feature
     with pytest.raises(SystemExit) as stopped:
         main(["encode", "nope", "--cache", str(tmp_path)])
     assert stopped.value.code == 2

@@ -79,6 +79,8 @@ class Grouped(click.Command):
             if record is not None and isinstance(parameter, click.Option):
                 sections[_GROUP.get(parameter.name or "", "Options")].append(record)
         for title, records in sections.items():
+            if not records:  # a command may have none of a group
+                continue
             with formatter.section(title):
                 formatter.write_dl(records)
 
