@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastfpl.kernels.lifetime import keep
 from fastfpl.kernels.precision import allows_tf32
 
 __all__ = ["prefix_attention_bwd", "prefix_attention_fwd"]
@@ -517,7 +518,7 @@ def prefix_attention_fwd(
     default both follow from the dtype and ``last_only``.
     """
     groups, rows, triple = qkv.shape
-    begin, ends, _ = _tables(shared, starts, last_only, qkv.device)
+    begin, ends, _ = keep(_tables(shared, starts, last_only, qkv.device))
     queries = len(ends) if last_only else rows
     mixed = qkv.new_empty(groups, queries, triple // 3)
     settings = _settings(qkv, heads, last_only, step)
@@ -557,7 +558,7 @@ def prefix_attention_bwd(
     queries, width = d_mixed.shape[1:]
     if not d_mixed.numel():
         return torch.zeros_like(qkv)
-    begin, ends, asked = _tables(shared, starts, last_only, qkv.device)
+    begin, ends, asked = keep(_tables(shared, starts, last_only, qkv.device))
     settings = _settings(qkv, heads, last_only, step)
     chunks = _chunks(settings)
     wide = torch.promote_types(qkv.dtype, torch.float32)
@@ -649,7 +650,7 @@ def _chunks(settings: dict[str, Any]) -> int:
     return triton.cdiv(settings["HEAD"], settings["BLOCK_D"])
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=1024)  # a pass in parts has two for each part
 def _tables(
     shared: int, starts: tuple[int, ...], last_only: bool, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
