@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastfpl.kernels.device import on_its_device
 from fastfpl.kernels.lifetime import keep
 from fastfpl.kernels.precision import allows_tf32
 
@@ -504,6 +505,7 @@ def _prefix_attention_bwd_sum_kernel(
     tl.store(out, total.to(d_qkv.dtype.element_ty), mask=inside)
 
 
+@on_its_device
 def prefix_attention_fwd(
     qkv: Tensor,
     bias: Tensor | None,
@@ -539,6 +541,7 @@ def prefix_attention_fwd(
     return mixed
 
 
+@on_its_device
 def prefix_attention_bwd(
     d_mixed: Tensor,
     qkv: Tensor,

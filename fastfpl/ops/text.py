@@ -214,7 +214,8 @@ def _packing(layout: PromptLayout, class_specific: bool) -> _Packing:
     cached = _packings.setdefault(layout, {})
     if class_specific not in cached:
         cached[class_specific] = _pack(layout, layout.begin if class_specific else layout.shared)
-    return keep(cached[class_specific])
+    packing: _Packing = keep(cached[class_specific])
+    return packing
 
 
 def _pack(layout: PromptLayout, shared: int) -> _Packing:

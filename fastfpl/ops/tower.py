@@ -350,7 +350,8 @@ def _constants_of(kernels: Kernels, tower: TextTower) -> _Constants:
     stamp, by_kernels = _stamp(tower), _constants.setdefault(tower, {})
     if kernels not in by_kernels or by_kernels[kernels].stamp != stamp:
         by_kernels[kernels] = _Constants(stamp, _sos(kernels, tower), WeakKeyDictionary())
-    return keep(by_kernels[kernels])
+    constants: _Constants = keep(by_kernels[kernels])
+    return constants
 
 
 def _first_input(tower: TextTower, tokens: Tensor, positions: Tensor) -> Tensor:

@@ -141,6 +141,7 @@ class StepGraphs:
                 cohort.step(live, batch)
                 return
         assert shape.batch is not None
+        assert shape.replay is not None
         for name, tensor in _tensors(shape.batch).items():
             tensor.copy_(tensors[name])
         for op, names in shape.faces.items():
