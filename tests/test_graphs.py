@@ -483,6 +483,7 @@ def test_what_a_graph_reads_lives_as_long_as_the_graph(method):
         assert not any(ref.expired() for ref in read)
 
 
+@pytest.mark.interpreted
 @pytest.mark.skipif(bool(launch.missing()), reason="no Triton")
 def test_what_launches_read_lives_as_long_as_it_is_kept():
     from triton.runtime.interpreter import GridExecutor
