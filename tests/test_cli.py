@@ -225,7 +225,7 @@ def test_report_writes_again_what_compare_wrote(
     assert plan == {"methods": ["zeroshot", "promptfl"], "seeds": [0], "rounds": 2}
     files = [p for p in Path("c").iterdir() if p.is_file() and p.name != "comparison.json"]
     before = {path: path.read_bytes() for path in files}
-    assert len(before) == 5
+    assert len(before) == 6
     for path in files:
         path.unlink()
     assert call(capsys, "report", "c") == (0, out, "")

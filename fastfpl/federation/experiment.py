@@ -215,7 +215,8 @@ def refuse_held(folder: Path, resume: bool) -> None:
                 "go on with it by resume (--resume), or name another folder"
             )
         # of a run it stands beside a checkpoint
-        if os.path.lexists(folder / METRICS) and not os.path.lexists(folder / CHECKPOINT):
+        others = any(os.path.lexists(folder / name) for name in (CHECKPOINT, RESULT))
+        if os.path.lexists(folder / METRICS) and not others:
             raise InputError(
                 f"fastfpl.run: out must have no {METRICS} but a run's; got one without "
                 f"{CHECKPOINT} in {folder}; remove it or name another out"

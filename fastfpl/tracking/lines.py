@@ -34,7 +34,7 @@ class Lines:
         with on_disk("fastfpl.run", "out", folder, "or name another out"):
             own = self.path.is_file() and not self.path.is_symlink()
             there = self.path.read_bytes() if own else None
-        if rounds and there != wanted:
+        if there != wanted and (rounds or there is not None):
 
             def write(part: Path) -> None:
                 part.write_bytes(wanted)
