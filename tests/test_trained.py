@@ -381,10 +381,6 @@ def test_modes_of_files(client, tmp_path):
     [
         ([], InputError, "must hold at least one; got"),
         (3, KindError, "must be paths, bytes, Pillow images, arrays, tensors or lists of these"),
-            3,
-            KindError,
-            "must be paths, bytes, Pillow images, arrays, tensors or lists of these; got int",
-        ),
         ([None], KindError, "lists of these; got NoneType"),
         ("no/such.png", Missing, "must be a file or a folder; got nothing at no/such.png"),
         (np.zeros((4, 4, 2), np.uint8), InputError, r"image 0 must have shape .*; got \(4, 4, 2\)"),
