@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import sys
+import time
 
 import pytest
 import torch
@@ -279,7 +280,7 @@ def test_mlflow_has_every_round_once_in_one_run(play, tmp_path, monkeypatch):
 
 @quiet
 @pytest.mark.slow
-def test_wandb_offline_has_every_round(play, tmp_path, monkeypatch):
+def test_wandb_offline_has_every_round(play, tmp_path, monkeypatch, caplog):
     library("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -287,8 +288,13 @@ def test_wandb_offline_has_every_round(play, tmp_path, monkeypatch):
     written = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(written) == 2
     number = json.loads((tmp_path / "run" / "tracking.json").read_text())["wandb"]
-    assert all(number in path.name for path in written)  # one run goes on
-    assert all(b"accuracy" in path.read_bytes() for path in written)
+    assert [path.stem for path in written] == [f"run-{number}"] * 2  # one run goes on
+    # its service writes a moment after it says that it has finished
+    limit = time.monotonic() + 60
+    while not all(b"accuracy" in path.read_bytes() for path in written):
+        assert time.monotonic() < limit
+        time.sleep(0.1)
+    assert "has failed" not in caplog.text
 
 
 # -- tables of pandas -----------------------------------------------------------------------------
