@@ -140,10 +140,10 @@ def adapt(
     chosen = settings.shots if shots == AS_THE_RUN else shots
     with alone_in(Path(folder)) as held, threads(settings.threads), without_autocast():
         name = _free(trained, dataset.name) if name is None else name
-        if name in trained.joined:
+        if name in (*trained.joined, *trained.names):
+            whose = "which has joined" if name in trained.joined else "a client of the run itself"
             raise InputError(
-                f"{OP}: the name of a client must be new; got {name!r}, which has joined: choose "
-                "another one"
+                f"{OP}: the name of a client must be new; got {name!r}, {whose}: choose another one"
             )
         found, one = _joined(
             trained,
@@ -281,6 +281,6 @@ def _free(trained: Model, dataset: str) -> str:
     """Make a name of the data set's that nobody has."""
     base = re.sub(r"[^\w.-]+", "-", dataset).strip("-.")[:80] or "newcomer"
     base = f"client-{base}" if base.isdecimal() or base == "global" else base
-    taken = joined_names(trained.folder)
+    taken = [*joined_names(trained.folder), *trained.names]
     names = (base if k == 1 else f"{base}-{k}" for k in range(1, len(taken) + 2))
     return check_name(OP, next(name for name in names if name not in taken))
