@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastfpl.cli.screen import progress
     from fastfpl.clip import FrozenCLIP, load_clip
     from fastfpl.dropin import accelerate, accelerated, explain, restore
     from fastfpl.federation import Result, Settings, compare, run, sweep
@@ -33,6 +34,7 @@ __all__ = [
     "face",
     "load",
     "load_clip",
+    "progress",
     "restore",
     "run",
     "sweep",
@@ -51,6 +53,7 @@ _HOME = {
     "face": "fastfpl.ops.faces",
     "load": "fastfpl.trained",
     "load_clip": "fastfpl.clip",
+    "progress": "fastfpl.cli.screen",
     "restore": "fastfpl.dropin",
     "run": "fastfpl.federation",
     "sweep": "fastfpl.federation",

@@ -122,7 +122,7 @@ def test_a_broken_link_breaks_the_build(tmp_path: Path) -> None:
     assert re.search(r"^strict: true$", settings, re.MULTILINE)
     (tmp_path / "docs").mkdir()
     (tmp_path / "mkdocs.yml").write_text(f"site_name: x\nstrict: true\n{validation[0]}")
-    command = [sys.executable, "-m", "mkdocs", "build", "--quiet"]
+    command = [sys.executable, "-m", "mkdocs", "build"]
 
     def build(text: str) -> int:
         (tmp_path / "docs" / "index.md").write_text(text)
