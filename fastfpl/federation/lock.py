@@ -63,10 +63,19 @@ class Held:
                 os.lseek(self._lock, 0, os.SEEK_END)
                 os.write(self._lock, line.encode())
 
-    def sweep(self, named: Set[Path]) -> None:
-        """Remove what the lock names and ``named`` does not, then forget the names."""
+    def sweep(self, named: Set[Path], below: str = "") -> None:
+        """Remove what the lock names and ``named`` does not, then forget the names.
+
+        Parameters
+        ----------
+        named : set of Path
+            What a checkpoint names.
+        below : str
+            Only a folder of this name and what lies in it; what else the lock names stays named.
+        """
         folders = []
-        for name in self._names:
+        mine = [n for n in self._names if not below or n.split("/")[0] == below]
+        for name in mine:
             path = self.folder / name
             with contextlib.suppress(OSError):
                 # nothing below a link is ours
@@ -82,7 +91,9 @@ class Held:
         for path in folders:
             with contextlib.suppress(OSError):  # somebody else's files are in it
                 path.rmdir()
-        self.settle()
+        for name in mine:
+            del self._names[name]
+        self._begin()
 
     def settle(self) -> None:
         """Forget the names: a checkpoint has them."""
