@@ -53,11 +53,6 @@ def test_a_run_asks_every_client_about_the_whole_set(tmp_path: Path) -> None:
         n_ctx=4, cache=tmp_path / "cache",
     )  # fmt: skip
     assert result.data["clients"] == ["apple", "google"]
-    assert (
-        [client["test"] for client in result.data["counts"]] == [6, 6]
-        if "counts" in (result.data)
-        else True
-    )
     shares = {round(a * 6, 6) for a in result.rounds[-1]["clients"]}
     assert all(share == round(share) for share in shares)  # of six images
 

@@ -109,6 +109,7 @@ def _commands() -> str:
     import click
 
     from fastfpl.cli.entry import group
+    from fastfpl.cli.flags import Grouped
 
     pages = ["# The command line\n\nWhat every command says of itself by `--help`.\n"]
 
@@ -118,6 +119,10 @@ def _commands() -> str:
             command, info_name=path.split()[-1], parent=parent, **{**names, "terminal_width": 76}
         )
         pages.append(f"## {path}\n\n```text\n{command.get_help(context)}\n```\n")
+        if path == "fastfpl run" and isinstance(command, Grouped):
+            formatter = context.make_formatter()
+            command.format_settings(context, formatter, "all")
+            pages.append(f"### The settings\n\n```text\n{formatter.getvalue().strip()}\n```\n")
         if isinstance(command, click.Group):
             for name in command.list_commands(context):
                 inner = command.get_command(context, name)
