@@ -98,6 +98,8 @@ def test_links_that_leave_the_folder_become_pages_or_an_error(hooks) -> None:
         ("docs/methods.md#fedotp", "index.md"): "methods.md#fedotp",
         ("docs/architecture.md", "contributing.md"): "architecture.md",
         ("../methods.md", "tutorials/new_method.md"): "../methods.md",
+        ("docs/tutorials/accelerate.ipynb", "index.md"): "tutorials/accelerate.md",
+        ("accelerate.ipynb", "tutorials/accelerate.md"): "accelerate.ipynb",
         ("https://flower.ai", "index.md"): "https://flower.ai",
     }
     for (link, page), wanted in turned.items():

@@ -66,6 +66,8 @@ def _turned(link: re.Match[str], uri: str) -> str:
     beside = {site: name for name, site in ROOT_PAGES.items()}
     here = beside.get(uri, f"docs/{uri}")
     there = posixpath.normpath(posixpath.join(posixpath.dirname(here), target))
+    if there.endswith(".ipynb") and Path(there).stem != Path(uri).stem:
+        there = there.removesuffix(".ipynb") + ".md"  # the site has a page of it
     if there in ROOT_PAGES:
         there = ROOT_PAGES[there]
     elif there.startswith("docs/"):
