@@ -44,6 +44,24 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a CUDA device, and torch sees none")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what only interpreted kernels can do, tensors on the CPU, where they are compiled."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return
+    skip = pytest.mark.skip(reason="kernels are compiled here: they take no tensor on the CPU")
+    for item in items:
+        if not item.get_closest_marker("gpu") and _interprets(item):
+            item.add_marker(skip)
+
+
+def _interprets(item: pytest.Item) -> bool:
+    """Tell rows of the face ``triton``, and of kernels alone, whose tensors are on the CPU."""
+    call = getattr(item, "callspec", None)
+    words = {v for v in call.params.values() if isinstance(v, str)} if call else set()
+    kernels = item.path.stem.endswith("_kernels") and "cpu" in words
+    return bool(item.get_closest_marker("interpreted")) or kernels or "triton" in words
+
+
 @pytest.fixture
 def _bfloat16_rounds() -> Iterator[None]:
     """Round to bfloat16 in interpreted kernels, as a card does; the interpreter cuts off."""
