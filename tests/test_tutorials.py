@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "jupyter"))
 
 
 # its ten commands and scripts are a reader's: some ten seconds
@@ -49,27 +52,19 @@ def test_a_new_method(tmp_path: Path) -> None:
     assert calm["settings"]["options"] == {"mu": 1.0}
 
 
-def played(cells: list[str], folder: Path) -> list[list[dict[str, Any]]]:
+def played(cells: list[str]) -> list[list[dict[str, Any]]]:
     """Run code as a notebook; return what each of its cells put out."""
     nbformat = pytest.importorskip("nbformat", reason='needs pip install -e ".[test]"')
     nbclient = pytest.importorskip("nbclient", reason='needs pip install -e ".[test]"')
     from jupyter_client.manager import AsyncKernelManager
 
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in cells])
-    kernel = AsyncKernelManager(kernel_name="python3", transport="ipc")
-    kernel.connection_file = str(folder / "kernel.json")
-    nbclient.NotebookClient(book, timeout=120, km=kernel).execute()
+    # a socket's path must be short
+    with tempfile.TemporaryDirectory(prefix="k") as place:
+        kernel = AsyncKernelManager(kernel_name="python3", transport="ipc")
+        kernel.connection_file = f"{place}/k.json"
+        nbclient.NotebookClient(book, timeout=120, km=kernel).execute()
     return [list(cell.outputs) for cell in book.cells]
-
-
-def test_speeding_up_foreign_code(tmp_path: Path) -> None:
-    book = json.loads((TUTORIALS / "accelerate.ipynb").read_text("utf-8"))
-    code = ["".join(c["source"]) for c in book["cells"] if c["cell_type"] == "code"]
-    assert all(cell.get("outputs", []) == [] for cell in book["cells"])  # kept without
-    said = "".join(o.get("text", "") for cell in played(code, tmp_path) for o in cell)
-    assert "fastfpl: 1 swapped, 0 left" in said
-    (times,) = re.findall(r"(\d+) times as fast", said)
-    assert int(times) >= 2
 
 
 PROGRESS = """
@@ -85,10 +80,18 @@ importlib.util.find_spec = lambda name, *more: None if name == "ipywidgets" else
 """
 
 
-def test_progress_shows_in_a_notebook(tmp_path: Path) -> None:
-    """A bar with ipywidgets, lines without; a line a round in both."""
+# one kernel for both, since each loads the library anew
+def test_speeding_up_foreign_code_and_progress_in_a_notebook() -> None:
+    """The notebook as it is; then a bar with ipywidgets, lines without, a line a round in both."""
     pytest.importorskip("ipywidgets", reason='needs pip install -e ".[test]"')
-    bars, lines = played([PROGRESS, NO_WIDGETS + PROGRESS], tmp_path)
+    book = json.loads((TUTORIALS / "accelerate.ipynb").read_text("utf-8"))
+    code = ["".join(c["source"]) for c in book["cells"] if c["cell_type"] == "code"]
+    assert all(cell.get("outputs", []) == [] for cell in book["cells"])  # kept without
+    *cells, bars, lines = played([*code, PROGRESS, NO_WIDGETS + PROGRESS])
+    said = "".join(o.get("text", "") for cell in cells for o in cell)
+    assert "fastfpl: 1 swapped, 0 left" in said
+    (times,) = re.findall(r"(\d+) times as fast", said)
+    assert int(times) >= 2
     widget = "application/vnd.jupyter.widget-view+json"
     for found, shown in ((bars, True), (lines, False)):
         told = "".join(o.get("text", "") + o.get("data", {}).get("text/plain", "") for o in found)
