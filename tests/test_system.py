@@ -129,6 +129,8 @@ def test_the_peak_is_a_peak() -> None:
     """What was taken and given back counts, until it is forgotten; what is there is less."""
     system.forget_peak()
     before = system.peak_resident()
+    if before > system.resident() + (32 << 20):
+        pytest.skip("this system does not forget a peak")
     block = bytearray(b"x") * (96 << 20)
     assert system.resident() > 96 << 20
     del block
