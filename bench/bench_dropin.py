@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 import fastfpl
-from bench.bench_text import DEVICE, LAYERS, WIDTH, operations
-from bench.clock import checked
+from bench.bench_text import LAYERS, WIDTH, operations
+from bench.clock import DEVICE, checked
 from tests.repository_style import TASKS, Task, step
 from tests.test_clip import OpenAIClip
 

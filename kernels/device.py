@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,14 +15,13 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def on_its_device(
-    launcher: Callable[Concatenate[Tensor, P], R],
-) -> Callable[Concatenate[Tensor, P], R]:
-    """Let a launcher run where its first argument is; a tensor on the CPU changes nothing."""
+def on_its_device(launcher: Callable[P, R]) -> Callable[P, R]:
+    """Let a launcher run where its first tensor is; one on the CPU changes nothing."""
 
     @functools.wraps(launcher)
-    def guarded(first: Tensor, *args: P.args, **kwargs: P.kwargs) -> R:
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        first = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
         with torch.cuda.device_of(first):
-            return launcher(first, *args, **kwargs)
+            return launcher(*args, **kwargs)
 
     return guarded
