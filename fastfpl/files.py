@@ -220,7 +220,7 @@ def _sweep_temporary(where: Path) -> None:
     for folder in where.glob("fastfpl-*"):
         with contextlib.suppress(OSError):
             status = folder.lstat()
-            if not stat.S_ISDIR(status.st_mode) or not system.alike_owner(status):
+            if not stat.S_ISDIR(status.st_mode) or not system.is_ours(status):
                 continue
             number = system.open_plain(folder / ".lock", os.O_RDWR)
             try:

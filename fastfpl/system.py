@@ -15,10 +15,10 @@ from filelock import lock_descriptor
 
 __all__ = [
     "WINDOWS",
-    "alike_owner",
     "end_tree",
     "flush",
     "forget_peak",
+    "is_ours",
     "lock",
     "open_plain",
     "peak_resident",
@@ -93,7 +93,7 @@ def rename(part: Path, path: Path) -> None:
             time.sleep(0.05)
 
 
-def alike_owner(status: os.stat_result) -> bool:
+def is_ours(status: os.stat_result) -> bool:
     """Whether a file is this user's; Windows does not say, and has temporary folders a user."""
     user = getattr(os, "geteuid", None)
     return user is None or status.st_uid == user()
