@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastfpl.cli.screen import progress
     from fastfpl.clip import FrozenCLIP, load_clip
     from fastfpl.dropin import accelerate, accelerated, explain, restore
     from fastfpl.federation import Result, Settings, compare, run, sweep
@@ -34,7 +33,6 @@ __all__ = [
     "face",
     "load",
     "load_clip",
-    "progress",
     "restore",
     "run",
     "sweep",
@@ -53,7 +51,6 @@ _HOME = {
     "face": "fastfpl.ops.faces",
     "load": "fastfpl.trained",
     "load_clip": "fastfpl.clip",
-    "progress": "fastfpl.cli.screen",
     "restore": "fastfpl.dropin",
     "run": "fastfpl.federation",
     "sweep": "fastfpl.federation",

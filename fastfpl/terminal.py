@@ -99,8 +99,7 @@ def console(stderr: bool = False) -> Console:
             return super().render_str("\n".join(lines), **options)
 
     made = Plain(stderr=stderr, highlight=False, markup=False, emoji=False)
-    lines = not made.is_terminal and not made.is_jupyter
-    if lines and not os.environ.get("COLUMNS", "").isdigit():
+    if not made.is_terminal and not os.environ.get("COLUMNS", "").isdigit():
         made.width = _UNBOUNDED
     return made
 

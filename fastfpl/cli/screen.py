@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -34,22 +33,10 @@ def print_tables(comparison: Comparison) -> None:
 def progress() -> Iterator[tuple[Callable[[str, int, int], None], Callable[..., None]]]:
     """Show the current step with its rate and time left; in a file, a line a round.
 
-    A step that lasts says every minute how far it is there. All of it goes to stderr. In a
-    notebook there is a bar where ``ipywidgets`` is installed, else the lines of a file.
-
-    Yields
-    ------
-    observer, on_round : callable
-        For the arguments of these names of `fastfpl.run` and `fastfpl.compare`.
-
-    Examples
-    --------
-    >>> with fastfpl.progress() as (observer, on_round):
-    ...     fastfpl.run("promptfl", observer=observer, on_round=on_round)
+    A step that lasts says every minute how far it is there. All of it goes to stderr.
     """
     shown = console(stderr=True)
-    widgets = shown.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
-    if not shown.is_terminal and not widgets:
+    if not shown.is_terminal:
         lines = _Lines()
         yield lines.observer, lines.on_round
         return
