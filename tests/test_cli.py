@@ -21,7 +21,7 @@ import fastfpl.ops
 from fastfpl.cli import main, screen
 from fastfpl.cli.compare import _swept
 from fastfpl.cli.entry import group
-from fastfpl.cli.flags import GROUPS, settings_of
+from fastfpl.cli.flags import GROUPS, Grouped, settings_of
 from fastfpl.config import (
     PROFILED,
     Settings,
@@ -757,7 +757,9 @@ def test_every_setting_is_in_one_group_of_the_help(capsys: pytest.CaptureFixture
         assert "--transductive yes|no " in out
 
 
-def test_every_help_fits_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_help_fits_a_screen(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The settings are named there in groups, and explained a group at a time."""
     import click
 
@@ -789,6 +791,21 @@ def test_every_help_fits_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = call(capsys, "run", "--settings", "cliens")
     assert code == 2
     assert "is not one of 'data', 'clients', 'privacy'" in err
+
+    # a command may have none of a group
+    @click.command(cls=Grouped)
+    @click.option("--lr")
+    def one(lr: str | None) -> None:
+        """Do one thing."""
+
+    monkeypatch.setitem(group.commands, "one", one)
+    code, out, _ = call(capsys, "one", "--help")
+    assert re.findall(r"^  (\w+) +--", out.partition("Settings, explained")[2], re.MULTILINE) == [
+        "training"
+    ]
+    code, _, err = call(capsys, "one", "--settings", "clients")
+    assert code == 2
+    assert "fastfpl one has no settings of clients" in err
 
 
 def test_methods_are_listed_with_everything_that_is_asked(

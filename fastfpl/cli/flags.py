@@ -105,6 +105,8 @@ class Grouped(click.Command):
         wide = max(map(len, _KEYS)) + 4
         with formatter.section("Settings, explained by --settings GROUP"):
             for key, title in _KEYS.items():
+                if not flags[title]:  # a command may have none of a group
+                    continue
                 lines = textwrap.wrap(
                     " ".join(flags[title]),
                     formatter.width,
@@ -118,6 +120,8 @@ class Grouped(click.Command):
         """Write what the settings of a group are, or of all."""
         for title in GROUPS if key == "all" else (_KEYS[key],):
             mine = [p for p in self.get_params(ctx) if _GROUP.get(p.name or "") == title]
+            if not mine:
+                continue
             with formatter.section(title):
                 formatter.write_dl([r for r in (p.get_help_record(ctx) for p in mine) if r])
 
@@ -126,6 +130,8 @@ class Grouped(click.Command):
             return
         formatter = ctx.make_formatter()
         self.format_settings(ctx, formatter, value)
+        if not formatter.getvalue():
+            raise click.BadParameter(f"{ctx.command_path} has no settings of {value}", ctx, param)
         click.echo(formatter.getvalue().strip("\n"))
         ctx.exit()
 
