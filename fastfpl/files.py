@@ -28,6 +28,7 @@ from fastfpl.errors import FastfplError, InputError
 __all__ = [
     "Growing",
     "announce",
+    "growing_elsewhere",
     "on_disk",
     "own_folder",
     "read_file",
@@ -297,6 +298,11 @@ class Growing:
 
     Attributes
     ----------
+    shared : bool
+        Whether another process may go on with it; not, if it is private.
+    locks : bool
+        Whether locks work there: then what is private is so because another process holds the
+        part, or may not share it.
     note : Any
         What `begin` was told by a process that is gone, None if nothing can be gone on with.
 
@@ -324,7 +330,9 @@ class Growing:
             private = f".{path.stem}-{os.getpid()}-{secrets.token_hex(4)}.part"
             self._part = path.with_name(private)
             self._file: BinaryIO = self._part.open("x+b")
+            self.shared, self.locks = False, _lock(self._file.fileno())
             return
+        self.shared = self.locks = True
         self._file, self._journal = file, journal
         self._read(journal)
         journal.seek(0, os.SEEK_END)
@@ -435,6 +443,26 @@ class Growing:
             if not system.WINDOWS or not self._path.exists():
                 raise
         self._named = True
+
+
+def growing_elsewhere(path: Path) -> int | None:
+    """Count the chunks of a file that another process lets grow; None if nobody holds it.
+
+    Parameters
+    ----------
+    path : Path
+        The name that the file gets in the end.
+    """
+    part = path.with_name(f".{path.stem}.part")
+    try:
+        if not stat.S_ISREG(part.lstat().st_mode):
+            return None
+        with part.open("r+b") as file:
+            if _lock(file.fileno()):
+                return None
+        return max(0, _journal_of(part).read_bytes().count(b"\n") - 1)
+    except OSError:
+        return None
 
 
 def _sum(chunk: memoryview | bytes) -> bytes:

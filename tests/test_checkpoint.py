@@ -694,7 +694,10 @@ def test_what_is_saved_comes_back(tmp_path):
 def test_only_the_last_checkpoint_is_kept(whole):
     folder, _ = whole()
     names = sorted(p.name for p in folder.iterdir())
-    assert names == ["checkpoint-00004.safetensors", "checkpoint.json", "result.json"]
+    assert names == [
+        *("checkpoint-00004.safetensors", "checkpoint.json"),
+        *("metrics.jsonl", "result.json"),
+    ]
 
 
 def test_only_the_last_state_of_each_client_is_kept(whole):

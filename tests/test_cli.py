@@ -18,7 +18,7 @@ import torch
 import yaml
 
 import fastfpl.ops
-from fastfpl.cli import main, screen
+from fastfpl.cli import main
 from fastfpl.cli.compare import _swept
 from fastfpl.cli.entry import group
 from fastfpl.cli.flags import GROUPS, Grouped, settings_of
@@ -38,6 +38,7 @@ from fastfpl.ops import all_faces, launch
 from fastfpl.ops.faces import Face
 from fastfpl.plain_yaml import parse_yaml
 from fastfpl.report import machine
+from fastfpl.tracking import bars
 from fastfpl.training import preparation
 
 QUICK = (
@@ -226,7 +227,7 @@ def test_report_writes_again_what_compare_wrote(
     assert plan == {"methods": ["zeroshot", "promptfl"], "seeds": [0], "rounds": 2}
     files = [p for p in Path("c").iterdir() if p.is_file() and p.name != "comparison.json"]
     before = {path: path.read_bytes() for path in files}
-    assert len(before) == 5
+    assert len(before) == 6
     for path in files:
         path.unlink()
     assert call(capsys, "report", "c") == (0, out, "")
@@ -865,8 +866,8 @@ def test_a_long_step_says_a_line_a_minute(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter([0.0, 30.0, 61.0, 100.0, 122.0, 123.0, 190.0])
-    monkeypatch.setattr(screen.time, "monotonic", lambda: next(clock))
-    with screen.progress() as (observer, on_round):
+    monkeypatch.setattr(bars.time, "monotonic", lambda: next(clock))
+    with bars.progress() as (observer, on_round):
         for done in range(5):
             observer("encoding", done, 9)
         observer("round 1", 0, 2)

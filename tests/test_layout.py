@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GROUND = {"errors", "installed", "shapes", "seeds", "files", "system", "terminal", "plain_yaml"}
 FLOORS = (
     GROUND,
-    {"reference", "kernels", "_C", "data"},
+    {"reference", "kernels", "_C", "data", "tracking"},
     {"ops"},
     {"clip", "prompts", "features"},
     {"methods"},
@@ -23,6 +23,7 @@ FLOORS = (
     {"training"},
     {"federation"},
     {"report", "flower", "dropin", "testing", "templates", "trained"},
+    {"serving"},
     {"cli"},
 )
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
@@ -40,6 +41,8 @@ ONLY_IN = {
     "sklearn": {"data"},
     "scipy": {"data"},
     "flwr": {"flower"},
+    "fastapi": {"serving"},
+    "uvicorn": {"serving"},
 }
 LATE = {
     "matplotlib",

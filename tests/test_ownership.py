@@ -123,7 +123,7 @@ def test_foreign_files_in_out_stay_as_they_are(play, wanted, tmp_path):
     assert target.read_bytes() == b"precious"
     assert (CHECKPOINT in after, "result.json" in after, LOCK in after) == (True, True, False)
     # and what the run itself left behind is what it needs
-    assert len(after) - len(before) == 2 + 1 + 3 + 1
+    assert len(after) - len(before) == 3 + 1 + 3 + 1
 
 
 IN_CACHE = (

@@ -27,6 +27,7 @@ ROOMS = {
     "fastfpl.ops": "The ops, with their faces for CPUs and GPUs.",
     "fastfpl.data": "Data sets, one's own too, and how they are dealt to clients.",
     "fastfpl.methods": "What a method is, and how one is found by its name.",
+    "fastfpl.tracking": "Who is told of a run while it goes: lines, trackers, progress, callbacks.",
     "fastfpl.trained": "A run's folder as a model.",
     "fastfpl.testing": "Proofs for methods of one's own.",
     "fastfpl.errors": "What can be refused; every message is a sentence with the cure.",

@@ -10,11 +10,12 @@ import click
 
 from fastfpl.cli.flags import Grouped, gather, run_options
 from fastfpl.cli.names import Name
-from fastfpl.cli.screen import print_tables, progress
+from fastfpl.cli.screen import print_sweep, print_tables
 from fastfpl.config import load_preset
 from fastfpl.errors import InputError, cut, shown
 from fastfpl.plain_yaml import parse_yaml
-from fastfpl.terminal import console, say
+from fastfpl.terminal import say
+from fastfpl.tracking import progress
 
 
 @click.command(cls=Grouped)
@@ -38,17 +39,20 @@ def compare(
     out: Path | None,
     resume: bool,
     cache: Path | None,
+    track: Sequence[str],
     **flags: Any,
 ) -> None:
     """Run several METHODs under the same settings; print a table, write plots and one HTML page.
 
-    The scenario leave-one-domain-out without --target leaves out every domain in turn.
+    --dataset a,b,c plays all of it on each data set, which are the columns of one table with their
+    mean. The scenario leave-one-domain-out without --target leaves out every domain in turn.
     """
     from fastfpl.data import short_name
     from fastfpl.federation import compare as play
     from fastfpl.federation import sweep as play_each
     from fastfpl.methods import method_name
-    from fastfpl.report import sweep_table, write_report, write_sweep
+    from fastfpl.report import write_report
+    from fastfpl.tracking import make_trackers
 
     try:
         numbers = [int(part) for part in seeds.split(",")]
@@ -61,8 +65,12 @@ def compare(
     if "seed" in values:
         raise InputError("fastfpl compare: seed must be left out; seeds are given by --seeds")
     whole = {**(load_preset(preset).settings if preset else {}), **values}
-    folder = out or Path("runs") / f"compare-{short_name(whole.get('dataset', 'glyphs'))}"
+    several = "+".join(map(short_name, several_datasets(whole.get("dataset", "glyphs"))))
+    folder = out or Path("runs") / f"compare-{several[:120]}"
+    trackers = make_trackers(track)
     chosen = _swept(sweep, whole)
+    if chosen is not None and chosen[0] == "dataset":
+        values.pop("dataset", None)
     with progress() as (observer, on_round):
         shared = {
             "seeds": numbers,
@@ -72,27 +80,42 @@ def compare(
             "cache": cache,
             "observer": observer,
             "on_round": on_round,
+            "callbacks": trackers,
             **values,
         }
         if chosen is None:
             comparison = play(methods, **shared)
         else:
             swept = play_each(methods, *chosen, **shared)
+    if chosen is not None:
+        print_sweep(swept, folder)
+        return
     # files first; a disk that does not take them must not cost the table either
     written: list[Path] = []
     try:
-        written = write_sweep(swept, folder) if chosen else write_report(comparison, folder)
+        written = write_report(comparison, folder)
     finally:
-        if chosen is None:
-            print_tables(comparison)
-        else:
-            console().print(sweep_table(swept))
+        print_tables(comparison)
     for path in written:
         say(str(path))
 
 
 def _swept(text: str | None, values: Mapping[str, Any]) -> tuple[str, list[Any]] | None:
     """Say which setting takes which values, if any."""
+    datasets = several_datasets(values.get("dataset", "glyphs"))
+    if len(datasets) > 1:
+        if text is not None:
+            raise InputError(
+                "fastfpl compare: sweep must be left out with several data sets, which are one; "
+                f"got {shown(text)}"
+            )
+        each = values.get("scenario") == "leave-one-domain-out" and values.get("target") is None
+        if each:
+            raise InputError(
+                "fastfpl compare: dataset must be one with leave-one-domain-out, which leaves out "
+                f"each of its domains in turn; got {shown(','.join(datasets))}; name a --target"
+            )
+        return "dataset", datasets
     if text is not None:
         key, equals, rest = text.partition("=")
         if not equals or not key or not rest:
@@ -107,3 +130,17 @@ def _swept(text: str | None, values: Mapping[str, Any]) -> tuple[str, list[Any]]
         dataset = load_dataset(values.get("dataset", "glyphs"), root and Path(root), **how)
         return "target", list(dataset.domains)
     return None
+
+
+def several_datasets(text: str) -> list[str]:
+    """Take data sets apart at commas; one of a path goes on until the next name or scheme."""
+    from fastfpl.data import dataset_names, scheme_of
+
+    found: list[str] = []
+    for part in text.split(","):
+        inside = found and scheme_of(found[-1]) is not None
+        if inside and scheme_of(part) is None and part not in dataset_names():
+            found[-1] += f",{part}"
+        else:
+            found.append(part)
+    return found

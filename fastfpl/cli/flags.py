@@ -22,6 +22,7 @@ __all__ = [
     "Count",
     "Grouped",
     "Place",
+    "encode_options",
     "gather",
     "profile_options",
     "run_options",
@@ -265,6 +266,13 @@ def _complete_option(
 
 
 _RESUME = click.option("--resume", is_flag=True, help="go on with the run in --out")
+_TRACK = click.option(
+    "--track",
+    multiple=True,
+    type=Name("tracker"),
+    metavar="tensorboard|wandb|mlflow",
+    help="follow the run there; may be repeated  [metrics.jsonl alone]",
+)
 _SHARED = (
     click.option("--preset", type=Name("preset"), help="a paper's settings; see: fastfpl presets"),
     click.option(
@@ -287,7 +295,21 @@ SEED = click.option("--seed", type=Count(), default=None, help="of everything th
 
 def run_options(command: _Command) -> _Command:
     """Give a command every flag of a run but ``--seed``."""
-    return shared(_RESUME(_settings_options(command)))
+    return shared(_RESUME(_TRACK(_settings_options(command))))
+
+
+#: Settings that decide image features, or which images there are.
+_SEEN = (
+    *("root", "layout", "columns", "digest", "on_corrupt", "statistics", "scenario", "target"),
+    *("target_root", "transductive", "partition", "clients", "clip", "pretrained", "quick_gelu"),
+    *("dtype", "feature_dtype", "augment", "crop", "flip", "device", "threads", "workers"),
+    "resident",
+)
+
+
+def encode_options(command: _Command) -> _Command:
+    """Give a command the flags of what image features depend on."""
+    return _settings_options(command, without=[n for n in Settings.model_fields if n not in _SEEN])
 
 
 def profile_options(command: _Command) -> _Command:

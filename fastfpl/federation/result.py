@@ -9,15 +9,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastfpl import __version__, system
 from fastfpl.data import Shard
 from fastfpl.errors import Damaged, Missing
+from fastfpl.federation.frames import frame_of
 from fastfpl.federation.result_schema import MOST_BYTES, parse_result
 from fastfpl.files import write_json
+
+if TYPE_CHECKING:
+    import pandas
 
 __all__ = [
     "RESULT",
@@ -120,6 +124,26 @@ class Result:
     def save(self, folder: Path) -> None:
         """Write ``result.json`` into a folder."""
         write_json(folder / RESULT, self.to_json())
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return every figure of every round as a table of pandas, in long form.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Columns ``method``, ``dataset``, ``seed``, ``round`` (from 0), ``exam``, ``client``,
+            ``figure`` and ``value``. A row with a client is its ``accuracy`` in [0, 1]; one without
+            is a figure of the round: ``accuracy`` and ``macro_f1`` of an exam (means over clients),
+            ``accuracy on DOMAIN``, ``loss``, ``seconds``, ``images_per_second``, ``bytes_up``,
+            ``bytes_down``, ``epsilon``. Clients are names where the data set has some, else
+            numbers.
+
+        Raises
+        ------
+        Missing
+            If pandas is not installed (extra ``pandas``).
+        """
+        return frame_of([self])
 
     @classmethod
     def load(cls, folder: Path) -> Result:

@@ -274,6 +274,7 @@ def up(
     keys: Path | None = None,
     node: Mapping[str, Any] | None = None,
     cache: Path | None = None,
+    track: str = "",
     observer: Callable[[str, int, int], None] | None = None,
 ) -> Result:
     """Play a run by a SuperLink and one SuperNode a client on loopback, and take them down.
@@ -287,6 +288,8 @@ def up(
     resume : bool
     port, secure, keys, node, cache
         See `Lab`.
+    track : str
+        Trackers that the server tells, separated by commas (`fastfpl.tracking`).
     observer : callable, optional
         ``observer(phase, rounds done, rounds)`` is told of what goes on.
 
@@ -304,7 +307,7 @@ def up(
     app = folder / "app"
     if app.exists():
         shutil.rmtree(app)
-    write_app(app, settings.method, settings.model_dump(), rules.model_dump(), str(out))
+    write_app(app, settings.method, settings.model_dump(), rules.model_dump(), str(out), track)
     stamp = _stamp(out)
     with standing(lab):
         run = lab.submit(app, resume)

@@ -142,10 +142,10 @@ def adapt(
         # of one that was killed as it joined; what a run has left is the run's to look after
         held.sweep(set(), below=JOINED)
         name = _free(trained, dataset.name) if name is None else name
-        if name in trained.joined:
+        if name in (*trained.joined, *trained.names):
+            whose = "which has joined" if name in trained.joined else "a client of the run itself"
             raise InputError(
-                f"{OP}: the name of a client must be new; got {name!r}, which has joined: choose "
-                "another one"
+                f"{OP}: the name of a client must be new; got {name!r}, {whose}: choose another one"
             )
         found, one = _joined(
             trained,
@@ -283,6 +283,6 @@ def _free(trained: Model, dataset: str) -> str:
     """Make a name of the data set's that nobody has."""
     base = re.sub(r"[^\w.-]+", "-", dataset).strip("-.")[:80] or "newcomer"
     base = f"client-{base}" if base.isdecimal() or base == "global" else base
-    taken = joined_names(trained.folder)
+    taken = [*joined_names(trained.folder), *trained.names]
     names = (base if k == 1 else f"{base}-{k}" for k in range(1, len(taken) + 2))
     return check_name(OP, next(name for name in names if name not in taken))
