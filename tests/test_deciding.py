@@ -4,9 +4,11 @@ import csv
 import io
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from fastfpl.cli import main
@@ -217,28 +219,41 @@ QUICK = [
 ]
 
 
+def shapes(folder):
+    """A data set of a few files."""
+    for split, count in (("train", 4), ("test", 4)):
+        for name, colour in (("red square", "red"), ("blue square", "blue")):
+            place = folder / split / name
+            place.mkdir(parents=True)
+            for n in range(count):
+                Image.new("RGB", (20 + n, 20), colour).save(place / f"{n}.png")
+    return f"folder:{folder}"
+
+
 def test_compare_over_data_sets_resumes_and_reports_what_is_missing(tmp_path, capsys):
-    out = tmp_path / "o"
-    cache = ["--cache", str(tmp_path / "cache")]
-    call = ["compare", "local", "promptfl", "--dataset", "digits,glyphs", *QUICK, *cache]
+    out, own = tmp_path / "o", shapes(tmp_path / "shapes")
+    cache = ["--cache", str(tmp_path / "cache"), "--partition", "iid"]
+    call = ["compare", "local", "promptfl", "--dataset", f"digits,{own}", *QUICK, *cache]
     main([*call, "--out", str(out)])
     said = capsys.readouterr().out
-    whole = re.search(r"method +digits +glyphs +mean\n.*\n.*\n.*\n", said).group()
+    whole = re.search(r"method +digits +folder:…/shapes +mean\n.*\n.*\n.*\n", said).group()
     figures = (out / "sweep.md").read_text()
+    second = out / "dataset=folder-shapes"
     # as a kill leaves it in the second data set
-    (out / "dataset=glyphs" / "promptfl-seed0" / "result.json").unlink()
+    (second / "promptfl-seed0" / "result.json").unlink()
     main(["report", str(out)])
     said = capsys.readouterr().out
-    missing = "missing: glyphs: promptfl seed 0: not finished, "
-    assert missing + "1 of 1 rounds" in " ".join(said.split())
+    missing = "folder:…/shapes: promptfl seed 0: not "
+    assert missing + "finished, 1 of 1 rounds" in " ".join(said.split())
     assert re.search(rf"promptfl +[\d.]+\*? +{NONE} +{NONE}", said)
-    for path in (out / "dataset=glyphs").iterdir():
-        if path.is_dir():
-            for file in sorted(path.rglob("*"), reverse=True):
-                file.rmdir() if file.is_dir() else file.unlink()
-    (out / "dataset=glyphs" / "comparison.json").unlink()
+    # and as one leaves it before that
+    for name in ("local-seed0", "promptfl-seed0", "comparison.json"):
+        if (path := second / name).is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     main(["report", str(out)])
-    assert missing + "0 rounds" in " ".join(capsys.readouterr().out.split())
+    assert missing + "begun" in " ".join(capsys.readouterr().out.split())
     main([*call, "--out", str(out), "--resume"])
     assert whole in capsys.readouterr().out
     assert (out / "sweep.md").read_text() == figures

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import logging
+import os
 import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastfpl.errors import InputError, Missing, cut, near, shown
-from fastfpl.files import write_json
+from fastfpl.files import read_file, write_json
 from fastfpl.tracking.callback import Callback, RunInfo, metrics_of
 
 __all__ = ["TRACKERS", "MLflow", "TensorBoard", "Tracker", "WandB", "make_trackers"]
@@ -22,6 +23,7 @@ _LOG = logging.getLogger("fastfpl")
 _OP = "fastfpl.tracking"
 #: Which runs of trackers a run's folder belongs to.
 IDS = "tracking.json"
+_FORMAT = "fastfpl-tracking-1"
 
 
 class Tracker(Callback):
@@ -97,8 +99,8 @@ def _known(run: RunInfo, tracker: str) -> str | None:
     if run.folder is None or not run.done:
         return None
     try:
-        found = json.loads((run.folder / IDS).read_text(encoding="utf-8"))[tracker]
-    except (OSError, ValueError, KeyError, TypeError):
+        found = _ids(run.folder)[tracker]
+    except (InputError, KeyError):
         return None
     return found if isinstance(found, str) and re.fullmatch(r"\w{1,64}", found) else None
 
@@ -107,13 +109,23 @@ def _note(run: RunInfo, tracker: str, number: str) -> None:
     """Write down the number that a tracker gave the run."""
     if run.folder is None:
         return
-    try:
-        there = json.loads((run.folder / IDS).read_text(encoding="utf-8")) if run.done else {}
-    except (OSError, ValueError):
-        there = {}
-    kept = there if isinstance(there, dict) else {}
     run.folder.mkdir(parents=True, exist_ok=True)
-    write_json(run.folder / IDS, {**kept, tracker: number})
+    there = _ids(run.folder)  # refuses another program's
+    write_json(run.folder / IDS, {**(there if run.done else {"format": _FORMAT}), tracker: number})
+
+
+def _ids(folder: Path) -> dict[str, Any]:
+    """Read which runs of trackers a folder belongs to."""
+    path = folder / IDS
+    if not os.path.lexists(path):
+        return {"format": _FORMAT}
+    try:
+        found = json.loads(read_file(path))
+        if isinstance(found, dict) and found.get("format") == _FORMAT:
+            return found
+    except (OSError, ValueError, RecursionError):
+        pass
+    raise InputError(f"{path} must be a run's; got another file: remove it or name another out")
 
 
 class TensorBoard(Tracker):
@@ -173,8 +185,6 @@ class WandB(Tracker):
 
     def begin(self, run: RunInfo) -> None:
         """Begin a run; one that is resumed goes on under its number."""
-        import os
-
         wandb = importlib.import_module("wandb")
         number = _known(run, self.name) or uuid.uuid4().hex[:12]
         if run.folder is not None:
@@ -227,8 +237,6 @@ class MLflow(Tracker):
 
     def begin(self, run: RunInfo) -> None:
         """Begin a run with its settings as parameters, or go on with it."""
-        import os
-
         tracking = importlib.import_module("mlflow.tracking")
         entities = importlib.import_module("mlflow.entities")
         self._client = client = tracking.MlflowClient()
