@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # A room imports only from lower floors, or from its own. The ground floor is open to all.
-GROUND = {"errors", "installed", "shapes", "seeds", "files", "terminal", "plain_yaml"}
+GROUND = {"errors", "installed", "shapes", "seeds", "files", "system", "terminal", "plain_yaml"}
 FLOORS = (
     GROUND,
     {"reference", "kernels", "_C", "data", "tracking"},

@@ -15,9 +15,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fastfpl.errors import Damaged
-from fastfpl.federation.states import Intact, digest_of, flush, scratch
+from fastfpl.federation.states import Intact, digest_of, scratch
 from fastfpl.files import announce, on_disk, own_folder, read_file, write_new
 from fastfpl.methods import State
+from fastfpl.system import flush
 
 __all__ = ["DOWNLOADS", "TUNED", "SharedStates"]
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastfpl.errors import Damaged
 from fastfpl.files import announce, on_disk, own_folder, read_file, temporary_folder, write_new
+from fastfpl.system import flush
 
 __all__ = ["CLIENTS", "Intact", "StateFiles", "StoredState", "digest_of", "flush", "scratch"]
 
@@ -278,12 +279,6 @@ class StateFiles(Mapping[int, StoredState]):
 
     def _path(self, client: int, version: int) -> Path:
         return self._where() / f"{client:05d}-{version:05d}.safetensors"
-
-
-def flush(path: Path) -> None:
-    """Let a file reach the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def digest_of(content: bytes) -> str:
