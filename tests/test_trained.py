@@ -175,7 +175,9 @@ def test_loading_says_what_is_wrong(played, clip, tmp_path):
         fastfpl.load(tmp_path)
     with pytest.raises(Missing, match="which holds the runs out: name one"):
         fastfpl.load(out.parent)
-    with pytest.raises(Missing, match="which is no folder"):
+    with pytest.raises(KindError, match="folder must be a path; got int"):
+        fastfpl.load(3)
+    with pytest.raises(Missing, match=r"which is no folder: name the out \(--out\) of one"):
         fastfpl.load(tmp_path / "nothing")
     with pytest.raises(InputError, match="device must be"):
         fastfpl.load(out, device="tpu")

@@ -148,7 +148,9 @@ def _decoded(file: Path | bytes, name: str) -> Pixels:
     except ValueError as error:
         if isinstance(error, FastfplError):
             raise
-        raise Damaged(f"{OP}: {cut(name)} must be an image; got {error}") from None
+        raise Damaged(
+            f"{OP}: {cut(name)} must be an image; got {error}: convert it, or leave it out"
+        ) from None
 
 
 # -- what is in memory ---------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from fastfpl.errors import (
     Damaged,
     FastfplError,
     InputError,
+    KindError,
     Missing,
     NotSupported,
     cut,
@@ -345,6 +346,8 @@ def load(
     """
     if method is not None:
         method_name(method, OP)
+    if not isinstance(folder, str | os.PathLike):
+        raise KindError(f"{OP}: folder must be a path; got {type(folder).__name__}")
     place = Path(folder)
     where = choose_device(str(device))
     kept = _read(place, model.device if isinstance(model, FrozenCLIP) else where)
@@ -416,11 +419,11 @@ def _check_method(folder: Path, found: Checkpoint) -> None:
 def _instead(folder: Path) -> str:
     """Say what is there in place of a run."""
     if not folder.is_dir():
-        return "which is no folder"
+        return "which is no folder: name the out (--out) of one"
     below = sorted(path.parent.name for path in folder.glob(f"*/{CHECKPOINT}"))
     if below:
         return f"which holds the runs {', '.join(below[:8])}{', ...' * (len(below) > 8)}: name one"
-    return f"without {CHECKPOINT}, which a run writes after its first round"
+    return f"without {CHECKPOINT}, which a run writes after its first round: name the out of one"
 
 
 def _clip(settings: Settings, model: Any, device: torch.device) -> FrozenCLIP:
