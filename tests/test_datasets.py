@@ -1101,6 +1101,12 @@ def test_pixels_deeper_than_8_bits_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.full((3, 3), 40_000, dtype=np.uint16)).save(tmp_path / "x.png")
     with pytest.raises(ValueError, match=r"pixels of mode I.*, not of 8 bits"):
         decode(tmp_path / "x.png")
+    # whole as it is, it need not be put back from anywhere
+    tree = trees.food101(tmp_path)
+    shutil.copy(tmp_path / "x.png", tmp_path / tree.train[2].path)
+    with pytest.raises(InputError, match=r"of 8 bits; got pixels of mode I.*: convert it, or load"):
+        load_dataset("food101", tmp_path).train.images([2])
+    assert load_dataset("food101", tmp_path, on_corrupt="skip").skipped == 1
 
 
 def test_postscript_is_not_handed_to_another_program(tmp_path: Path) -> None:

@@ -89,6 +89,10 @@ class TooLarge(ValueError):
     """An image of more pixels than are decoded, which a few bytes of a file can ask for."""
 
 
+class TooDeep(ValueError):
+    """An image whose pixels are not of 8 bits: whole, but of more levels than a CLIP was shown."""
+
+
 class Listing(Split):
     """A split of image files.
 
@@ -199,6 +203,11 @@ class Listing(Split):
                 f"{self._facts.op}: {path} must be an image of few enough pixels; got "
                 f'{error}: make it smaller, or load with on_corrupt="skip" (--on-corrupt skip)'
             ) from error
+        except TooDeep as error:
+            raise InputError(
+                f"{self._facts.op}: {path} must be an image of 8 bits; got {error}: convert it, "
+                'or load with on_corrupt="skip" (--on-corrupt skip)'
+            ) from error
         except ValueError as error:
             source = source_of(self._facts, self._items[index].path)
             raise Damaged(
@@ -264,13 +273,13 @@ def decode(file: Path | BinaryIO) -> npt.NDArray[np.uint8]:
     OSError
         If there is no file, or the system does not let it be read.
     ValueError
-        If it does not decode, or its pixels are deeper than 8 bits; `TooLarge` if they are so many
-        that Pillow takes the file for a trap.
+        If it does not decode; `TooDeep` if its pixels are deeper than 8 bits, `TooLarge` if they
+        are so many that Pillow takes the file for a trap.
     """
     try:
         with Image.open(file, formats=_FORMATS) as found:
             if found.mode.startswith(("I", "F")):
-                raise ValueError(f"pixels of mode {found.mode}, not of 8 bits")
+                raise TooDeep(f"pixels of mode {found.mode}, not of 8 bits")
             # Pillow warns when it drops a palette's transparency in one step
             see_through = found.mode == "P" and "transparency" in found.info
             image: Image.Image = found.convert("RGBA") if see_through else found
@@ -281,6 +290,8 @@ def decode(file: Path | BinaryIO) -> npt.NDArray[np.uint8]:
             f"an image that is whole but too large, {pixels[0] if pixels else 'too many'} pixels "
             f"where at most {2 * (Image.MAX_IMAGE_PIXELS or 0)} are decoded"
         ) from error
+    except TooDeep:
+        raise
     except UnidentifiedImageError as error:
         # Pillow's own words end with the file, which the sentence names, or where it is in memory
         raise ValueError("UnidentifiedImageError: no image of a kind that is read here") from error

@@ -139,7 +139,8 @@ def adapt(
             raise InputError(f"{OP}: {what} must be at least 1; got {number}")
     if name is not None:
         check_name(OP, name)
-    how = {"root": root, "layout": layout, "columns": columns, "on_corrupt": on_corrupt}
+    how: dict[str, Any] = {"root": root, "layout": layout, "columns": columns}
+    how["on_corrupt"] = on_corrupt
     given = {what: value for what, value in how.items() if value is not None}
     called, live = name_dataset(OP, dataset)
     if live is None:
