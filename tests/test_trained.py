@@ -225,6 +225,20 @@ def test_a_run_that_goes_on_meanwhile_is_read_again(played, clip, tmp_path, monk
     assert len(tries) == 2
 
 
+def test_a_run_that_goes_on_says_so_to_who_asks_for_its_clients(played, clip, tmp_path):
+    """Files of clients are read when asked for, and a round later others are there."""
+    shutil.copytree(played("pfedmoap")[0], tmp_path / "run")
+    model = fastfpl.load(tmp_path / "run", model=clip)
+    model.client(0)
+    shutil.rmtree(tmp_path / "run" / "downloads")
+    with pytest.raises(InputError, match="must be readable; got FileNotFoundError"):
+        model.client(1)
+    path = tmp_path / "run" / CHECKPOINT
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rounds_done": 4}))
+    with pytest.raises(InputError, match=r"must not go on .* got 4 rounds where 3 .*: load it aga"):
+        model.client(1)
+
+
 @pytest.mark.parametrize("method", ["fedapt", "pfedmoap", "fedpgp"])
 def test_a_client_on_another_device_is_the_same(method, played, clip):
     """The device is this one: what is built anew must hold what was loaded."""

@@ -38,6 +38,7 @@ from fastfpl.federation.checkpoint import (
     read_checkpoint,
 )
 from fastfpl.federation.models import answers_with
+from fastfpl.files import read_file
 from fastfpl.methods import (
     Method,
     State,
@@ -219,11 +220,22 @@ class Model:
                 f"where what clients of {self.method.name} keep stays with them; ask there, or use "
                 "a method with one model for all"
             )
-        down, own = answers_with(
-            self.method, kept.server, kept.clients, kept.downloads, number, len(kept.rounds)
-        )
-        if self.method.tune_epochs:
-            own = self._tuned(number)
+        try:
+            down, own = answers_with(
+                self.method, kept.server, kept.clients, kept.downloads, number, len(kept.rounds)
+            )
+            if self.method.tune_epochs:
+                own = self._tuned(number)
+        except FastfplError:
+            # files of clients are read when they are asked for; a run that goes on replaces them
+            now = _rounds_done(self.folder)
+            if now in (None, len(kept.rounds)):
+                raise
+            raise InputError(
+                f"{OP}: the run in {self.folder} must not go on while its clients are read; got "
+                f"{now} rounds where {len(kept.rounds)} were loaded: load it again, or when it has "
+                "ended"
+            ) from None
         return down, own
 
     def global_model(self) -> Client:
@@ -387,7 +399,7 @@ def _read(folder: Path, device: torch.device) -> Checkpoint:
         before = path.stat().st_mtime_ns
         try:
             found = read_checkpoint(folder, device)
-        except Damaged:
+        except FastfplError:
             if os.path.lexists(path) and path.stat().st_mtime_ns != before:
                 continue
             raise
@@ -400,6 +412,15 @@ def _read(folder: Path, device: torch.device) -> Checkpoint:
             stacklevel=3,
         )
     return found
+
+
+def _rounds_done(folder: Path) -> int | None:
+    """Return how many rounds a folder holds now; None if it does not say."""
+    try:
+        done = json.loads(read_file(folder / CHECKPOINT).decode("utf-8"))["rounds_done"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return done if isinstance(done, int) else None
 
 
 def _check_method(folder: Path, found: Checkpoint) -> None:
