@@ -15,6 +15,7 @@ from typing import Any
 __all__ = [
     "Damaged",
     "Differs",
+    "Disconnected",
     "FastfplError",
     "InputError",
     "KindError",
@@ -53,6 +54,10 @@ class Damaged(FastfplError, RuntimeError):
 
 class Differs(FastfplError, ArithmeticError):
     """A fast pass and the original gave different numbers; the message names the module."""
+
+
+class Disconnected(FastfplError, ConnectionError):
+    """Another process of a run that is gone, or that was never met."""
 
 
 class NotBuilt(FastfplError, ImportError):

@@ -24,6 +24,7 @@ FLOORS = (
     {"federation"},
     {"report", "flower", "dropin", "testing", "templates", "trained"},
     {"cli"},
+    {"__main__"},
 )
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 # Rooms of one floor that may use each other; anywhere else only a room's own files may.

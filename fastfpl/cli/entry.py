@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import click
 
@@ -34,8 +35,20 @@ _MOST = 1500
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake ends with one sentence and exit code 2."""
-    with sayable():
+    with sayable(), _first_alone():
         _run(arguments)
+
+
+@contextlib.contextmanager
+def _first_alone() -> Iterator[None]:
+    """Let the first of several ranks speak, and the others be quiet."""
+    if "WORLD_SIZE" not in os.environ:  # which spares everybody else torch
+        yield
+        return
+    from fastfpl.federation.ranks import quietly
+
+    with quietly():
+        yield
 
 
 def _run(arguments: Sequence[str] | None) -> None:

@@ -23,6 +23,7 @@ from fastfpl.federation.preparation import (
     plan,
     weigh,
 )
+from fastfpl.federation.ranks import elsewhere
 from fastfpl.federation.result import Result
 from fastfpl.files import write_json
 from fastfpl.methods import Method, check_options, find_method, method_name
@@ -238,7 +239,8 @@ def _check(
     plans: dict[str, Plan] = {}
     datasets: dict[Place, Dataset] = {}
     for job in jobs:
-        if job.folder is not None:
+        # of several ranks the first one looks, before it writes
+        if job.folder is not None and not elsewhere():
             refuse_held(job.folder, resume)
         datasets |= {
             place: known
@@ -282,7 +284,7 @@ def _play(
     @lru_cache(maxsize=1)
     def begin() -> None:
         """Say what belongs to the comparison as soon as a round of it is there."""
-        if jobs[0].folder is not None:
+        if jobs[0].folder is not None and not elsewhere():
             write_json(jobs[0].folder.parent / PLAN, whole)
 
     results: dict[str, list[Result]] = {name: [] for name in methods}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from fastfpl.clip import FrozenCLIP
 from fastfpl.config import Settings, load_preset, make_settings
 from fastfpl.data import Dataset
 from fastfpl.errors import Damaged, InputError, cut, shown
+from fastfpl.federation.agreement import agree, agree_on_weights, share_folder
 from fastfpl.federation.checkpoint import (
     CHECKPOINT,
     Checkpoint,
@@ -28,6 +29,7 @@ from fastfpl.federation.lock import Held, alone_in
 from fastfpl.federation.models import task_of
 from fastfpl.federation.preparation import known_as, name_dataset, plan, prepare
 from fastfpl.federation.provenance import provenance
+from fastfpl.federation.ranks import Ranks, elsewhere, together
 from fastfpl.federation.result import (
     RESULT,
     Result,
@@ -48,6 +50,7 @@ from fastfpl.ops.precision import without_autocast
 from fastfpl.training.budget import uncapped
 from fastfpl.training.feeds import Observer, silent
 from fastfpl.training.graphs import against
+from fastfpl.training.preparation import load_model
 
 __all__ = ["RoundObserver", "pixels_of", "refuse_held", "run", "threads", "unseen"]
 
@@ -117,6 +120,9 @@ def run(
 
     Notes
     -----
+    Under torchrun all ranks play one run together (docs/ranks.md): each calls this function with
+    the same arguments, and each gets the result.
+
     What a run computes in is in its settings: the caller's autocast is off meanwhile, and torch's
     default dtype decides nothing.
     """
@@ -137,20 +143,50 @@ def run(
     folder = None if out is None else Path(out)
     if folder is None and resume:
         raise InputError("fastfpl.run: out must name the folder to resume; got none")
-    holding: contextlib.AbstractContextManager[Held | None] = contextlib.nullcontext()
-    if folder is not None:
-        refuse_held(folder, resume=True)  # what holds a run may be another process's
-        holding = alone_in(folder)
-    with holding as held, threads(chosen.threads), without_autocast():
-        if folder is not None:
-            refuse_held(folder, resume)
-        store = None if cache is None else Path(cache)
-        result = _play(chosen, live, held, resume, model, store, observer, on_round)
-        if origin is not None:
-            result = replace(result, preset=provenance(origin, result, model is not None))
-        if folder is not None:
-            result.save(folder)
+    with together() as ranks:
+        if ranks is not None and folder is None:
+            raise InputError(
+                "fastfpl.run: out must name a folder that all ranks share; got none with "
+                f"{ranks.size} ranks"
+            )
+        holding: contextlib.AbstractContextManager[Held | None] = contextlib.nullcontext()
+        if folder is not None and not elsewhere():
+            refuse_held(folder, resume=True)  # what holds a run may be another process's
+            holding = alone_in(folder)
+        with holding as held, threads(chosen.threads), without_autocast():
+            if held is not None:
+                refuse_held(held.folder, resume)
+            store = None if cache is None else Path(cache)
+            run_ = _Run(folder, held, resume, model, store, observer, on_round, ranks)
+            result = _play(chosen, live, run_)
+            if origin is not None and result is not None:
+                result = replace(result, preset=provenance(origin, result, model is not None))
+            if held is not None and result is not None:
+                result.save(held.folder)
+        if ranks is not None:
+            result = Result(**ranks.say({} if result is None else result.to_json()))
+    assert result is not None
     return result
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """How a run is played and what it leaves, whatever its settings.
+
+    Attributes
+    ----------
+    held : Held or None
+        The folder, of whoever writes into it: one process, or the first of several ranks.
+    """
+
+    folder: Path | None
+    held: Held | None
+    resume: bool
+    model: FrozenCLIP | None
+    cache: Path | None
+    observer: Observer
+    on_round: RoundObserver
+    ranks: Ranks | None
 
 
 def refuse_held(folder: Path, resume: bool) -> None:
@@ -188,22 +224,18 @@ def threads(count: int | None) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-def _play(
-    chosen: Settings,
-    live: Dataset | None,
-    held: Held | None,
-    resume: bool,
-    model: FrozenCLIP | None,
-    cache: Path | None,
-    observer: Observer,
-    on_round: RoundObserver,
-) -> Result:
-    """Play the rounds that are left and save after each."""
+def _play(chosen: Settings, live: Dataset | None, how: _Run) -> Result | None:
+    """Play the rounds that are left and save after each; only the first rank has the result."""
     forget_peak_memory()
+    ranks, held, folder, model = how.ranks, how.held, how.folder, how.model
+    local = None if ranks is None else ranks.local
     # a limit around a run is for passes of the caller
     with recorded_faces() as faces, memory_limit(None), uncapped():
-        planned = plan(chosen, model=model, datasets=known_as(chosen, live))
-        if held is not None and resume:
+        planned = plan(chosen, model=model, datasets=known_as(chosen, live), local=local)
+        if ranks is not None and folder is not None:
+            share_folder(ranks, folder)
+            agree(ranks, planned, resume=how.resume)
+        if held is not None and how.resume:
             # other settings show before any weights are read
             head = check_checkpoint(held.folder, planned.facts)
             if head is not None and planned.kind.trains and head["rounds_done"] > chosen.rounds:
@@ -211,9 +243,17 @@ def _play(
                     f"fastfpl.run: rounds must be at least the {head['rounds_done']} that "
                     f"{held.folder} has played; got {chosen.rounds}"
                 )
-        federation = prepare(planned, model=model, cache=cache, observer=observer)
+        if ranks is not None:
+            model = model or load_model(planned.settings, planned.device)
+            agree_on_weights(ranks, model)
+        federation = prepare(
+            planned, model=model, cache=how.cache, observer=how.observer, ranks=ranks
+        )
+        if folder is not None:
+            _take_up(federation, folder, how.resume, faces)
+        if ranks is not None:
+            ranks.say(None)  # nothing changes in the folder before all have read it
         if held is not None:
-            _take_up(federation, held.folder, resume, faces)
             held.sweep(files_of(held.folder) or set())
         while not federation.finished:
             if held is None:
@@ -223,8 +263,19 @@ def _play(
                     row = federation.round()
                     _save(federation, held.folder, faces)
                 held.settle()
-            on_round(chosen.method, row)
-    return _result(federation, {op: sorted(names) for op, names in faces.items()})
+            if ranks is None or ranks.first:
+                how.on_round(chosen.method, row)
+    peak = peak_memory(federation.clip.device)
+    said = {op: sorted(names) for op, names in faces.items()}
+    if ranks is not None:
+        # the largest of any rank, and the faces of all
+        for other in ranks.gathered({"peak": peak, "faces": said}):
+            peak = max(peak, other["peak"])
+            for op, names in other["faces"].items():
+                said[op] = sorted({*said.get(op, ()), *names})
+        if not ranks.first:
+            return None
+    return _result(federation, said, peak, 1 if ranks is None else ranks.size)
 
 
 @contextlib.contextmanager
@@ -315,7 +366,7 @@ def _unreplayed(federation: Federation) -> list[str]:
     return against(federation.settings, federation.method, federation.clip.device)
 
 
-def _result(federation: Federation, faces: dict[str, list[str]]) -> Result:
+def _result(federation: Federation, faces: dict[str, list[str]], peak: int, ranks: int) -> Result:
     exams, budget = federation.exams, federation.trainer.budget
     images = federation.trainer.images
     together = len(federation.shards)
@@ -328,11 +379,12 @@ def _result(federation: Federation, faces: dict[str, list[str]]) -> Result:
         environment={
             **environment(federation.clip.device),
             "cuda_graphs": "; ".join(_unreplayed(federation)) or "steps are replayed",
+            "ranks": ranks,
         },
         faces=faces,
         rounds=federation.rounds,
         final=summarise(federation.rounds),
-        peak_memory_bytes=peak_memory(federation.clip.device),
+        peak_memory_bytes=peak,
         memory=None if budget is None else budget.to_json(),
         data={
             "name": federation.dataset.name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from fastfpl.federation.checkpoint import settings_facts
 from fastfpl.federation.exams import Exam, Examiner
 from fastfpl.federation.merging import privacy_of
 from fastfpl.federation.newcomers import Newcomers
+from fastfpl.federation.ranked import RankedFederation
+from fastfpl.federation.ranked_store import RankedStore
+from fastfpl.federation.ranks import Ranks
 from fastfpl.federation.rehearsal import rehearse
 from fastfpl.federation.rounds import Federation
 from fastfpl.federation.sampling import Sampling
@@ -97,6 +101,7 @@ def plan(
     *,
     model: FrozenCLIP | None = None,
     datasets: dict[Place, Dataset] | None = None,
+    local: int | None = None,
 ) -> Plan:
     """Refuse what can be refused without weights, and deal the data to clients.
 
@@ -107,10 +112,12 @@ def plan(
         A CLIP that is already loaded, in place of ``settings.clip``.
     datasets : dict, optional
         What was loaded for other plans; gets what is loaded for this one.
+    local : int, optional
+        Which rank of its machine this process is, where there are several.
     """
     settings, kind, options = settled(settings, model)
     quirks = settings.as_released
-    device = choose_device(settings.device)
+    device = choose_device(settings.device, local)
     if model is None and settings.clip != "tiny":
         known(settings.clip)
     datasets = {} if datasets is None else datasets
@@ -284,6 +291,7 @@ def prepare(
     cache: Path | None = None,
     observer: Observer = silent,
     members: Sequence[int] | None = None,
+    ranks: Ranks | None = None,
 ) -> Federation:
     """Load, partition and encode what the settings name.
 
@@ -299,18 +307,23 @@ def prepare(
     members : sequence of int, optional
         Clients that train and are asked here, all of them if left out; of others no image is
         encoded.
+    ranks : Ranks, optional
+        The other processes that play the run, which encode images and train clients with this one.
     """
     planned = settings if isinstance(settings, Plan) else plan(settings, model=model)
     settings, kind, options = planned.settings, planned.kind, planned.options
     dataset, scenario = planned.dataset, planned.scenario
-    store = FeatureStore(cache)
+    store = FeatureStore(cache) if ranks is None else RankedStore(ranks, cache)
     store.check()
     clip = model or load_model(settings, planned.device)
     budget = None if settings.max_memory is None else Budget(settings.max_memory, clip.device)
     eye = make_eye(settings, clip, dataset, kind.image_kind, store, observer, budget)
     if budget is not None:
         chunk = budget.images(eye.encode, clip.image_size, store.chunk)
-        eye = replace(eye, store=FeatureStore(cache, chunk=chunk))
+        store = FeatureStore(cache, chunk=chunk)
+        if ranks is not None:
+            store = RankedStore(ranks, cache, chunk=ranks.least(chunk))
+        eye = replace(eye, store=store)
     method = as_released(kind, settings.as_released)(
         _task(settings, clip, scenario, budget), options
     )
@@ -373,7 +386,8 @@ def prepare(
     if budget is not None:
         budget.settle()
         rehearse(examiner, now)
-    return Federation(
+    kind_of = Federation if ranks is None else partial(RankedFederation, ranks=ranks)
+    return kind_of(
         clip=clip,
         dataset=scenario.dataset,
         shards=scenario.shards,

@@ -31,6 +31,14 @@ class Call:
     drawn: Sequence[int]
     lost: Set[int]
 
+    def of(self, clients: Set[int]) -> Call:
+        """Return what of the call is for some of the clients."""
+        return Call(
+            [c for c in self.selected if c in clients],
+            [c for c in self.drawn if c in clients],
+            self.lost & clients,
+        )
+
 
 @dataclass
 class Sampling:

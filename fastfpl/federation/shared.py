@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,6 +161,26 @@ class SharedStates(Mapping[int, State]):
         else:
             self._unsettled.append(volume)
 
+    # -- between processes that share the folder -------------------------------------------------
+
+    def told(self, clients: Iterable[int]) -> dict[str, Any]:
+        """Write what waits and say of clients' states where they are, for `adopt`."""
+        self._write()
+        entries = {c: self._entries[c] for c in clients if c in self._entries}
+        used = {entry.volume for entry in entries.values()}
+        return {
+            "volumes": {str(volume): self._files[volume].digest for volume in sorted(used)},
+            "clients": {str(client): _written(entry) for client, entry in entries.items()},
+        }
+
+    def adopt(self, written: Mapping[str, Any]) -> None:
+        """Take up states that another process has written; their bytes are verified when read."""
+        for volume, digest in written["volumes"].items():
+            self._files[int(volume)] = Intact(self._path(int(volume)), digest, seen=False)
+        self._entries |= {int(client): _read(e) for client, e in written["clients"].items()}
+        used = self._used()
+        self._files = {volume: file for volume, file in self._files.items() if volume in used}
+
     # -- for checkpoints -----------------------------------------------------------------------
 
     def settle(self) -> dict[str, Any]:
@@ -176,16 +196,7 @@ class SharedStates(Mapping[int, State]):
             announce(self._path(volume))
         return {
             "volumes": {str(volume): self._files[volume].digest for volume in sorted(used)},
-            "clients": {
-                str(client): {
-                    "volume": entry.volume,
-                    "tensors": {
-                        name: {"dtype": t.dtype, "shape": list(t.shape), "pieces": list(t.pieces)}
-                        for name, t in entry.tensors.items()
-                    },
-                }
-                for client, entry in self._entries.items()
-            },
+            "clients": {str(client): _written(e) for client, e in self._entries.items()},
         }
 
     @property
@@ -202,16 +213,7 @@ class SharedStates(Mapping[int, State]):
             If a file is missing, truncated or changed.
         """
         self._files = {}
-        self._entries = {
-            int(client): _Entry(
-                entry["volume"],
-                {
-                    name: _Tensor(t["dtype"], tuple(t["shape"]), tuple(t["pieces"]))
-                    for name, t in entry["tensors"].items()
-                },
-            )
-            for client, entry in written["clients"].items()
-        }
+        self._entries = {int(client): _read(e) for client, e in written["clients"].items()}
         self._next = max(map(int, written["volumes"]), default=-1) + 1
         for volume, digest in written["volumes"].items():
             path = self._path(int(volume))
@@ -263,6 +265,22 @@ class SharedStates(Mapping[int, State]):
 
 # dimensions from which on a tensor is a list of pieces
 _CUT = 3
+
+
+def _written(entry: _Entry) -> dict[str, Any]:
+    tensors = {
+        name: {"dtype": t.dtype, "shape": list(t.shape), "pieces": list(t.pieces)}
+        for name, t in entry.tensors.items()
+    }
+    return {"volume": entry.volume, "tensors": tensors}
+
+
+def _read(written: Mapping[str, Any]) -> _Entry:
+    tensors = {
+        name: _Tensor(t["dtype"], tuple(t["shape"]), tuple(t["pieces"]))
+        for name, t in written["tensors"].items()
+    }
+    return _Entry(written["volume"], tensors)
 
 
 def _damaged(path: Path, reason: str) -> Damaged:

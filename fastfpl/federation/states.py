@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,12 +94,14 @@ class Intact:
         Written or read a moment ago.
     digest : str
         Of its content, by `digest_of`.
+    seen : bool
+        False of a file that another process has written: its bytes are read at the first look.
     """
 
-    def __init__(self, path: Path, digest: str) -> None:
+    def __init__(self, path: Path, digest: str, *, seen: bool = True) -> None:
         self.digest = digest
         self._path = path
-        self._identity = _identity(path)
+        self._identity = _identity(path) if seen else None
 
     def is_as_written(self) -> bool:
         """Look at the file's place, size and times, and at its bytes if one of these moved."""
@@ -160,6 +162,7 @@ class StateFiles(Mapping[int, StoredState]):
         self._entries: dict[int, _Entry] = {}
         self._former: list[Path] = []
         self._unsettled: list[Path] = []
+        self._reserved: dict[int, int] = {}
         self._temporary: Path | None = None
 
     def __getitem__(self, client: int) -> StoredState:
@@ -185,7 +188,6 @@ class StateFiles(Mapping[int, StoredState]):
         if not state:
             return
         old = self._entries.get(client)
-        version = 0 if old is None else old.version + 1
         content = save({name: t.detach().cpu().contiguous() for name, t in state.items()})
         where = self._where()
         what = "the folder of the clients' states"
@@ -193,8 +195,9 @@ class StateFiles(Mapping[int, StoredState]):
             if self.folder is not None:
                 where.parent.mkdir(parents=True, exist_ok=True)
                 own_folder(where)
-            while os.path.lexists(self._path(client, version)):  # somebody else's
-                version += 1
+            version = self._reserved.pop(client, None)
+            if version is None:
+                version = self._free(client)
             path = self._path(client, version)
             write_new(path, content)
             written = Intact(path, digest_of(content))
@@ -205,6 +208,70 @@ class StateFiles(Mapping[int, StoredState]):
             self.sweep()
         else:
             self._unsettled.append(path)
+
+    def _free(self, client: int) -> int:
+        """Return the version of a client's next state, whose name nobody has."""
+        old = self._entries.get(client)
+        version = 0 if old is None else old.version + 1
+        while os.path.lexists(self._path(client, version)):  # somebody else's
+            version += 1
+        return version
+
+    # -- between processes that share the folder -------------------------------------------------
+
+    @property
+    def place(self) -> Path:
+        """Where the files lie."""
+        return self._where()
+
+    def reserve(self, clients: Iterable[int]) -> dict[str, int]:
+        """Announce the names of clients' next states, which other processes may write; JSON."""
+        found = {}
+        where = self._where()
+        with on_disk("fastfpl.run", "the folder of the clients' states", where, self._cure):
+            where.parent.mkdir(parents=True, exist_ok=True)
+            own_folder(where)
+            for client in clients:
+                found[str(client)] = self._free(client)
+                announce(self._path(client, found[str(client)]))
+        return found
+
+    def promise(self, reserved: Mapping[str, int]) -> None:
+        """Give the next state of each client the name that `reserve` has announced."""
+        self._reserved = {int(client): version for client, version in reserved.items()}
+
+    def told(self, clients: Iterable[int]) -> dict[str, Any]:
+        """Say of clients' states where they are, for `adopt`; those written here are flushed."""
+        with on_disk("fastfpl.run", "the clients' states", self._where(), self._cure):
+            for path in self._unsettled:
+                flush(path)
+        self._unsettled.clear()
+        self._reserved.clear()
+        there = {c: self._entries[c] for c in clients if c in self._entries}
+        return {str(client): _written(entry) for client, entry in there.items()}
+
+    def adopt(self, written: Mapping[str, Any]) -> None:
+        """Take up states that another process has written; their bytes are verified when read."""
+        for client, e in written.items():
+            number, version = int(client), int(e["version"])
+            old = self._entries.get(number)
+            if old is not None and old.version == version:
+                continue
+            path = self._path(number, version)
+            file = Intact(path, str(e["blake2b"]), seen=False)
+            self._entries[number] = _Entry(version, tuple(e["names"]), file)
+            if old is not None:
+                self._former.append(self._path(number, old.version))
+
+    def keep_former(self) -> None:
+        """Leave former files to the process that sweeps them."""
+        self._former.clear()
+
+    def discard(self) -> None:
+        """Remove what was written here and not told of."""
+        for path in self._unsettled:
+            path.unlink(missing_ok=True)
+        self._unsettled.clear()
 
     # -- for checkpoints -----------------------------------------------------------------------
 
@@ -218,10 +285,7 @@ class StateFiles(Mapping[int, StoredState]):
         self._unsettled.clear()
         for path in self._former:
             announce(path)
-        return {
-            str(client): {"version": e.version, "names": list(e.names), "blake2b": e.file.digest}
-            for client, e in self._entries.items()
-        }
+        return {str(client): _written(entry) for client, entry in self._entries.items()}
 
     @property
     def files(self) -> set[Path]:
@@ -278,6 +342,14 @@ class StateFiles(Mapping[int, StoredState]):
 
     def _path(self, client: int, version: int) -> Path:
         return self._where() / f"{client:05d}-{version:05d}.safetensors"
+
+
+def _written(entry: _Entry) -> dict[str, Any]:
+    return {
+        "version": entry.version,
+        "names": list(entry.names),
+        "blake2b": entry.file.digest,
+    }
 
 
 def flush(path: Path) -> None:
