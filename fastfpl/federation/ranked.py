@@ -286,7 +286,7 @@ def _table(exam: Exam, scores: Sequence[Scores], clients: Sequence[int]) -> Stat
         rows.append([float("nan") if value is None else value for value in values])
     return {
         "clients": torch.tensor(list(clients), dtype=torch.int64),
-        "values": torch.tensor(rows, dtype=torch.float64).reshape(len(rows), -1),
+        "values": torch.tensor(rows, dtype=torch.float64).reshape(len(rows), 2 + len(exam.domains)),
     }
 
 

@@ -41,7 +41,7 @@ _STARTS = 300.0
 # bytes of states that travel in one letter, about
 _LETTER = 1 << 24
 # seconds for the sentence of a rank that failed to arrive beside the end of its connection
-_EXPLAINS = 5.0
+_EXPLAINS = 1.0
 _ON = "go on with the same command and --resume, with any number of ranks"
 
 
@@ -141,16 +141,21 @@ class Ranks:
         Bytes that this rank has sent or handed to all.
     received : int
         Bytes that came to it.
+
+    Parameters
+    ----------
+    group : int
+        How many groups of this process have failed before.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, group: int = 0) -> None:
         self.rank, self.size, self.local = _place()
         self.sent = self.received = 0
         self._patience = _patience()
         self._stopped = ""
         start = timedelta(seconds=min(_STARTS, self._patience))
         try:
-            self._store, _, _ = next(rendezvous("env://", timeout=start))
+            self._store = dist.PrefixStore(f"fastfpl/{group}", _met(start))
             self._mine = not dist.is_initialized()
             if self._mine:
                 dist.init_process_group(
@@ -208,8 +213,8 @@ class Ranks:
         while True:
             for rank in range(1, self.size):
                 with contextlib.suppress(RuntimeError):
-                    if self._store.check([f"fastfpl/failed/{rank}"]):
-                        text = self._store.get(f"fastfpl/failed/{rank}").decode(errors="replace")
+                    if self._store.check([f"failed/{rank}"]):
+                        text = self._store.get(f"failed/{rank}").decode(errors="replace")
                         return InputError(f"{text} (said by rank {rank})")
             if time.monotonic() >= until:
                 return None
@@ -394,8 +399,13 @@ class Ranks:
         if not self.first and not isinstance(error, Disconnected):
             text = str(error) if isinstance(error, FastfplError) else _first_line(error)
             with contextlib.suppress(RuntimeError):
-                self._store.set(f"fastfpl/failed/{self.rank}", text)
+                self._store.set(f"failed/{self.rank}", text)
         self.close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether a run has failed."""
+        return self._group is None
 
     def close(self) -> None:
         """Let go of the other ranks; nothing can be sent after it."""
@@ -406,8 +416,18 @@ class Ranks:
         gc.collect()  # connections end with the last name of their group
 
 
-# one group a process: runs that follow each other go on with it
+# one group a process: runs that follow each other go on with it, until one fails
 _group: Ranks | None = None
+_groups = 0
+# where ranks meet; one a process, since rank 0 may be who listens
+_meeting: Any = None
+
+
+def _met(wait: timedelta) -> Any:
+    global _meeting
+    if _meeting is None:
+        _meeting, _, _ = next(rendezvous("env://", timeout=wait))
+    return _meeting
 
 
 @contextlib.contextmanager
@@ -421,12 +441,12 @@ def together() -> Iterator[Ranks | None]:
     FastfplError
         On rank 0 also the sentence of any other rank that failed.
     """
-    global _group
+    global _group, _groups
     if ranks_asked() == 1:
         yield None
         return
-    if _group is None:
-        _group = Ranks()
+    if _group is None or _group.closed:
+        _group, _groups = Ranks(_groups), _groups + 1
     with _group.playing():
         yield _group
 

@@ -226,14 +226,10 @@ class StateFiles(Mapping[int, StoredState]):
 
     def reserve(self, clients: Iterable[int]) -> dict[str, int]:
         """Announce the names of clients' next states, which other processes may write; JSON."""
-        found = {}
-        where = self._where()
-        with on_disk("fastfpl.run", "the folder of the clients' states", where, self._cure):
-            where.parent.mkdir(parents=True, exist_ok=True)
-            own_folder(where)
-            for client in clients:
-                found[str(client)] = self._free(client)
-                announce(self._path(client, found[str(client)]))
+        found = {str(client): self._free(client) for client in clients}
+        announce(self._where())
+        for client, version in found.items():
+            announce(self._path(int(client), version))
         return found
 
     def promise(self, reserved: Mapping[str, int]) -> None:
