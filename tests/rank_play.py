@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import os
 import signal
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 
 import fastfpl
+import fastfpl.federation.preparation as preparation
 from fastfpl.errors import NotConverged
 from tests.worlds import figures, small_clip
 
@@ -59,12 +62,10 @@ class Spoiled:
 
             agreement.__version__ = "0.0.1"
         if self.what == "data":
-            import fastfpl.federation.preparation as preparation
-
             self.load = preparation.load_dataset
 
             def other(*args: Any, **more: Any) -> Any:
-                found = self.load(*args, **more)
+                found = copy.deepcopy(self.load(*args, **more))
                 found.train.fingerprint = "another"
                 return found
 
@@ -73,8 +74,6 @@ class Spoiled:
 
     def __exit__(self, *_: object) -> None:
         if self.what == "data":
-            import fastfpl.federation.preparation as preparation
-
             preparation.load_dataset = self.load
         if self.what == "version":
             import fastfpl.federation.agreement as agreement
@@ -85,6 +84,8 @@ class Spoiled:
 def main(here: Path) -> None:
     """Play the jobs of a folder."""
     torch.set_num_threads(1)
+    # draw the digits once
+    preparation.load_dataset = functools.cache(preparation.load_dataset)
     jobs = json.loads((here / "jobs.json").read_text(encoding="utf-8"))
     with (here / f"said-{RANK}.jsonl").open("a", encoding="utf-8") as said:
         for job in jobs:

@@ -48,6 +48,7 @@ RUNS: dict[str, dict[str, Any]] = {
 RUNS["fedapt-unsupervised"] |= {"augment": "views:1"}
 SETTINGS = {name: {**SMALL, **more} for name, more in RUNS.items()}
 MEMORY = {**SMALL, "method": "pfedmoap", "options": GATE, "cohort": None, "max_memory": "16GiB"}
+WHOLE = {**SMALL, "method": "pfedmoap", "options": GATE, "rounds": 3}
 LOOSE = {"together": {**SMALL, "method": "promptfl", "cohort": None}, "memory": MEMORY}
 
 
@@ -133,19 +134,29 @@ def alone(cache, tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=[2, 3])
-def played(request, tmp_path_factory):
+def played(request, cache, tmp_path_factory):
     """Let every run be played by so many ranks, started once; their features are encoded anew."""
     here = tmp_path_factory.mktemp("played")
     size = request.param
     # with three, those that part clients in another way
     chosen = {**SETTINGS, **LOOSE}
+    more: list[dict[str, Any]] = []
     if size == 3:
+        # what one process began; here, so that no more processes are started
+        begun = {**WHOLE, "rounds": 1}
+        fastfpl.run(**begun, out=here / "begun", cache=cache, model=small_clip())
+        more = [
+            {"name": f"begun {n}", "run": {**WHOLE, "rounds": n, "out": "begun", "resume": True}}
+            for n in (2, 3)
+        ]
+        for job in more:
+            job["run"]["cache"] = "cache"
         chosen = {n: chosen[n] for n in ("pfedmoap", "some", "late", "fedapt-unsupervised")}
     jobs = [
         {"name": name, "run": {**how, "out": name, "cache": "cache"}}
         for name, how in chosen.items()
     ]
-    return here, size, spawn(here, jobs, size)
+    return here, size, spawn(here, [*jobs, *more], size)
 
 
 def test_ranks_give_the_figures_of_one_process_bit_for_bit(played, alone, cache):
@@ -186,9 +197,10 @@ def test_every_rank_has_the_result(played):
 
 
 def test_ranks_encode_the_file_of_one_process(played, alone, cache):
-    here, size, said = played
-    for name in said[0]:
-        alone(name)
+    here, _, said = played
+    for name in {**SETTINGS, **LOOSE}:
+        if name in said[0]:
+            alone(name)
     names = sorted(path.name for path in (here / "cache").iterdir())
     assert names
     for name in names:
@@ -208,7 +220,6 @@ def test_cohorts_of_ranks_are_equal_to_rounding(played, alone):
 
 # -- refused, and resumable -----------------------------------------------------------------------
 
-WHOLE = {**SMALL, "method": "pfedmoap", "options": GATE, "rounds": 3}
 _RUN = {**WHOLE, "cache": "cache"}
 FAILURES: list[dict[str, Any]] = [
     {"name": "settings", "only": {"lr": 0.1}},
@@ -227,7 +238,7 @@ SENTENCES = {
     "settings": r"every rank must have the same settings; got [0-9a-f]{16} of rank 0 and "
     r"[0-9a-f]{16} of rank 1: lr 0\.05 and 0\.1$",
     "options": "every rank must have the same settings; .*: options",
-    "weights": r"every rank must have the same weights; got [0-9a-f]{16} of rank 0 and [0-9a-f]{16}",
+    "weights": r"every rank must have the same weights; got [0-9a-f]{16} of rank 0 and [0-9a-f]+",
     "data": r"every rank must have the same data; got [0-9a-f]{16} of rank 0 .* training images",
     "version": r"every rank must have the same versions; .* fastfpl '0\.1\.0' and '0\.0\.1'",
     "folder": "out must be a folder that all ranks share; got .*folder of rank 0, whose files are "
@@ -245,9 +256,7 @@ SENTENCES = {
 @pytest.fixture(scope="module")
 def failed(tmp_path_factory):
     here = tmp_path_factory.mktemp("failed")
-    jobs = [
-        {**job, "run": {**_RUN, "out": job["name"], **job.get("run", {})}} for job in FAILURES
-    ]
+    jobs = [{**job, "run": {**_RUN, "out": job["name"], **job.get("run", {})}} for job in FAILURES]
     return here, spawn(here, jobs, 2)
 
 
@@ -284,19 +293,11 @@ def test_what_is_refused_at_the_start_leaves_nothing(failed, name):
     assert not (here / name).exists()
 
 
-def test_several_ranks_go_on_with_what_one_began(tmp_path, alone, cache):
-    """And one or two with what others began: a process of two ranks each, of half a second."""
-    rows, _ = alone("whole")
-    fastfpl.run(**{**WHOLE, "rounds": 1}, out=tmp_path / "run", cache=cache, model=small_clip())
-    jobs = [
-        {
-            "name": str(rounds),
-            "run": {**WHOLE, "rounds": rounds, "out": "run", "cache": "cache", "resume": True},
-        }
-        for rounds in (2, 3)
-    ]
-    said = spawn(tmp_path, jobs, 2)
-    assert bare(said[0]["3"]["figures"]) == json.loads(json.dumps(rows))
+def test_several_ranks_go_on_with_what_one_began(played, alone):
+    _, size, said = played
+    if size == 3:
+        rows, _ = alone("whole")
+        assert bare(said[0]["begun 3"]["figures"]) == json.loads(json.dumps(rows))
 
 
 # -- the command line -----------------------------------------------------------------------------
@@ -322,8 +323,10 @@ def test_a_port_in_use_and_no_rank_0(tmp_path):
         ]
         said = [one.communicate(timeout=60) for one in running]
     assert [one.returncode for one in running] == [2, 2]
-    assert said[0][1].splitlines()[-1].startswith(
-        f"error: fastfpl.run: 2 ranks must find each other at 127.0.0.1:{port}; got "
+    assert (
+        said[0][1]
+        .splitlines()[-1]
+        .startswith(f"error: fastfpl.run: 2 ranks must find each other at 127.0.0.1:{port}; got ")
     )
     assert "the port is in use: name another one (--master-port, MASTER_PORT)" in said[0][1]
     assert said[0][0] == ""
@@ -427,7 +430,7 @@ def test_ranks_that_are_none_are_refused(monkeypatch, place, sentence):
 @pytest.mark.parametrize("text", ["0", "soon", "nan", "1e9"])
 def test_a_wait_that_is_none_is_refused(monkeypatch, text):
     monkeypatch.setenv("FASTFPL_RANKS_TIMEOUT", text)
-    with pytest.raises(InputError, match=r"FASTFPL_RANKS_TIMEOUT must be seconds from 1 to 1000000"):
+    with pytest.raises(InputError, match="FASTFPL_RANKS_TIMEOUT must be seconds from 1 to"):
         ranks_module._patience()
 
 

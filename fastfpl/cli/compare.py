@@ -47,6 +47,7 @@ def compare(
     from fastfpl.data import short_name
     from fastfpl.federation import compare as play
     from fastfpl.federation import sweep as play_each
+    from fastfpl.federation.ranks import elsewhere
     from fastfpl.methods import method_name
     from fastfpl.report import sweep_table, write_report, write_sweep
 
@@ -78,6 +79,8 @@ def compare(
             comparison = play(methods, **shared)
         else:
             swept = play_each(methods, *chosen, **shared)
+    if elsewhere():
+        return  # the first of several ranks writes
     # files first; a disk that does not take them must not cost the table either
     written: list[Path] = []
     try:

@@ -24,7 +24,7 @@ from fastfpl.cli.profile import profile
 from fastfpl.cli.quirks import quirks
 from fastfpl.cli.report import report
 from fastfpl.cli.run import run
-from fastfpl.errors import FastfplError, cut
+from fastfpl.errors import FastfplError, InputError, cut
 from fastfpl.terminal import say, sayable
 
 __all__ = ["group", "main"]
@@ -79,8 +79,21 @@ def _run(arguments: Sequence[str] | None) -> None:
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="fastfpl")
-def group() -> None:
+@click.pass_context
+def group(context: click.Context) -> None:
     """Federated prompt learning of CLIP: exact, tested, fast."""
+    if "WORLD_SIZE" in os.environ and context.invoked_subcommand not in _RANKED:
+        from fastfpl.federation.ranks import ranks_asked
+
+        if ranks_asked() > 1:
+            raise InputError(
+                f"fastfpl {context.invoked_subcommand}: ranks must be one; got {ranks_asked()}: "
+                "run and compare can be started by torchrun"
+            )
+
+
+# what several ranks play together
+_RANKED = ("run", "compare")
 
 
 _COMMANDS = (run, compare, report, predict, export, adapt, flower)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +101,13 @@ def share_folder(ranks: Ranks, folder: Path) -> None:
         ranks.gathered([there, str(folder)])
         ranks.say(None)
         return
-    for rank, (there, path) in enumerate(ranks.gathered([True, str(folder)])):
-        if rank and not (there and (marks.place / f"rank-{rank}").is_file()):
-            raise InputError(
-                f"fastfpl.run: out must be a folder that all ranks share; got {folder} of rank 0, "
-                f"whose files are not in {cut(str(path))} of rank {rank}"
-            )
+    try:
+        for rank, (there, path) in enumerate(ranks.gathered([True, str(folder)])):
+            if rank and not (there and (marks.place / f"rank-{rank}").is_file()):
+                raise InputError(
+                    f"fastfpl.run: out must be a folder that all ranks share; got {folder} of rank "
+                    f"0, whose files are not in {cut(str(path))} of rank {rank}"
+                )
+    finally:
+        shutil.rmtree(marks.place, ignore_errors=True)
     ranks.say(None)

@@ -9,9 +9,12 @@ trains a client writes its file, under a name that rank 0 has announced before.
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -116,8 +119,20 @@ class RankedFederation(Federation):
         assert said is not None
         self.clients.promise({str(c): said["states"][str(c)] for c in mine.selected})
         if uploads is None:
-            self._contribute(mine, said["scratch"], trained)
-            self._go_on(trained)
+            assert self.folder is not None
+            # below rank 0's, which removes it however the round ends
+            place = self.folder / said["scratch"] / f"rank-{ranks.rank}"
+            try:
+                self._contribute(mine, place, trained)
+                self._go_on(trained)
+            except BaseException as error:
+                self.clients.discard()
+                shutil.rmtree(place, ignore_errors=True)
+                if isinstance(error, Disconnected):
+                    # rank 0 has gone, and looked after what there was until then
+                    with contextlib.suppress(OSError):
+                        place.parent.rmdir()
+                raise
             return
         server = self.now.server
         where: dict[str, Any] = {"states": self._gather(call, mine, uploads, line, begin)}
@@ -165,23 +180,14 @@ class RankedFederation(Federation):
         line["ranks"] = {"images": images, "seconds": seconds}
         return told
 
-    def _contribute(self, mine: Call, scratch: str, trained: bool) -> None:
+    def _contribute(self, mine: Call, place: Path, trained: bool) -> None:
         """On another rank: train its part, and send what came of it."""
         ranks = self._ranks
-        assert self.folder is not None
-        # below rank 0's, which removes it however the round ends
-        place = self.folder / scratch / f"rank-{ranks.rank}"
         sent = StateFiles(place / "up")
         downs = StateFiles(place / "down")
         begin = time.perf_counter()
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-            played = self._play(mine, sent, downs)
-            states = self.clients.told(mine.selected)
-        except BaseException:
-            self.clients.discard()
-            raise
-        self.clients.keep_former()
+        played = self._play(mine, sent, downs)
+        states = self.clients.told(mine.selected)
         ranks.tell(
             {
                 "losses": {str(c): loss for c, loss in played.losses.items()},
@@ -206,7 +212,7 @@ class RankedFederation(Federation):
         """On another rank: take up where clients' states lie, and the merged server."""
         where: dict[str, Any] = self._ranks.say({})
         self.clients.adopt(where["states"])
-        self.clients.keep_former()
+        self.clients.leave()
         if trained:
             self.downloads.adopt(where["downloads"])
         server = patched(self.now.server, self._ranks.spread(None), self._device)

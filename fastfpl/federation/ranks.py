@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from fastfpl.errors import Disconnected, FastfplError, InputError, cut, shown
@@ -155,7 +156,7 @@ class Ranks:
         self._stopped = ""
         start = timedelta(seconds=min(_STARTS, self._patience))
         try:
-            self._store = dist.PrefixStore(f"fastfpl/{group}", _met(start))
+            self._store = PrefixStore(f"fastfpl/{group}", _met(start))
             self._mine = not dist.is_initialized()
             if self._mine:
                 dist.init_process_group(
@@ -424,9 +425,30 @@ _meeting: Any = None
 
 
 def _met(wait: timedelta) -> Any:
+    """Return where ranks meet.
+
+    Whoever listens at the address and is no store of torch's keeps a rank waiting without end.
+    """
     global _meeting
-    if _meeting is None:
-        _meeting, _, _ = next(rendezvous("env://", timeout=wait))
+    if _meeting is not None:
+        return _meeting
+    found: list[Any] = []
+
+    def meet() -> None:
+        try:
+            found.append(next(rendezvous("env://", timeout=wait))[0])
+        except Exception as error:
+            found.append(error)
+
+    seeking = threading.Thread(target=meet, daemon=True)
+    seeking.start()
+    # a little more: it has a wait of its own, and says better why
+    seeking.join(wait.total_seconds() + 1)
+    if not found:
+        raise RuntimeError("nobody there who answers")
+    if isinstance(found[0], Exception):
+        raise found[0]
+    _meeting = found[0]
     return _meeting
 
 

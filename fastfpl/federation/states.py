@@ -162,6 +162,7 @@ class StateFiles(Mapping[int, StoredState]):
         self._entries: dict[int, _Entry] = {}
         self._former: list[Path] = []
         self._unsettled: list[Path] = []
+        self._handed: list[Path] = []
         self._reserved: dict[int, int] = {}
         self._temporary: Path | None = None
 
@@ -241,7 +242,7 @@ class StateFiles(Mapping[int, StoredState]):
         with on_disk("fastfpl.run", "the clients' states", self._where(), self._cure):
             for path in self._unsettled:
                 flush(path)
-        self._unsettled.clear()
+        self._handed, self._unsettled = self._unsettled, []
         self._reserved.clear()
         there = {c: self._entries[c] for c in clients if c in self._entries}
         return {str(client): _written(entry) for client, entry in there.items()}
@@ -259,15 +260,17 @@ class StateFiles(Mapping[int, StoredState]):
             if old is not None:
                 self._former.append(self._path(number, old.version))
 
-    def keep_former(self) -> None:
-        """Leave former files to the process that sweeps them."""
+    def leave(self) -> None:
+        """Leave files, former ones too, to the process that writes checkpoints."""
         self._former.clear()
+        self._handed.clear()
 
     def discard(self) -> None:
-        """Remove what was written here and not told of."""
-        for path in self._unsettled:
+        """Remove what was written here since `leave`: nobody goes on with it."""
+        for path in (*self._unsettled, *self._handed):
             path.unlink(missing_ok=True)
         self._unsettled.clear()
+        self._handed.clear()
 
     # -- for checkpoints -----------------------------------------------------------------------
 
