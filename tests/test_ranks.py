@@ -462,3 +462,20 @@ def test_each_rank_takes_its_card(monkeypatch):
         choose_device("auto", 1)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")  # each sees its own alone
     assert choose_device("cuda", 1) == torch.device("cuda:0")
+
+
+def test_other_commands_refuse_several_ranks(monkeypatch, capsys):
+    from fastfpl.cli.entry import main
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as end:
+        main(["presets"])
+    assert end.value.code == 2
+    rule = "error: fastfpl presets: ranks must be one; got 2: run and compare can be started"
+    assert capsys.readouterr().err.startswith(rule)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    with pytest.raises(SystemExit):
+        main(["presets"])
+    assert capsys.readouterr() == ("", "")
