@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 __all__ = [
+    "Busy",
     "Damaged",
     "Differs",
     "Disconnected",
@@ -35,6 +36,10 @@ class FastfplError(Exception):
 
 class InputError(FastfplError, ValueError):
     """A value, shape or combination that is refused."""
+
+
+class Busy(InputError):
+    """A folder in which another run is going on."""
 
 
 class KindError(FastfplError, TypeError):

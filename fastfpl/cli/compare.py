@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
-from fastfpl.cli.flags import Grouped, gather, run_options
+from fastfpl.cli.flags import Count, Grouped, Place, gather, run_options
 from fastfpl.cli.names import Name
 from fastfpl.cli.screen import print_tables, progress
 from fastfpl.config import load_preset
@@ -27,11 +28,28 @@ from fastfpl.terminal import console, say
     metavar="SETTING=V1,V2,...",
     help="compare at each value of one setting, e.g. shots=1,2,4,8,16",
 )
+@click.option(
+    "--plan",
+    type=Place(),
+    metavar="FILE",
+    help="play nothing; write one command a run, for other machines, into a file",
+)
+@click.option(
+    "--jobs", type=Count(), metavar="N", help="play N runs at a time, each by a process of its own"
+)
+@click.option(
+    "--devices",
+    metavar="DEVICE,...",
+    help="with --plan or --jobs, the devices that runs are dealt to, as cuda:0,cuda:1",
+)
 @run_options
 def compare(
     methods: tuple[str, ...],
     seeds: str,
     sweep: str | None,
+    plan: Path | None,
+    jobs: int | None,
+    devices: str | None,
     preset: str | None,
     config: Path | None,
     options: Sequence[str],
@@ -41,6 +59,11 @@ def compare(
     **flags: Any,
 ) -> None:
     """Run several METHODs under the same settings; print a table, write plots and one HTML page.
+
+    --plan jobs.txt writes one command a run, each resumable and with a folder of its own, for SLURM
+    arrays, GNU parallel or another scheduler; --jobs 2 --devices cuda:0,cuda:1 plays them here, one
+    a device. Machines that share --out never play one run twice. fastfpl report puts together what
+    is there and says what is missing.
 
     The scenario leave-one-domain-out without --target leaves out every domain in turn.
     """
@@ -64,6 +87,9 @@ def compare(
     whole = {**(load_preset(preset).settings if preset else {}), **values}
     folder = out or Path("runs") / f"compare-{short_name(whole.get('dataset', 'glyphs'))}"
     chosen = _swept(sweep, whole)
+    if plan is not None or jobs is not None or devices is not None:
+        grid = _Grid(plan, jobs, devices, preset, cache, folder)
+        return _parted(grid, methods, chosen, numbers, resume, values)
     with progress() as (observer, on_round):
         shared = {
             "seeds": numbers,
@@ -92,6 +118,93 @@ def compare(
             console().print(sweep_table(swept))
     for path in written:
         say(str(path))
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """How runs are played apart from each other, and where."""
+
+    plan: Path | None
+    jobs: int | None
+    devices: str | None
+    preset: str | None
+    cache: Path | None
+    out: Path
+
+
+def _parted(
+    grid: _Grid,
+    methods: Sequence[str],
+    chosen: tuple[str, list[Any]] | None,
+    seeds: Sequence[int],
+    resume: bool,
+    values: dict[str, Any],
+) -> None:
+    """Write down the runs of a comparison as commands, or play them by processes of their own."""
+    from fastfpl.cli.grid import devices_of, play_here, write_plan
+    from fastfpl.federation.comparison import listed, say_what_belongs
+    from fastfpl.federation.ranks import ranks_asked
+
+    op = "fastfpl compare"
+    devices = devices_of(grid.devices)
+    if grid.plan is not None and grid.jobs is not None:
+        raise InputError(f"{op}: jobs must be left out with plan, which plays nothing")
+    if devices and values.get("device") is not None:
+        raise InputError(f"{op}: device must be left out with devices; got {values['device']!r}")
+    if grid.jobs is not None and grid.jobs < 1:
+        raise InputError(f"{op}: jobs must be at least 1; got {grid.jobs}")
+    if ranks_asked() > 1:
+        raise InputError(f"{op}: ranks must be one with plan, jobs or devices; got {ranks_asked()}")
+    parted = listed(
+        methods,
+        swept=chosen,
+        seeds=seeds,
+        preset=grid.preset,
+        out=grid.out,
+        resume=resume or grid.plan is not None,
+        **values,
+    )
+    jobs = [job for mine in parted for job in mine]
+    if grid.plan is not None:
+        write_plan(grid.plan, jobs, grid.preset, grid.cache, devices)
+    for mine in parted:
+        say_what_belongs(methods, mine)
+    if grid.plan is not None:
+        say(
+            f"{grid.plan}: {len(jobs)} run{'s' * (len(jobs) != 1)}; then: fastfpl report {grid.out}"
+        )
+        return
+    failed = play_here(jobs, grid.preset, grid.cache, grid.jobs, devices)
+    for folder in dict.fromkeys(job.folder.parent for job in jobs if job.folder is not None):
+        _report(folder)
+    for name, why in failed.items():
+        say(f"{name}: {why or 'played elsewhere'}", err=True)
+    lost = [name for name, why in failed.items() if why is not None]
+    if lost:
+        raise InputError(
+            f"{op}: every run must end; got {len(lost)} of {len(jobs)} that failed: "
+            f"{cut(', '.join(lost), 300)}; go on with the same command and --resume"
+        )
+
+
+def _report(folder: Path) -> None:
+    """Put together the runs of a folder that have ended, if there are any."""
+    from fastfpl.federation.result import RESULT
+    from fastfpl.report import load_comparisons, write_report
+
+    if not any(folder.glob(f"*/{RESULT}")):
+        return
+    comparisons = load_comparisons(folder)
+    written: list[Path] = []
+    try:
+        written = write_report(comparisons, folder)
+    finally:
+        for comparison in comparisons:
+            print_tables(comparison)
+    for path in written:
+        say(str(path))
+    for text in (text for comparison in comparisons for text in comparison.missing):
+        say(f"missing: {text}", err=True)
 
 
 def _swept(text: str | None, values: Mapping[str, Any]) -> tuple[str, list[Any]] | None:

@@ -31,7 +31,17 @@ from fastfpl.released import share_quirks
 from fastfpl.training.feeds import Observer, silent
 from fastfpl.training.preparation import load_model
 
-__all__ = ["PLAN", "Comparison", "Sweep", "compare", "sweep", "value_folder"]
+__all__ = [
+    "PLAN",
+    "Comparison",
+    "Job",
+    "Sweep",
+    "compare",
+    "listed",
+    "say_what_belongs",
+    "sweep",
+    "value_folder",
+]
 
 #: Names the methods, seeds and rounds that a comparison was asked for.
 PLAN = "comparison.json"
@@ -128,8 +138,16 @@ def value_folder(key: str, value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class _Job:
-    """One run of a comparison."""
+class Job:
+    """One run of a comparison.
+
+    Attributes
+    ----------
+    settings : Settings
+    folder : Path or None
+    label : str
+        What it is called among the others.
+    """
 
     settings: Settings
     folder: Path | None
@@ -190,7 +208,7 @@ def _jobs(
     out: str | Path | None,
     options: Mapping[str, Mapping[str, Any]] | None,
     settings: Mapping[str, Any],
-) -> list[_Job]:
+) -> list[Job]:
     """List the runs of a comparison, each with complete settings."""
     op = "fastfpl.compare"
     if not methods or len(set(methods)) != len(methods):
@@ -203,7 +221,7 @@ def _jobs(
                 f"{op}: options must belong to one of {', '.join(methods)}; got {name!r}"
             )
     origin = None if preset is None else load_preset(preset)
-    jobs: list[_Job] = []
+    jobs: list[Job] = []
     asked = found = False
     for name in methods:
         find_method(name)
@@ -216,7 +234,7 @@ def _jobs(
             quirks = share_quirks(one.as_released, name, methods, one.model_dump(), filled)
             asked, found = asked or bool(one.as_released), found or bool(quirks)
             label = name if len(seeds) == 1 else f"{name}, seed {one.seed}"
-            jobs.append(_Job(one.model_copy(update={"as_released": quirks}), folder, label))
+            jobs.append(Job(one.model_copy(update={"as_released": quirks}), folder, label))
     if asked and not found:
         raise InputError(
             f"{op}: as_released must be left out where no quirk of {', '.join(methods)} would "
@@ -226,7 +244,7 @@ def _jobs(
 
 
 def _check(
-    jobs: Sequence[_Job], live: Dataset | None, resume: bool, model: FrozenCLIP | None
+    jobs: Sequence[Job], live: Dataset | None, resume: bool, model: FrozenCLIP | None
 ) -> None:
     """Refuse what can be refused in any run before the first one is played.
 
@@ -264,9 +282,21 @@ def _check(
             weigh(planned, clip)
 
 
+def say_what_belongs(methods: Sequence[str], jobs: Sequence[Job]) -> None:
+    """Write down beside the folders of a comparison's runs what belongs to it."""
+    if jobs[0].folder is None:
+        return
+    whole = {
+        "methods": list(methods),
+        "seeds": list(dict.fromkeys(job.settings.seed for job in jobs)),
+        "rounds": jobs[0].settings.rounds,
+    }
+    write_json(jobs[0].folder.parent / PLAN, whole)
+
+
 def _play(
     methods: Sequence[str],
-    jobs: Sequence[_Job],
+    jobs: Sequence[Job],
     live: Dataset | None,
     preset: str | None,
     resume: bool,
@@ -275,17 +305,11 @@ def _play(
     observer: Observer,
     on_round: RoundObserver,
 ) -> Comparison:
-    whole = {
-        "methods": list(methods),
-        "seeds": list(dict.fromkeys(job.settings.seed for job in jobs)),
-        "rounds": jobs[0].settings.rounds,
-    }
-
     @lru_cache(maxsize=1)
     def begin() -> None:
         """Say what belongs to the comparison as soon as a round of it is there."""
-        if jobs[0].folder is not None and not elsewhere():
-            write_json(jobs[0].folder.parent / PLAN, whole)
+        if not elsewhere():
+            say_what_belongs(methods, jobs)
 
     results: dict[str, list[Result]] = {name: [] for name in methods}
     for job in jobs:
@@ -345,6 +369,25 @@ def sweep(
     seeds, preset, resume, model, cache, observer, on_round, options, dataset, **settings
         As for `compare`.
     """
+    live = _named("fastfpl.sweep", dataset, settings)
+    names = [method_name(method, "fastfpl.sweep") for method in methods]
+    jobs = _sweep_jobs(names, key, values, seeds, preset, out, options, settings)
+    _check([job for mine in jobs.values() for job in mine], live, resume, model)
+    how = (live, preset, resume, model, cache, observer, on_round)
+    return Sweep(key, {value: _play(names, mine, *how) for value, mine in jobs.items()})
+
+
+def _sweep_jobs(
+    methods: Sequence[str],
+    key: str,
+    values: Sequence[Any],
+    seeds: Sequence[int],
+    preset: str | None,
+    out: str | Path | None,
+    options: Mapping[str, Mapping[str, Any]] | None,
+    settings: Mapping[str, Any],
+) -> dict[Any, list[Job]]:
+    """List the runs of a sweep by value."""
     op = "fastfpl.sweep"
     known = [name for name in Settings.model_fields if name not in ("method", "seed", "options")]
     if key not in known:
@@ -358,11 +401,9 @@ def sweep(
     for value in values:
         if not isinstance(value, str | int | float | None):
             raise InputError(f"{op}: values must be numbers or texts; got {shown(value)}")
-    live = _named(op, dataset, settings)
-    names = [method_name(method, op) for method in methods]
-    jobs = {
+    return {
         value: _jobs(
-            names,
+            methods,
             seeds,
             preset,
             None if out is None else Path(out) / value_folder(key, value),
@@ -371,6 +412,27 @@ def sweep(
         )
         for value in values
     }
-    _check([job for mine in jobs.values() for job in mine], live, resume, model)
-    how = (live, preset, resume, model, cache, observer, on_round)
-    return Sweep(key, {value: _play(names, mine, *how) for value, mine in jobs.items()})
+
+
+def listed(
+    methods: Sequence[str],
+    *,
+    swept: tuple[str, Sequence[Any]] | None = None,
+    seeds: Sequence[int] = (0,),
+    preset: str | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    **settings: Any,
+) -> list[list[Job]]:
+    """List the runs that `compare` or, at each value of a setting, `sweep` would play.
+
+    They are checked as these check them; one list a comparison.
+    """
+    if swept is None:
+        jobs = [_jobs(methods, seeds, preset, out, options, settings)]
+    else:
+        found = _sweep_jobs(methods, *swept, seeds, preset, out, options, settings)
+        jobs = list(found.values())
+    _check([job for mine in jobs for job in mine], None, resume, None)
+    return jobs

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator, Set
 from pathlib import Path
 
-from fastfpl.errors import InputError
+from fastfpl.errors import Busy, InputError
 from fastfpl.files import on_disk, watched
 
 __all__ = ["LOCK", "Held", "alone_in"]
@@ -191,12 +191,12 @@ def _names(lock: int) -> dict[str, None]:
     return found
 
 
-def _taken(folder: Path, lock: int) -> InputError:
+def _taken(folder: Path, lock: int) -> Busy:
     # empty if the other process has only just taken it
     first = os.read(lock, 64).split(b"\n")[0].decode("ascii", "replace")
     number = first.removeprefix(_FORMAT).strip()
     holder = f"process {number}" if number.isdigit() else "another process"
-    return InputError(
+    return Busy(
         f"fastfpl.run: out must be used by one run at a time; got {folder}, where {holder} "
         "is running; wait for it or name another folder"
     )
