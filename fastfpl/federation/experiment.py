@@ -44,6 +44,7 @@ from fastfpl.federation.server import Round
 from fastfpl.federation.shared import DOWNLOADS, TUNED, SharedStates
 from fastfpl.federation.states import CLIENTS, StateFiles
 from fastfpl.methods import Method, method_name, method_source
+from fastfpl.methods.contract import may_follow
 from fastfpl.ops.faces import recorded_faces
 from fastfpl.ops.memory import memory_limit
 from fastfpl.ops.precision import without_autocast
@@ -304,7 +305,7 @@ def _take_up(
         return
     for name, tensor in {**federation.server, **found.server}.items():
         mine = [state.get(name, tensor.new_empty(0)) for state in (federation.server, found.server)]
-        if mine[0].shape != mine[1].shape or mine[0].dtype != mine[1].dtype:
+        if not may_follow(federation.method, name, *mine):
             raise Damaged(
                 f"fastfpl.run: {folder / CHECKPOINT} must hold the server of "
                 f"{federation.method.name}; got another {name!r}; start again with another out"
@@ -371,7 +372,14 @@ def _result(federation: Federation, faces: dict[str, list[str]], peak: int, rank
     images = federation.trainer.images
     together = len(federation.shards)
     newcomers = range(together, len(images))
-    names = federation.names[together:] if newcomers else federation.names
+    asked = newcomers or federation.examiner.asked
+    some = not newcomers and len(asked) < together
+    names = [federation.names[c] for c in asked] if federation.names else []
+    # an exam of newcomers has places of its own
+    places = range(len(newcomers)) if newcomers else asked
+    notes = list(federation.dataset.notes)
+    if some:
+        notes.append(f"asked are {len(asked)} of {together} clients, drawn once")
     source = method_source(federation.settings.method)
     return Result(
         method=federation.settings.method,
@@ -390,13 +398,14 @@ def _result(federation: Federation, faces: dict[str, list[str]], peak: int, rank
             "name": federation.dataset.name,
             "classes": list(federation.dataset.classnames),
             # of the clients that the headline is about
-            "train_images": [len(images[c]) for c in newcomers or range(together)],
+            "train_images": [len(images[c]) for c in asked],
             **({"others": together} if newcomers else {}),
-            "test_images": [len(images) for images in exams[0].images],
+            "test_images": [len(exams[0].images[c]) for c in places],
+            **({"asked": list(asked), "population": together} if some else {}),
             "exams": {exam.name: exam.about for exam in exams},
             "transductive": federation.settings.transductive,
             "skipped": federation.dataset.skipped,
-            "notes": list(federation.dataset.notes),
+            "notes": notes,
             "weights": federation.clip.weights_digest,
             "activation": federation.clip.text.activation,
             "deal": deal(federation.shards),
@@ -404,7 +413,7 @@ def _result(federation: Federation, faces: dict[str, list[str]], peak: int, rank
                 "used": len(np.unique(np.concatenate([s.train for s in federation.shards]))),
                 "there": len(federation.dataset.train),
             },
-            **({"clients": list(names)} if names else {}),
+            **({"clients": names} if names else {}),
             **({} if source is None else {"method_source": source}),
         },
     )

@@ -29,7 +29,7 @@ from fastfpl.federation.ranked_store import RankedStore
 from fastfpl.federation.ranks import Ranks
 from fastfpl.federation.rehearsal import rehearse
 from fastfpl.federation.rounds import Federation
-from fastfpl.federation.sampling import Sampling
+from fastfpl.federation.sampling import Sampling, asked_clients
 from fastfpl.federation.scenarios import Question, Scenario, arrange, personal
 from fastfpl.federation.server import Round
 from fastfpl.federation.turns import InTurn, Together
@@ -138,6 +138,7 @@ def plan(
     if settings.transductive:
         scenario = scenario.transductive()
     scenario = scenario.noted(settings)
+    asked_clients(settings, len(scenario.shards))
     if scenario.newcomers and visits_of(quirks, settings.schedule, settings.lr) is not None:
         raise InputError(
             "fastfpl.run: as_released must leave out quirks by which clients follow one another in "
@@ -373,11 +374,17 @@ def prepare(
 
     def ready(question: Question, asked: Method, of: Sequence[int]) -> Exam:
         rows = np.unique(np.concatenate([question.images[c] for c in of]))
+        if not len(rows):
+            raise InputError(
+                f"fastfpl.run: evaluate_clients must draw a client with test images; got "
+                f"{settings.evaluate_clients}; take more, or another seed"
+            )
         feed = evaluation_feed(eye, question.split, "test", rows)
         name, about = question.name, question.about
         return Exam(name, about, asked, feed, question.images, question.domains)
 
-    examiner = Examiner(trainer, [ready(*exam, here) for exam in exams], len(scenario.shards), here)
+    of = here if members is not None else asked_clients(settings, len(scenario.shards))
+    examiner = Examiner(trainer, [ready(*exam, of) for exam in exams], len(scenario.shards), of)
     newcomers = None
     if scenario.newcomers:
         later = range(len(scenario.newcomers))

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from fastfpl.config import Settings
+from fastfpl.errors import InputError
 from fastfpl.seeds import generator
 
-__all__ = ["Call", "Sampling"]
+__all__ = ["Call", "Sampling", "asked_clients"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,27 @@ class Call:
             [c for c in self.drawn if c in clients],
             self.lost & clients,
         )
+
+
+def asked_clients(settings: Settings, clients: int) -> Sequence[int]:
+    """Draw once who of so many clients is asked in a run, ascending; all unless settings say so.
+
+    Raises
+    ------
+    InputError
+        If more are wanted than there are.
+    """
+    wanted = settings.evaluate_clients
+    if wanted is None:
+        return range(clients)
+    count = wanted if isinstance(wanted, int) else max(int(wanted * clients + 1e-9), 1)
+    if count > clients:
+        raise InputError(
+            f"fastfpl.run: evaluate_clients must be at most the {clients} clients; got {wanted}"
+        )
+    draw = generator(settings.seed, "evaluate")
+    found: list[int] = torch.randperm(clients, generator=draw)[:count].tolist()
+    return sorted(found)
 
 
 @dataclass
