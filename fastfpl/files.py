@@ -27,6 +27,8 @@ from fastfpl.errors import FastfplError, InputError
 __all__ = [
     "Growing",
     "announce",
+    "digest_of",
+    "flush",
     "on_disk",
     "own_folder",
     "read_file",
@@ -127,6 +129,17 @@ def write_new(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             path.unlink()
         raise
+
+
+def flush(path: Path) -> None:
+    """Let a file reach the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def digest_of(content: bytes) -> str:
+    """Return the checksum that is kept of a file's content."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def read_file(path: Path) -> bytes:

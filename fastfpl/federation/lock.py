@@ -28,7 +28,10 @@ _OURS = re.compile(
     r"|\.uploads-[0-9a-f]{8}"
     r"|clients|downloads|tuned|joined"
     r"|joined/\.[\w.-]+\.\d+-[0-9a-f]{8}\.part"
-    r"|clients/\d{5}-\d{5}\.safetensors"
+    # of many clients each thousand has a folder of its own
+    r"|clients/\d{3,}"
+    r"|clients/(\d{3,}/)?\d{5,}-\d{5,}\.safetensors"
+    r"|(clients|downloads|tuned)/index-\d{5,}\.json"
     r"|(downloads|tuned)/\d{5}\.safetensors"
 )
 
@@ -69,7 +72,8 @@ class Held:
             path = self.folder / name
             with contextlib.suppress(OSError):
                 # nothing below a link is ours
-                if path in named or path.parent.is_symlink():
+                above = [p for p in path.parents if self.folder in p.parents]
+                if path in named or any(p.is_symlink() for p in above):
                     continue
                 mode = path.lstat().st_mode
                 if stat.S_ISREG(mode):
@@ -78,7 +82,7 @@ class Held:
                     shutil.rmtree(path)
                 elif stat.S_ISDIR(mode):
                     folders.append(path)
-        for path in folders:
+        for path in sorted(folders, key=lambda p: -len(p.parts)):
             with contextlib.suppress(OSError):  # somebody else's files are in it
                 path.rmdir()
         self.settle()

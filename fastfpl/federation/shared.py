@@ -15,8 +15,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fastfpl.errors import Damaged
-from fastfpl.federation.states import Intact, digest_of, flush, scratch
-from fastfpl.files import announce, on_disk, own_folder, read_file, write_new
+from fastfpl.federation.segments import Segments
+from fastfpl.federation.states import Intact, scratch
+from fastfpl.files import announce, digest_of, flush, on_disk, own_folder, read_file, write_new
 from fastfpl.methods import State
 
 __all__ = ["DOWNLOADS", "TUNED", "SharedStates"]
@@ -69,6 +70,8 @@ class SharedStates(Mapping[int, State]):
         self._bytes = 0
         self._unsettled: list[int] = []
         self._next = 0
+        self.segments = Segments()
+        self.named: list[dict[str, Any]] = []
         self._temporary: Path | None = None
 
     def __getitem__(self, client: int) -> State:
@@ -130,6 +133,7 @@ class SharedStates(Mapping[int, State]):
     def clear(self) -> None:
         """Forget all states; `sweep` removes their files."""
         self._entries.clear()
+        self.segments.clear()
         self._forget()
 
     def _forget(self) -> None:
@@ -155,6 +159,7 @@ class SharedStates(Mapping[int, State]):
         self._next += 1
         for client, tensors in self._waiting.items():
             self._entries[client] = _Entry(volume, tensors)
+            self.segments.touch(client)
         self._forget()
         if self.folder is None:
             self.sweep()
@@ -194,9 +199,10 @@ class SharedStates(Mapping[int, State]):
         self._unsettled.clear()
         for volume in set(self._files) - used:
             announce(self._path(volume))
+        young, self.named = self.segments.settle(self.folder, lambda c: _written(self._entries[c]))
         return {
             "volumes": {str(volume): self._files[volume].digest for volume in sorted(used)},
-            "clients": {str(client): _written(e) for client, e in self._entries.items()},
+            "clients": young,
         }
 
     @property
@@ -214,6 +220,8 @@ class SharedStates(Mapping[int, State]):
         """
         self._files = {}
         self._entries = {int(client): _read(e) for client, e in written["clients"].items()}
+        for client in self._entries:
+            self.segments.touch(client)
         self._next = max(map(int, written["volumes"]), default=-1) + 1
         for volume, digest in written["volumes"].items():
             path = self._path(int(volume))
@@ -240,6 +248,7 @@ class SharedStates(Mapping[int, State]):
 
     def sweep(self) -> None:
         """Remove the volumes in which no client has its state."""
+        self.segments.sweep(self.folder)
         used = self._used()
         for volume in set(self._files) - used:
             self._path(volume).unlink(missing_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import secrets
 import shutil
@@ -18,14 +17,27 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fastfpl.errors import Damaged
-from fastfpl.files import announce, on_disk, own_folder, read_file, temporary_folder, write_new
+from fastfpl.federation.segments import Segments
+from fastfpl.files import (
+    announce,
+    digest_of,
+    flush,
+    on_disk,
+    own_folder,
+    read_file,
+    temporary_folder,
+    write_new,
+)
 
-__all__ = ["CLIENTS", "Intact", "StateFiles", "StoredState", "digest_of", "flush", "scratch"]
+__all__ = ["CLIENTS", "Intact", "StateFiles", "StoredState", "scratch", "state_path"]
 
 #: Folder of the clients' states beside a run's checkpoint.
 CLIENTS = "clients"
 
 
+# clients whose states lie in one folder
+_TOGETHER = 1000
+_SEEN: dict[tuple[str, ...], tuple[str, ...]] = {}
 _READABLE = "be readable and as it was written"
 
 
@@ -147,6 +159,10 @@ class StateFiles(Mapping[int, StoredState]):
     Attributes
     ----------
     folder : Path or None
+    segments : Segments
+        How a checkpoint says where the states are.
+    named : list of dict
+        The segments that `settle` has told of.
     """
 
     def __init__(
@@ -163,8 +179,10 @@ class StateFiles(Mapping[int, StoredState]):
         self._former: list[Path] = []
         self._unsettled: list[Path] = []
         self._handed: list[Path] = []
+        self.segments = Segments()
         self._reserved: dict[int, int] = {}
         self._temporary: Path | None = None
+        self.named: list[dict[str, Any]] = []
 
     def __getitem__(self, client: int) -> StoredState:
         entry = self._entries[client]
@@ -200,9 +218,11 @@ class StateFiles(Mapping[int, StoredState]):
             if version is None:
                 version = self._free(client)
             path = self._path(client, version)
+            own_folder(path.parent)
             write_new(path, content)
             written = Intact(path, digest_of(content))
-        self._entries[client] = _Entry(version, tuple(state), written)
+        self._entries[client] = _Entry(version, _names(state), written)
+        self.segments.touch(client)
         if old is not None:
             self._former.append(self._path(client, old.version))
         if self.folder is None:
@@ -256,7 +276,8 @@ class StateFiles(Mapping[int, StoredState]):
                 continue
             path = self._path(number, version)
             file = Intact(path, str(e["blake2b"]), seen=False)
-            self._entries[number] = _Entry(version, tuple(e["names"]), file)
+            self._entries[number] = _Entry(version, _names(e["names"]), file)
+            self.segments.touch(number)
             if old is not None:
                 self._former.append(self._path(number, old.version))
 
@@ -275,7 +296,10 @@ class StateFiles(Mapping[int, StoredState]):
     # -- for checkpoints -----------------------------------------------------------------------
 
     def settle(self) -> dict[str, Any]:
-        """Flush new files to the disk and say what must be written down to find them again."""
+        """Flush new files to the disk and say what must be written down to find them again.
+
+        Of many clients it is what has changed lately; ``named`` then names the files with the rest.
+        """
         what = "the folder of the clients' states"
         with on_disk("fastfpl.run", what, self._where(), self._cure):
             for path in self._unsettled:
@@ -284,7 +308,10 @@ class StateFiles(Mapping[int, StoredState]):
         self._unsettled.clear()
         for path in self._former:
             announce(path)
-        return {str(client): _written(entry) for client, entry in self._entries.items()}
+        young, self.named = self.segments.settle(
+            self.folder, lambda client: _written(self._entries[client])
+        )
+        return young
 
     @property
     def files(self) -> set[Path]:
@@ -301,7 +328,7 @@ class StateFiles(Mapping[int, StoredState]):
         """
         self._entries = {}
         for client, e in written.items():
-            version, names = int(e["version"]), tuple(e["names"])
+            version, names = int(e["version"]), _names(e["names"])
             path = self._path(int(client), version)
             try:
                 own_folder(path.parent)
@@ -319,9 +346,11 @@ class StateFiles(Mapping[int, StoredState]):
             if found != set(names):
                 raise _damaged(path, f"the tensors {', '.join(sorted(found))}")
             self._entries[int(client)] = _Entry(version, names, file)
+            self.segments.touch(int(client))
 
     def sweep(self) -> None:
         """Remove the files of former states."""
+        self.segments.sweep(self.folder)
         for path in self._former:
             path.unlink(missing_ok=True)
         self._former.clear()
@@ -340,7 +369,19 @@ class StateFiles(Mapping[int, StoredState]):
         return self._temporary
 
     def _path(self, client: int, version: int) -> Path:
-        return self._where() / f"{client:05d}-{version:05d}.safetensors"
+        return state_path(self._where(), client, version)
+
+
+def state_path(folder: Path, client: int, version: int) -> Path:
+    """Name the file of a client's state; no folder holds more than a thousand clients' files."""
+    place = folder if client < _TOGETHER else folder / f"{client // _TOGETHER:03d}"
+    return place / f"{client:05d}-{version:05d}.safetensors"
+
+
+def _names(state: Iterable[str]) -> tuple[str, ...]:
+    """Return the names of a state, one tuple for all clients that have the same."""
+    names = tuple(state)
+    return _SEEN.setdefault(names, names)
 
 
 def _written(entry: _Entry) -> dict[str, Any]:
@@ -349,17 +390,6 @@ def _written(entry: _Entry) -> dict[str, Any]:
         "names": list(entry.names),
         "blake2b": entry.file.digest,
     }
-
-
-def flush(path: Path) -> None:
-    """Let a file reach the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def digest_of(content: bytes) -> str:
-    """Return the checksum that a checkpoint holds of a file."""
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def _damaged(path: Path, reason: str) -> Damaged:
