@@ -206,7 +206,7 @@ class Settings(BaseModel):
     )
     flip: float = Field(0.5, ge=0, le=1, description="probability of mirroring a random crop")
     evaluate_every: int = Field(1, ge=1, description="rounds between evaluations; the last always")
-    evaluate_clients: int | float | None = Field(
+    evaluate_clients: float | int | None = Field(
         None,
         gt=0,
         description="clients that are asked: a number, or a share such as 0.1; drawn once for the "
@@ -408,7 +408,8 @@ def make_settings(values: Mapping[str, Any]) -> Settings:
         return Settings(**clean)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
+        # of a field that takes two kinds of numbers the kind is no part of its name
+        key = ".".join(str(part) for part in first["loc"] if part not in ("int", "float"))
         rule = first["msg"].removeprefix("Value error, ")
         if not key:
             raise InputError(f"fastfpl.Settings: {rule}") from None

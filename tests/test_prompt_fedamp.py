@@ -74,7 +74,7 @@ def assert_proven(world, selected=SELECTED):
         kept=lambda o: {c: {"ctx": t} for c, t in o.kept.items()},
     )
     assert torch.equal(federation.server["ctx"], begin)
-    assert federation.server["uploaded"].nonzero()[:, 0].tolist() == sorted(outcomes[-1].kept)
+    assert sorted(federation.server["pool_owner"].tolist()) == sorted(outcomes[-1].kept)
     for t, outcome in enumerate(outcomes):
         for c, cloud in outcome.clouds.items():
             assert set(downs[t, c]) == {"cloud"}
