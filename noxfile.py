@@ -46,6 +46,14 @@ def oldest(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="venv")
+def card(session: nox.Session) -> None:
+    """Run what a machine with a card selects, with torch pretending to see one."""
+    session.env["FASTFPL_REQUIRE_NATIVE"] = "1"
+    session.install("-e", ".[test]")
+    session.run("pytest", "-n", "2", "-p", "tests.pretended", "-m", "not gpu", *session.posargs)
+
+
+@nox.session(venv_backend="venv")
 def compiled(session: nox.Session) -> None:
     """Compile every kernel with every Triton, and write the figures into tests/compiled.json."""
     session.install("-e", ".[test]")

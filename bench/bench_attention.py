@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import fastfpl
-from bench.bench_text import DEVICE, SLOTS, WIDTH, layout
-from bench.clock import checked
+from bench.bench_text import SLOTS, WIDTH, layout
+from bench.clock import DEVICE, checked, elsewhere
 from fastfpl.ops.attention import FACES, prefix_attention
 from fastfpl.ops.tower import rows_of
 
@@ -49,7 +49,7 @@ def exact(classes: int, groups: int) -> Tensor:
 @pytest.mark.parametrize("classes", [100, 1000])
 def bench_forward_backward(benchmark, classes, groups, face):
     (found,) = (f for f in FACES["prefix_attention"] if f.name == face)
-    if reasons := found.missing():
+    if reasons := found.missing() or elsewhere(face):
         pytest.skip("; ".join(reasons))
     qkv, rest = problem(classes, groups)
     starts = torch.tensor(rest["starts"])

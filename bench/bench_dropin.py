@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 import fastfpl
-from bench.bench_text import DEVICE, LAYERS, WIDTH, operations
-from bench.clock import checked
+from bench.bench_text import LAYERS, WIDTH, operations
+from bench.clock import DEVICE, checked
 from tests.repository_style import TASKS, Task, step
 from tests.test_clip import OpenAIClip
 
@@ -100,9 +100,21 @@ def built(name: str, classes: int, way: str) -> nn.Module:
 
 
 def taken(task: Task, model: nn.Module) -> Tensor:
-    """A step's logits and gradients, each by its largest number, so that one limit judges all."""
-    found = step(task, model, images(task.images))
-    return torch.cat([(t / t.abs().max().clamp(min=1e-30)).flatten() for t in found.values()])
+    """A step's logits and gradients, measured by `even`."""
+    return even(step(task, model, images(task.images)))
+
+
+def even(found: dict[str, Tensor]) -> Tensor:
+    """Divide by the largest number of whatever has the same owner, so that one limit judges all.
+
+    Not by a tensor's own: the gradient of a key's bias is nothing but rounding, softmax cancels it.
+    """
+    sizes: dict[str, Tensor] = {}
+    for name, t in found.items():
+        owner = name.rpartition(".")[0] or name
+        sizes[owner] = torch.maximum(sizes.get(owner, t.new_tensor(1e-30)), t.abs().max())
+    scaled = [(t / sizes[name.rpartition(".")[0] or name]).flatten() for name, t in found.items()]
+    return torch.cat(scaled)
 
 
 @functools.cache
@@ -122,8 +134,7 @@ def exact(name: str, classes: int) -> Tensor:
             module.__class__ = nn.LayerNorm  # its own casts down
         if isinstance(getattr(module, "dtype", None), torch.dtype) and "dtype" in vars(module):
             module.dtype = torch.float64
-    found = step(task, model, images(task.images).double())
-    return torch.cat([(t / t.abs().max().clamp(min=1e-30)).flatten() for t in found.values()])
+    return even(step(task, model, images(task.images).double()))
 
 
 @pytest.mark.parametrize("way", ["as it is", "accelerated"])

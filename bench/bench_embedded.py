@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fastfpl
 from bench.bench_text import LAYERS, WIDTH, contexts, layout, tower
-from bench.clock import checked
+from bench.clock import DEVICE, checked
 from fastfpl.ops.embedded import encode_embedded
 
 FACES = {"literal": 3, "torch, cut alone": 5, "torch": 7}
@@ -22,19 +22,20 @@ FACES = {"literal": 3, "torch, cut alone": 5, "torch": 7}
 @functools.cache
 def prompts() -> Tensor:
     places = layout()
-    rows = tower().token_embedding[places.tokens].clone()
+    rows = tower().to(DEVICE, torch.float32).token_embedding[places.tokens.to(DEVICE)].clone()
     rows[:, 1 : 1 + places.slots.shape[1]] = contexts(1)[0]
     return rows
 
 
 @functools.cache
 def weight() -> Tensor:
-    return torch.randn(len(layout().eot), WIDTH, generator=torch.Generator().manual_seed(2))
+    drawn = torch.randn(len(layout().eot), WIDTH, generator=torch.Generator().manual_seed(2))
+    return drawn.to(DEVICE)
 
 
 def step(face: str, shared: int, wide: bool = False) -> Tensor:
     """States and the gradient of the prompts' first rows, scaled so that one limit judges both."""
-    weights = tower().to("cpu", torch.float64) if wide else tower()
+    weights = tower().to(DEVICE, torch.float64 if wide else torch.float32)
     leaf = prompts().to(weights.dtype, copy=True).requires_grad_()
     with fastfpl.face(face):
         states = encode_embedded(weights, leaf, layout().eot, shared=shared)
@@ -55,7 +56,7 @@ def bench_embedded(benchmark, face):
     lead, ends = shared, layout().eot + 1
     tokens = 77 * len(ends) if face == "literal" else int(lead + (ends - lead).sum())
     row = {"op": "encode_embedded", "C": len(ends), "direction": "fwd+bwd"}
-    row |= {"dtype": "float32", "threads": torch.get_num_threads(), "face": face}
+    row |= {"dtype": "float32", "threads": torch.get_num_threads(), "device": DEVICE, "face": face}
     # per token and layer 12 W² multiply-adds; the backward pass has the input gradients only
     flops = 4.0 * tokens * LAYERS * 12 * WIDTH**2
     gemm = (tokens, WIDTH, 4 * WIDTH)

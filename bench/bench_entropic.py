@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fastfpl
-from bench.clock import checked
+from bench.clock import DEVICE, checked, elsewhere
 from fastfpl.ops import native, sinkhorn
 
 FACES = {"cpu": 1e-3, "pot": 0.05, "geomloss": 0.5, "reference": 1e-2}
@@ -23,7 +23,7 @@ def problem() -> tuple[Tensor, Tensor, Tensor]:
     B, P, N = SIZES.values()
     a, b = (0.1 + torch.rand(B, n, generator=draw) for n in (P, N))
     a, b = (w / w.sum(-1, keepdim=True) for w in (a, b))
-    return a, b, torch.rand(B, P, N, generator=draw)
+    return tuple(x.to(DEVICE) for x in (a, b, torch.rand(B, P, N, generator=draw)))
 
 
 @functools.cache
@@ -56,10 +56,10 @@ def plan(face: str, reg: float) -> Tensor:
 @pytest.mark.parametrize("face", FACES)
 @pytest.mark.parametrize("reg", [0.02, 0.1])
 def bench_sinkhorn(benchmark, reg, face):
-    if face == "cpu" and native.missing():
-        pytest.skip("; ".join(native.missing()))
+    if face == "cpu" and (why := native.missing() or elsewhere(face)):
+        pytest.skip("; ".join(why))
     row = {"op": "sinkhorn", **SIZES, "eps": reg, "dtype": "float32"}
-    row |= {"threads": torch.get_num_threads(), "face": face}
+    row |= {"threads": torch.get_num_threads(), "device": DEVICE, "face": face}
     checked(
         *(benchmark, lambda: plan(face, reg), exact(reg), FACES[face]),
         rounds=None if face == "cpu" else 3,

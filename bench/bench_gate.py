@@ -17,12 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastfpl
-from bench.clock import checked
+from bench.clock import DEVICE, checked
 from fastfpl.ops.faces import Face
 from fastfpl.ops.gate import FACES, Gate, gate_experts
 from fastfpl.reference import gate as reference
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Run = Callable[[Tensor, Tensor, Gate], Tensor]
 
 

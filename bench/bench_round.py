@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench import bench_step
-from bench.bench_text import DEVICE, SLOTS, WIDTH
-from bench.clock import checked, peak_bytes
+from bench.bench_text import SLOTS, WIDTH
+from bench.clock import DEVICE, checked, peak_bytes
 from fastfpl.clip import FrozenCLIP, load_clip
 from fastfpl.config import Settings
 from fastfpl.data import Shard, Split
@@ -198,7 +198,7 @@ def bench_round(benchmark, name, cohort):
     run = SecondRound(name, torch.float32, cohort, features(name, torch.float32), clients)
     with recorded_faces() as faces:
         way = f"cohort of {min(cohort, clients)}"
-        checked(benchmark, run, truth, LIMIT, rounds=3, **row, face=way)
+        checked(benchmark, run, truth, LIMIT, rounds=3, result_on="cpu", **row, face=way)
     note(benchmark, run.row, clients)
     benchmark.extra_info["busy"] = busy(run)
     benchmark.extra_info["faces"] = {op: sorted(names) for op, names in faces.items()}
@@ -230,7 +230,7 @@ def bench_round_from_images(benchmark, cohort):
     truth = exact("promptfl", "images", 4)
     run = SecondRound("promptfl", torch.float32, cohort, images(torch.float32), 4)
     way = f"cohort of {cohort}"
-    checked(benchmark, run, truth, LIMIT, rounds=2, **row, face=way)
+    checked(benchmark, run, truth, LIMIT, rounds=2, result_on="cpu", **row, face=way)
     note(benchmark, run.row, 4)
     benchmark.extra_info["busy"] = busy(run)
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from bench.bench_text import BEFORE, NAMES, SLOTS, WIDTH, operations, tower
 from bench.bench_transport import published
-from bench.clock import checked
+from bench.clock import DEVICE, checked
 from fastfpl.features import TextFeatures
 from fastfpl.methods import Batch, Method, State, Task, find_method
 from fastfpl.ops.faces import recorded_faces
@@ -49,7 +49,7 @@ def classes(dtype: torch.dtype, count: int = CLASSES) -> ClassPrompts:
 
     tokenizer = SimpleTokenizer()
     clip = SimpleNamespace(
-        text=tower().to("cpu", dtype),
+        text=tower().to(DEVICE, dtype),
         tokenize=lambda texts: [tokenizer.encode(t) for t in texts],
     )
     plain = [" ".join(name.split()) for name in NAMES.split(",")]
@@ -81,15 +81,15 @@ def normal(seed: int, *shape: int) -> Tensor:
 
 def pool(dtype: torch.dtype) -> Tensor:
     """The prompts that clients have uploaded."""
-    return (0.02 * normal(1, CLIENTS, SLOTS, WIDTH)).to(dtype)
+    return (0.02 * normal(1, CLIENTS, SLOTS, WIDTH)).to(DEVICE, dtype)
 
 
 @functools.cache
 def data(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cached features (B, D) or (B, P, D) of unit length, and labels."""
     shape = (IMAGES, PATCHES, WIDTH) if name == "fedotp" else (IMAGES, WIDTH)
-    image = F.normalize(normal(2, *shape), dim=-1).to(dtype)
-    return image, torch.arange(IMAGES) * 7 % CLASSES
+    image = F.normalize(normal(2, *shape), dim=-1).to(DEVICE, dtype)
+    return image, torch.arange(IMAGES, device=DEVICE) * 7 % CLASSES
 
 
 def down_of(method: Method, members: int) -> State:
@@ -97,7 +97,8 @@ def down_of(method: Method, members: int) -> State:
     ctx = method.server_init()["ctx"]
     down = {"ctx": ctx.expand(members, *ctx.shape)}
     if method.name == "pfedmoap":
-        others = torch.tensor([[j for j in range(CLIENTS) if j != u] for u in range(members)])
+        rows = [[j for j in range(CLIENTS) if j != u] for u in range(members)]
+        others = torch.tensor(rows, device=DEVICE)
         down["experts"] = pool(method.task.dtype)[others]
         down["expert_owner"], down["expert_round"] = others, torch.zeros_like(others)
     return down
@@ -110,8 +111,8 @@ def flattened(loss: Tensor, gradients: list[Tensor]) -> Tensor:
 def ours(name: str, dtype: torch.dtype) -> Callable[[], Tensor]:
     method = method_of(name, dtype)
     image, labels = data(name, dtype)
-    mask = torch.ones(1, IMAGES, dtype=torch.bool)
-    index = torch.zeros(1, IMAGES, dtype=torch.int64)
+    mask = torch.ones(1, IMAGES, dtype=torch.bool, device=DEVICE)
+    index = torch.zeros(1, IMAGES, dtype=torch.int64, device=DEVICE)
     batch = Batch(image=image[None], labels=labels[None], domains=index, positions=index, mask=mask)
     with torch.no_grad():
         begin, fixed = method.start(down_of(method, 1), {}, training=True)
@@ -168,7 +169,7 @@ def literal(name: str) -> Callable[[], Tensor]:
             z = encode(v["ctx"] + v["u"] @ v["v"])
             o = method.options
             pairs = torch.stack((F.cosine_similarity(z0, sigma), F.cosine_similarity(sigma, z)), 1)
-            right = torch.zeros(CLASSES, dtype=torch.int64)
+            right = torch.zeros(CLASSES, dtype=torch.int64, device=DEVICE)
             contrast = F.cross_entropy(pairs / o.temperature, right)
             return F.cross_entropy(100.0 * image @ z.T, labels) + o.mu * contrast
         gate = None
@@ -204,7 +205,7 @@ def exact(name: str) -> Tensor:
 @pytest.mark.parametrize("name", SETS)
 def bench_step(benchmark, name, way):
     row = {"op": f"step of {name}", "B": IMAGES, "C": CLASSES, "T": SLOTS, "dtype": "float32"}
-    row |= {"threads": torch.get_num_threads(), "face": way}
+    row |= {"threads": torch.get_num_threads(), "device": DEVICE, "face": way}
     truth = exact(name)
     run = literal(name) if way == "literal" else ours(name, torch.float32)
     own = classes(torch.float32).layout(SLOTS)
@@ -245,7 +246,7 @@ def bench_experts_of_a_client_round(benchmark, way):
     """One client's nine literal encodes; ours for all ten clients of the round at once."""
     members = CLIENTS if way == "ours" else 1
     row = {"op": "experts of pfedmoap", "C": CLASSES, "T": SLOTS, "E": 9, "dtype": "float32"}
-    row |= {"threads": torch.get_num_threads(), "face": way}
+    row |= {"threads": torch.get_num_threads(), "device": DEVICE, "face": way}
 
     def features(dtype: torch.dtype, count: int) -> Tensor:
         method = method_of("pfedmoap", dtype)  # with an empty cache

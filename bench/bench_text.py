@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import fastfpl
-from bench.clock import checked, gemm_rate
+from bench.clock import DEVICE, checked, elsewhere, gemm_rate
 from fastfpl.ops.memory import memory_limit
 from fastfpl.ops.text import FACES, encode_text
 from fastfpl.ops.tower import rows_of
@@ -82,9 +82,6 @@ def tower() -> TextTower:
         sos=49406,
         eot=49407,
     )
-
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @functools.cache
@@ -271,7 +268,7 @@ def _exact(classes: int, slots: int, count: int, direction: str) -> Tensor:
 def bench_text(benchmark, request, classes, slots, count, direction, dtype, way):
     if (classes, slots, count) not in MAIN and not request.config.getoption("--all-sizes"):
         pytest.skip("not on the axes through C=100, T=16, one context; see --all-sizes")
-    if way in FAST and (reasons := missing(way)):
+    if way in FAST and (reasons := missing(way) or elsewhere(way)):
         pytest.skip("; ".join(reasons))
     if way == "flex" and DEVICE == "cpu" and direction == "fwd+bwd":
         pytest.skip("FlexAttention has no gradient on the CPU")
@@ -310,7 +307,7 @@ def missing(way: str) -> list[str]:
 @pytest.mark.parametrize("way", ["literal", *CUT, *FAST])
 def bench_class_specific(benchmark, way):
     """Contexts that only one class has, as FedAPT's: nothing but SOS is shared."""
-    if way in FAST and (reasons := missing(way)):
+    if way in FAST and (reasons := missing(way) or elsewhere(way)):
         pytest.skip("; ".join(reasons))
     made = Way(way, 100, SLOTS, torch.float32, own=True)
     ctx = contexts(100)[None]
@@ -347,7 +344,7 @@ def deep_step(way: str, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("way", ["literal", *FAST])
 def bench_deep(benchmark, way):
     """Prompts that are replaced layer by layer, as MaPLe's and PromptSRC's."""
-    if way in FAST and (reasons := missing(way)):
+    if way in FAST and (reasons := missing(way) or elsewhere(way)):
         pytest.skip("; ".join(reasons))
     made = Way(way, 100, 4, torch.float32)
     row = {"op": "encode_text", "C": 100, "T": 4, "G": "1, depth 9", "direction": "fwd+bwd"}
@@ -399,7 +396,7 @@ def bench_memory(benchmark, classes, limit):
     )
 
 
-FAST_HERE = next(name for name in FAST if not missing(name))
+FAST_HERE = next(name for name in FAST if not missing(name) and not elsewhere(name))
 
 
 @pytest.mark.parametrize("way", ["nine literal", FAST_HERE])

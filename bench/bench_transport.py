@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 import fastfpl
-from bench.clock import checked
-from fastfpl.ops import native, transport_logits, transport_plan
+from bench.clock import DEVICE, checked
+from fastfpl.ops import launch, native, transport_logits, transport_plan
 
 MASS = 0.8
 PROBLEMS, PATCHES, PROMPTS, EPS = (320, 3200, 32_000), (49, 196), (2, 4), (0.01, 0.05, 0.1)
@@ -32,7 +32,7 @@ def similarities(problems: int, patches: int, prompts: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     patch = torch.randn(problems, patches, 1, generator=generator)
     prompt = torch.randn(problems, patches, prompts, generator=generator)
-    return 0.22 + 0.04 * (0.9 * patch + 0.45 * prompt)
+    return (0.22 + 0.04 * (0.9 * patch + 0.45 * prompt)).to(DEVICE)
 
 
 @functools.lru_cache(maxsize=1)
@@ -117,27 +117,36 @@ def geomloss(sim: Tensor, eps: float) -> Tensor:
 
 # The largest relative error that is timed. The published loop stops where it stops, up to a half
 # from its own limit at eps=.01, and so do the libraries; their error is shown beside their time.
-FACES = {"cpu": 1e-3, "published": 0.5, "literal": 1e-2, "literal+compile": 1e-2}
-BALANCED = {"cpu": 1e-3, "pot": 0.5, "geomloss": 0.5}
+#: The compiled face: kernels where there is a card.
+OURS = "cpu" if DEVICE == "cpu" else "triton"
+FACES = {OURS: 1e-3, "published": 0.5, "literal": 1e-2, "literal+compile": 1e-2}
+BALANCED = {OURS: 1e-3, "pot": 0.5, "geomloss": 0.5}
+
+
+def unlaunched(face: str) -> None:
+    """Skip the compiled face where it cannot run, with the reason."""
+    missing = {"cpu": native.missing, "triton": launch.missing}.get(face, list)()
+    if missing:
+        pytest.skip("; ".join(missing))
 
 
 def affordable(request: Any, problems: int, patches: int, prompts: int, face: str) -> None:
     """Skip what was not asked for or takes more than a minute on two cores, with a sentence."""
-    if face == "cpu" and native.missing():
-        pytest.skip("; ".join(native.missing()))
+    unlaunched(face)
     if problems > 3200 and "large" not in request.config.getoption("keyword"):
         pytest.skip("32000 problems are timed where -k large asks for them")
-    if face != "cpu" and problems > 3200 and face != "published":
+    if face != OURS and problems > 3200 and face != "published":
         pytest.skip(f"{face} takes minutes at this size; see the rows with fewer problems")
     if face in ("literal", "literal+compile", "geomloss", "pot") and problems * patches > 320 * 196:
         pytest.skip(f"{face} takes up to a minute at this size; see the rows with 320 problems")
-    if face != "cpu" and prompts > 2 and problems > 320:
+    if face != OURS and prompts > 2 and problems > 320:
         pytest.skip(f"{face}: the rows with two prompts show how time grows with problems")
 
 
 def facts(op: str, problems: int, patches: int, prompts: int, eps: float, face: str) -> dict:
     row = {"op": op, "problems": problems, "P": patches, "N": prompts, "eps": eps}
-    return row | {"dtype": "float32", "threads": torch.get_num_threads(), "face": face}
+    row |= {"dtype": "float32", "threads": torch.get_num_threads(), "device": DEVICE}
+    return row | {"face": face}
 
 
 def time_plan(benchmark: Any, run: Callable, limit: float, mass: float, **row: Any) -> None:
@@ -170,7 +179,7 @@ SIZES = [pytest.param(n, id=f"large-{n}" if n > 3200 else str(n)) for n in PROBL
 def bench_plan(benchmark, request, problems, patches, prompts, eps, face):
     affordable(request, problems, patches, prompts, face)
     runs = {
-        "cpu": lambda sim: forced("cpu", sim, eps, MASS),
+        OURS: lambda sim: forced(OURS, sim, eps, MASS),
         "published": lambda sim: published(sim, eps),
         "literal": lambda sim: forced("reference", sim, eps, MASS),
         "literal+compile": lambda sim: compiled(sim, eps),
@@ -187,7 +196,7 @@ def bench_plan(benchmark, request, problems, patches, prompts, eps, face):
 def bench_balanced(benchmark, request, problems, patches, prompts, eps, face):
     affordable(request, problems, patches, prompts, face)
     runs = {
-        "cpu": lambda sim: forced("cpu", sim, eps, 1.0),
+        OURS: lambda sim: forced(OURS, sim, eps, 1.0),
         "pot": lambda sim: pot(sim, eps),
         "geomloss": lambda sim: geomloss(sim, eps),
     }
@@ -212,14 +221,15 @@ def features(patches: int) -> tuple[Tensor, Tensor]:
 
     image = 0.5 + draw(IMAGES, 1) + 0.7 * draw(IMAGES, patches)
     text = 0.5 + draw(CLASSES, 1) + 0.5 * draw(CLASSES, 2)
-    return torch.nn.functional.normalize(image, dim=-1), torch.nn.functional.normalize(text, dim=-1)
+    return tuple(torch.nn.functional.normalize(x, dim=-1).to(DEVICE) for x in (image, text))
 
 
 def step(logits_of: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype, patches: int) -> Tensor:
     """Logits and both gradients, each divided by its norm."""
     leaves = [x.to(dtype, copy=True).requires_grad_() for x in features(patches)]
     logits = logits_of(*leaves)
-    weight = torch.linspace(-1, 2, logits.numel(), dtype=dtype).reshape(logits.shape)
+    weight = torch.linspace(-1, 2, logits.numel(), dtype=dtype, device=DEVICE)
+    weight = weight.reshape(logits.shape)
     gradients = torch.autograd.grad((logits * weight).sum(), leaves)
     return torch.cat([(x / x.norm()).flatten() for x in (logits.detach(), *gradients)])
 
@@ -245,7 +255,8 @@ def weights(patches: int, eps: float) -> Tensor:
     image, text = (x.double() for x in features(patches))
     sim = torch.einsum("bpd,cnd->bcpn", image, text)
     plan = transport_plan(sim, eps=eps, mass=MASS, tol=1e-11)
-    by = torch.linspace(-1, 2, IMAGES * CLASSES, dtype=torch.float64).view(IMAGES, CLASSES, 1, 1)
+    by = torch.linspace(-1, 2, IMAGES * CLASSES, dtype=torch.float64, device=DEVICE)
+    by = by.view(IMAGES, CLASSES, 1, 1)
     return (by * plan).transpose(1, 2).reshape(IMAGES * patches, 2 * CLASSES).float()
 
 
@@ -258,21 +269,20 @@ def gemms(patches: int, eps: float) -> Tensor:
     return torch.cat([(x / x.norm()).flatten() for x in (d_image, d_text)])
 
 
-LOGIT_FACES = {"gemms": 1e-4, "cpu": 1e-3, "torch": 1e-2, "published": 0.5}
+LOGIT_FACES = {"gemms": 1e-4, OURS: 1e-3, "torch": 1e-2, "published": 0.5}
 
 
 @pytest.mark.parametrize("face", LOGIT_FACES)
 @pytest.mark.parametrize("eps", [0.01, 0.1])
 @pytest.mark.parametrize("patches", TOWERS)
 def bench_logits_forward_backward(benchmark, patches, eps, face):
-    if face == "cpu" and native.missing():
-        pytest.skip("; ".join(native.missing()))
+    unlaunched(face)
     if face == "torch" and eps < 0.1:
         pytest.skip("the published iteration to its limit takes up to a minute at this size")
     truth = exact_step(patches, eps)
     row = {"op": "transport_logits", "B": IMAGES, "C": CLASSES, "P": patches, "N": 2}
     row |= {"D": TOWERS[patches], "eps": eps, "direction": "fwd+bwd", "dtype": "float32"}
-    row |= {"threads": torch.get_num_threads(), "face": face}
+    row |= {"threads": torch.get_num_threads(), "device": DEVICE, "face": face}
 
     def logits_of(image: Tensor, text: Tensor) -> Tensor:
         if face == "published":

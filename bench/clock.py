@@ -12,7 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["checked", "copy_rate", "gemm_rate", "peak_bytes", "synced"]
+__all__ = ["DEVICE", "checked", "copy_rate", "elsewhere", "gemm_rate", "peak_bytes", "synced"]
+
+#: Where benches put their tensors, all of them: a row without it, or of another place, is refused.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def elsewhere(face: str) -> list[str]:
+    """Say why a face cannot be timed where the tensors of benches are."""
+    wanted = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}.get(face, DEVICE)
+    return (
+        [] if wanted == DEVICE else [f"{face} takes tensors on {wanted}; benches run on {DEVICE}"]
+    )
 
 
 def synced() -> float:
@@ -93,6 +104,7 @@ def checked(
     flops: float | None = None,
     moved: float | None = None,
     gemm: tuple[int, int, int] | None = None,
+    result_on: str = DEVICE,
     **row: Any,
 ) -> Tensor:
     """Time ``run`` only if its result is right, and put the error beside the time.
@@ -117,13 +129,17 @@ def checked(
     gemm : (rows, inner, columns), optional
         The product whose rate is measured in this process, on the result's device and in the row's
         dtype; the row says its share of that rate.
+    result_on : str
+        Type of the device that the result is on. A round leaves it on the host, wherever it ran.
     **row
-        What the row is about: sizes by letter, dtype, face, direction.
+        What the row is about: sizes by letter, dtype, face, direction, device.
     """
+    assert row.get("device") == DEVICE, f"not timed: the row says {row.get('device')}, not {DEVICE}"
     kept: list[Tensor] = []
     peak = peak_bytes(lambda: kept.append(run()) or kept[0], exact.device)  # the cold call
     result = kept.pop()
     assert result.shape == exact.shape, f"not timed: shape {result.shape}, not {exact.shape}"
+    assert result.device.type == result_on, f"not timed: on {result.device}, not on {result_on}"
     error = _error(result, exact)
     assert error <= limit, f"not timed: relative error {error:.2e}, at most {limit:.0e}"
     if rounds != 1:  # a first call may also load, compile or fill a cache

@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastfpl.kernels.device import on_its_device
+from fastfpl.kernels.lifetime import keep
 from fastfpl.kernels.precision import allows_tf32
 
 __all__ = ["prefix_attention_bwd", "prefix_attention_fwd"]
@@ -29,6 +31,8 @@ __all__ = ["prefix_attention_bwd", "prefix_attention_fwd"]
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # below every score, and finite: a row without keys stays free of NaN
 _NEVER = tl.constexpr(-1e30)
+# scores are exponents of two: that is what cards have, and exp would round once more
+_LOG2_E = tl.constexpr(1.4426950408889634)
 # programs that fill a large card several times over: more parts of a sum gain nothing
 _PROGRAMS = 1024
 
@@ -200,6 +204,7 @@ def _prefix_attention_fwd_kernel(
 ):
     STEP: tl.constexpr = 3 * WIDTH
     HEADS: tl.constexpr = WIDTH // HEAD
+    UNIT: tl.constexpr = SCALE * _LOG2_E
     CHUNKS: tl.constexpr = (HEAD + BLOCK_D - 1) // BLOCK_D
     pid = tl.program_id(0)
     at = ((pid // CHUNKS) % HEADS) * HEAD
@@ -220,7 +225,7 @@ def _prefix_attention_fwd_kernel(
         total = tl.zeros([BLOCK_M], dtype=ACC)
         out = tl.zeros([BLOCK_M, BLOCK_D], dtype=ACC)
     else:
-        top = SCALE * _token_dots(q, q_bias, row, live, sos + at, STEP, BLOCK_M, HEAD, BLOCK_D, ACC)
+        top = UNIT * _token_dots(q, q_bias, row, live, sos + at, STEP, BLOCK_M, HEAD, BLOCK_D, ACC)
         total = tl.full([BLOCK_M], 1.0, dtype=ACC)
         out = tl.zeros([BLOCK_M, BLOCK_D], dtype=ACC)
         out += _token(sos + WIDTH + at, chunk, HEAD, BLOCK_D, ACC)
@@ -229,14 +234,14 @@ def _prefix_attention_fwd_kernel(
     while at_key < end:
         key = at_key + tl.arange(0, BLOCK_N)
         there = key < tl.where(at_key < shared, shared, end)
-        score = SCALE * _dots(
+        score = UNIT * _dots(
             q, q_bias, row, live, k, k_bias, key, there,
             STEP, STEP, BLOCK_M, BLOCK_N, HEAD, BLOCK_D, ACC, PRECISION,
         )  # fmt: skip
         score = tl.where(_sees(row, start, key, there, shared), score, _NEVER)
         above = tl.maximum(top, tl.max(score, 1))
-        p = tl.exp(score - above[:, None])
-        fade = tl.exp(top - above)
+        p = tl.exp2(score - above[:, None])
+        fade = tl.exp2(top - above)
         total = total * fade + tl.sum(p, 1)
         value = _load(v, v_bias, key, there, chunk, STEP, HEAD, BLOCK_D, ACC)
         out = out * fade[:, None] + _mix(p, value, ACC, PRECISION)
@@ -273,6 +278,7 @@ def _prefix_attention_bwd_query_kernel(
 ):
     STEP: tl.constexpr = 3 * WIDTH
     HEADS: tl.constexpr = WIDTH // HEAD
+    UNIT: tl.constexpr = SCALE * _LOG2_E
     CHUNKS: tl.constexpr = (HEAD + BLOCK_D - 1) // BLOCK_D
     pid = tl.program_id(0)
     head = (pid // CHUNKS) % HEADS
@@ -296,7 +302,7 @@ def _prefix_attention_bwd_query_kernel(
         total = tl.zeros([BLOCK_M], dtype=ACC)
         drift = tl.zeros([BLOCK_M], dtype=ACC)
     else:
-        token = SCALE * _token_dots(
+        token = UNIT * _token_dots(
             q, q_bias, row, live, sos + at, STEP, BLOCK_M, HEAD, BLOCK_D, ACC
         )
         d_token = _token_dots(
@@ -309,7 +315,7 @@ def _prefix_attention_bwd_query_kernel(
     while at_key < end:
         key = at_key + tl.arange(0, BLOCK_N)
         there = key < tl.where(at_key < shared, shared, end)
-        score = SCALE * _dots(
+        score = UNIT * _dots(
             q, q_bias, row, live, k, k_bias, key, there,
             STEP, STEP, BLOCK_M, BLOCK_N, HEAD, BLOCK_D, ACC, PRECISION,
         )  # fmt: skip
@@ -319,13 +325,13 @@ def _prefix_attention_bwd_query_kernel(
             WIDTH, STEP, BLOCK_M, BLOCK_N, HEAD, BLOCK_D, ACC, PRECISION,
         )  # fmt: skip
         above = tl.maximum(top, tl.max(score, 1))
-        p = tl.exp(score - above[:, None])
-        fade = tl.exp(top - above)
+        p = tl.exp2(score - above[:, None])
+        fade = tl.exp2(top - above)
         total = total * fade + tl.sum(p, 1)
         drift = drift * fade + tl.sum(p * d_p, 1)
         top = above
         at_key = _following(at_key, first, shared, BLOCK_N)
-    top += tl.log(total)
+    top += tl.log2(total)
     drift = drift / total
     note = (group * HEADS + head) * queries + query
     if chunk == 0:
@@ -335,13 +341,13 @@ def _prefix_attention_bwd_query_kernel(
     # then the gradient of the scores, p (d_p - drift), times the keys
     d_q = tl.zeros([BLOCK_M, BLOCK_D], dtype=ACC)
     if sos is not None:
-        d_token = tl.exp(token - top) * (d_token - drift)
+        d_token = tl.exp2(token - top) * (d_token - drift)
         d_q += d_token[:, None] * _token(sos + at, chunk, HEAD, BLOCK_D, ACC)
     at_key = tl.where(shared > 0, 0, first)
     while at_key < end:
         key = at_key + tl.arange(0, BLOCK_N)
         there = key < tl.where(at_key < shared, shared, end)
-        score = SCALE * _dots(
+        score = UNIT * _dots(
             q, q_bias, row, live, k, k_bias, key, there,
             STEP, STEP, BLOCK_M, BLOCK_N, HEAD, BLOCK_D, ACC, PRECISION,
         )  # fmt: skip
@@ -350,7 +356,7 @@ def _prefix_attention_bwd_query_kernel(
             d_o, None, query, live, v, v_bias, key, there,
             WIDTH, STEP, BLOCK_M, BLOCK_N, HEAD, BLOCK_D, ACC, PRECISION,
         )  # fmt: skip
-        d_score = tl.exp(score - top[:, None]) * (d_p - drift[:, None])
+        d_score = tl.exp2(score - top[:, None]) * (d_p - drift[:, None])
         again = _load(k, k_bias, key, there, chunk, STEP, HEAD, BLOCK_D, ACC)
         d_q += _mix(d_score, again, ACC, PRECISION)
         at_key = _following(at_key, first, shared, BLOCK_N)
@@ -388,6 +394,7 @@ def _prefix_attention_bwd_key_kernel(
 ):
     STEP: tl.constexpr = 3 * WIDTH
     HEADS: tl.constexpr = WIDTH // HEAD
+    UNIT: tl.constexpr = SCALE * _LOG2_E
     CHUNKS: tl.constexpr = (HEAD + BLOCK_D - 1) // BLOCK_D
     pid = tl.program_id(0)
     head = (pid // CHUNKS) % HEADS
@@ -430,13 +437,13 @@ def _prefix_attention_bwd_key_kernel(
         top = tl.load(level + notes + query, mask=live, other=0.0)
         drift = tl.load(mean + notes + query, mask=live, other=0.0)
         # keys are rows here: what was computed is the left factor of both products
-        score = SCALE * _dots(
+        score = UNIT * _dots(
             k, k_bias, key, there, q, q_bias, row, live,
             STEP, STEP, BLOCK_N, BLOCK_M, HEAD, BLOCK_D, ACC, PRECISION,
         )  # fmt: skip
         own = (key < shared)[:, None] | (key[:, None] >= start[None, :])
         sees = own & (key[:, None] <= row[None, :]) & live[None, :]
-        p = tl.exp(tl.where(sees, score - top[None, :], _NEVER))
+        p = tl.exp2(tl.where(sees, score - top[None, :], _NEVER))
         d_out = _load(d_o, None, query, live, chunk, WIDTH, HEAD, BLOCK_D, ACC)
         d_v += _mix(p, d_out, ACC, PRECISION)
         d_p = _dots(
@@ -498,6 +505,7 @@ def _prefix_attention_bwd_sum_kernel(
     tl.store(out, total.to(d_qkv.dtype.element_ty), mask=inside)
 
 
+@on_its_device
 def prefix_attention_fwd(
     qkv: Tensor,
     bias: Tensor | None,
@@ -517,7 +525,7 @@ def prefix_attention_fwd(
     default both follow from the dtype and ``last_only``.
     """
     groups, rows, triple = qkv.shape
-    begin, ends, _ = _tables(shared, starts, last_only, qkv.device)
+    begin, ends, _ = keep(_tables(shared, starts, last_only, qkv.device))
     queries = len(ends) if last_only else rows
     mixed = qkv.new_empty(groups, queries, triple // 3)
     settings = _settings(qkv, heads, last_only, step)
@@ -533,6 +541,7 @@ def prefix_attention_fwd(
     return mixed
 
 
+@on_its_device
 def prefix_attention_bwd(
     d_mixed: Tensor,
     qkv: Tensor,
@@ -557,7 +566,7 @@ def prefix_attention_bwd(
     queries, width = d_mixed.shape[1:]
     if not d_mixed.numel():
         return torch.zeros_like(qkv)
-    begin, ends, asked = _tables(shared, starts, last_only, qkv.device)
+    begin, ends, asked = keep(_tables(shared, starts, last_only, qkv.device))
     settings = _settings(qkv, heads, last_only, step)
     chunks = _chunks(settings)
     wide = torch.promote_types(qkv.dtype, torch.float32)
@@ -649,7 +658,7 @@ def _chunks(settings: dict[str, Any]) -> int:
     return triton.cdiv(settings["HEAD"], settings["BLOCK_D"])
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=1024)  # a pass in parts has two for each part
 def _tables(
     shared: int, starts: tuple[int, ...], last_only: bool, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastfpl.kernels.device import on_its_device
 from fastfpl.kernels.precision import allows_tf32
 
 __all__ = ["WIDEST", "gate_bwd", "gate_fwd"]
@@ -291,6 +292,7 @@ def _constants(qz: Tensor, kv: Tensor, blocks: tuple[int, int] | None) -> dict[s
     }
 
 
+@on_its_device
 def gate_fwd(
     qz: Tensor, kv: Tensor, scale: float, wanted: bool, blocks: tuple[int, int] | None = None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -339,6 +341,7 @@ def gate_fwd(
     return out[0] if parts == 1 else out.sum(dim=0), stats
 
 
+@on_its_device
 def gate_bwd(
     d_logits: Tensor,
     qz: Tensor,

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastfpl.kernels.device import on_its_device
 from fastfpl.kernels.rounding import quotient, root
 
 __all__ = [
@@ -202,6 +203,7 @@ def _unit_bwd_kernel(
     tl.store(d_y + cell, out.to(d_y.dtype.element_ty), mask=inside)
 
 
+@on_its_device
 def norm_fwd(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, shift: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
@@ -215,6 +217,7 @@ def norm_fwd(
     return h, base, mean, rstd
 
 
+@on_its_device
 def norm_bwd(
     d_h: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, d_x: Tensor
 ) -> None:
@@ -224,6 +227,7 @@ def norm_bwd(
         _norm_bwd_kernel[grid](d_x, d_h, x, weight, mean, rstd, **settings)
 
 
+@on_its_device
 def activation_fwd(u: Tensor, bias: Tensor, kind: str) -> Tensor:
     """Activate u + bias, u (M, F): "quick_gelu" or "gelu"."""
     a = torch.empty_like(u)
@@ -233,6 +237,7 @@ def activation_fwd(u: Tensor, bias: Tensor, kind: str) -> Tensor:
     return a
 
 
+@on_its_device
 def activation_bwd(d_a: Tensor, u: Tensor, bias: Tensor, kind: str) -> Tensor:
     """Give the gradient with respect to ``u``, written over ``d_a`` (M, F)."""
     grid, settings = _blocks(u)
@@ -241,6 +246,7 @@ def activation_bwd(d_a: Tensor, u: Tensor, bias: Tensor, kind: str) -> Tensor:
     return d_a
 
 
+@on_its_device
 def unit_fwd(y: Tensor) -> tuple[Tensor, Tensor]:
     """Divide the rows of y (M, D) by their lengths; give both."""
     f = torch.empty_like(y)
@@ -251,6 +257,7 @@ def unit_fwd(y: Tensor) -> tuple[Tensor, Tensor]:
     return f, norm
 
 
+@on_its_device
 def unit_bwd(d_f: Tensor, f: Tensor, norm: Tensor) -> Tensor:
     """Give the gradient with respect to what `unit_fwd` was given."""
     d_y = torch.empty_like(f)

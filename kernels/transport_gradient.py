@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastfpl.kernels.device import on_its_device
 from fastfpl.kernels.transport_launch import (
     depth_of,
     kinds_of,
@@ -223,6 +223,7 @@ def _transport_logits_bwd_prompts_kernel(
     tl.store(d_t_ptr + out, d_t.to(d_t_ptr.dtype.element_ty), mask=mask)
 
 
+@on_its_device
 def transport_logits_bwd(
     d_logits: Tensor,
     patches: Tensor,
@@ -270,56 +271,55 @@ def transport_logits_bwd(
     outs = triton.cdiv(width, blocks["BLOCK_OUT"])
     sizes = {"P": n_patches, "N": n_prompts, "D": width, "BALANCED": balanced}
     strides = (*patches.stride(), *prompts.stride())
-    with torch.cuda.device_of(patches):
-        if of_patches:
-            d_patches = patches.new_empty(patches.shape, dtype=stored(patches.dtype))
-            rows = triton.cdiv(n_patches, blocks["BLOCK_P"])
-            if d_patches.numel() and not classes:
-                d_patches.zero_()
-            elif d_patches.numel():
-                _transport_logits_bwd_patches_kernel[(clients * images * rows * outs,)](
-                    d_logits,
-                    patches,
-                    prompts,
-                    state,
-                    d_patches,
-                    images,
-                    classes,
-                    *strides,
-                    *two_parts(1 / eps),
-                    **sizes,
-                    **kinds,
-                    **blocks,
-                    **warps(8),
-                    num_stages=2,
-                )
-            d_patches = d_patches.to(patches.dtype)
-        if of_prompts:
-            programs = clients * triton.cdiv(classes, blocks["BLOCK_C"]) * outs
-            if parts is None:
-                parts = min(images, triton.cdiv(_BUSY, max(programs, 1)))
-            per_part = triton.cdiv(images, max(parts, 1))
-            parts = triton.cdiv(images, max(per_part, 1))
-            dtype = stored(prompts.dtype) if parts == 1 else wide_of(patches, prompts)
-            sums = prompts.new_empty((parts, *prompts.shape), dtype=dtype)
-            if sums.numel():
-                _transport_logits_bwd_prompts_kernel[(parts * programs,)](
-                    d_logits,
-                    patches,
-                    prompts,
-                    state,
-                    sums,
-                    clients,
-                    images,
-                    classes,
-                    per_part,
-                    *strides,
-                    *two_parts(1 / eps),
-                    **sizes,
-                    **kinds,
-                    **blocks,
-                    **warps(8),
-                    num_stages=2,
-                )
-            d_prompts = (sums[0] if parts == 1 else sums.sum(0)).to(prompts.dtype)
+    if of_patches:
+        d_patches = patches.new_empty(patches.shape, dtype=stored(patches.dtype))
+        rows = triton.cdiv(n_patches, blocks["BLOCK_P"])
+        if d_patches.numel() and not classes:
+            d_patches.zero_()
+        elif d_patches.numel():
+            _transport_logits_bwd_patches_kernel[(clients * images * rows * outs,)](
+                d_logits,
+                patches,
+                prompts,
+                state,
+                d_patches,
+                images,
+                classes,
+                *strides,
+                *two_parts(1 / eps),
+                **sizes,
+                **kinds,
+                **blocks,
+                **warps(8),
+                num_stages=2,
+            )
+        d_patches = d_patches.to(patches.dtype)
+    if of_prompts:
+        programs = clients * triton.cdiv(classes, blocks["BLOCK_C"]) * outs
+        if parts is None:
+            parts = min(images, triton.cdiv(_BUSY, max(programs, 1)))
+        per_part = triton.cdiv(images, max(parts, 1))
+        parts = triton.cdiv(images, max(per_part, 1))
+        dtype = stored(prompts.dtype) if parts == 1 else wide_of(patches, prompts)
+        sums = prompts.new_empty((parts, *prompts.shape), dtype=dtype)
+        if sums.numel():
+            _transport_logits_bwd_prompts_kernel[(parts * programs,)](
+                d_logits,
+                patches,
+                prompts,
+                state,
+                sums,
+                clients,
+                images,
+                classes,
+                per_part,
+                *strides,
+                *two_parts(1 / eps),
+                **sizes,
+                **kinds,
+                **blocks,
+                **warps(8),
+                num_stages=2,
+            )
+        d_prompts = (sums[0] if parts == 1 else sums.sum(0)).to(prompts.dtype)
     return d_patches, d_prompts

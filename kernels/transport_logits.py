@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastfpl.kernels.device import on_its_device
 from fastfpl.kernels.transport_launch import depth_of, kinds_of, power, two_parts, warps, wide_of
 from fastfpl.kernels.transport_many import entries
 from fastfpl.kernels.transport_pair import plan_of_pair
@@ -151,6 +152,7 @@ def _transport_logits_fwd_kernel(
     tl.store(residual_ptr + at, miss.to(residual_ptr.dtype.element_ty), mask=there)
 
 
+@on_its_device
 def transport_logits_fwd(
     patches: Tensor,
     prompts: Tensor,
@@ -200,32 +202,31 @@ def transport_logits_fwd(
     size = blocks["BLOCK_P"] * blocks["BLOCK_C"] * blocks["BLOCK_N"]
     # 64 KiB of patches fit every card, with what is fetched ahead or without
     step = blocks["BLOCK_P"] * blocks["BLOCK_D"] * max(patches.itemsize, prompts.itemsize)
-    with torch.cuda.device_of(patches):
-        _transport_logits_fwd_kernel[(clients * images * triton.cdiv(classes, blocks["BLOCK_C"]),)](
-            patches,
-            prompts,
-            logits,
-            iterations,
-            residual,
-            entropy,
-            state,
-            images,
-            classes,
-            *patches.stride(),
-            *prompts.stride(),
-            *two_parts(1 / eps),
-            *two_parts(mass),
-            tol,
-            max_iter,
-            P=n_patches,
-            N=n_prompts,
-            D=width,
-            BALANCED=balanced,
-            MEASURE=measure,
-            KEEP=keep,
-            **kinds_of(patches, prompts),
-            **blocks,
-            **warps(4 if size <= 4096 else 8 if size <= 8192 else 16),
-            num_stages=2 if 2 * step <= 1 << 16 else 1,
-        )
+    _transport_logits_fwd_kernel[(clients * images * triton.cdiv(classes, blocks["BLOCK_C"]),)](
+        patches,
+        prompts,
+        logits,
+        iterations,
+        residual,
+        entropy,
+        state,
+        images,
+        classes,
+        *patches.stride(),
+        *prompts.stride(),
+        *two_parts(1 / eps),
+        *two_parts(mass),
+        tol,
+        max_iter,
+        P=n_patches,
+        N=n_prompts,
+        D=width,
+        BALANCED=balanced,
+        MEASURE=measure,
+        KEEP=keep,
+        **kinds_of(patches, prompts),
+        **blocks,
+        **warps(4 if size <= 4096 else 8 if size <= 8192 else 16),
+        num_stages=2 if 2 * step <= 1 << 16 else 1,
+    )
     return logits, iterations, residual, entropy, state

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastfpl.kernels.device import on_its_device
 from fastfpl.kernels.transport_launch import LANGUAGE, power, stored, two_parts, warps, wide_of
 from fastfpl.kernels.transport_many import entries
 from fastfpl.kernels.transport_pair import plan_of_pair
@@ -88,6 +89,7 @@ def _transport_plan_fwd_kernel(
     tl.store(residual_ptr + b, miss.to(residual_ptr.dtype.element_ty), mask=there)
 
 
+@on_its_device
 def transport_plan_fwd(
     sim: Tensor,
     eps: float,
@@ -122,23 +124,22 @@ def transport_plan_fwd(
         "BLOCK_N": power(prompts),
     } | (tile or {})
     size = math.prod(blocks.values())
-    with torch.cuda.device_of(sim):
-        _transport_plan_fwd_kernel[(triton.cdiv(problems, blocks["BLOCK_G"]),)](
-            sim,
-            plan,
-            iterations,
-            residual,
-            problems,
-            *sim.stride(),
-            *two_parts(1 / eps),
-            *two_parts(mass),
-            tol,
-            max_iter,
-            P=patches,
-            N=prompts,
-            BALANCED=balanced,
-            ACC=LANGUAGE[wide],
-            **blocks,
-            **warps(1 if size <= 2048 else 4 if size <= 8192 else 8),
-        )
+    _transport_plan_fwd_kernel[(triton.cdiv(problems, blocks["BLOCK_G"]),)](
+        sim,
+        plan,
+        iterations,
+        residual,
+        problems,
+        *sim.stride(),
+        *two_parts(1 / eps),
+        *two_parts(mass),
+        tol,
+        max_iter,
+        P=patches,
+        N=prompts,
+        BALANCED=balanced,
+        ACC=LANGUAGE[wide],
+        **blocks,
+        **warps(1 if size <= 2048 else 4 if size <= 8192 else 8),
+    )
     return plan.to(sim.dtype), iterations, residual

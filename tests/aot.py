@@ -136,19 +136,37 @@ class Report:
 
 
 def record(run: Callable[[], object]) -> list[Launch]:
-    """Return the distinct launches that ``run`` makes, in order; no kernel is run."""
+    """Return the distinct launches that ``run`` makes, in order; no kernel is run.
+
+    Each must be made where its tensors are: Triton launches on the current device, whichever it is.
+    """
+    import torch
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
     launches: dict[Launch, None] = {}
 
+    places: list[Any] = []
+
+    @contextlib.contextmanager
+    def device_of(tensor: Any) -> Iterator[None]:
+        places.append(tensor.device)
+        yield
+        places.pop()
+
     def keep(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        given = {x.device for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)}
+        ours = self.fn.__module__.startswith("fastfpl.")
+        assert not ours or given == set(places[-1:]), (
+            f"{self.__name__} is launched beside its tensors' device"
+        )
         launches[_launch(self, args, grid, kwargs)] = None
 
     with contextlib.ExitStack() as stack:
         for kind in (InterpretedFunction, JITFunction):
             stack.enter_context(mock.patch.object(kind, "run", keep))
         stack.enter_context(_unfilled())
+        stack.enter_context(mock.patch.object(torch.cuda, "device_of", device_of))
         run()
     assert launches, "nothing was launched"
     return list(launches)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import pytest
@@ -12,10 +14,33 @@ import torch
 
 GPU = torch.cuda.is_available()
 
+
+def _patch_once_a_launch() -> None:
+    """Spare the interpreter a third of its time.
+
+    Of every function that a kernel calls it lists all of triton.language anew, to put its own in
+    place of what it has put there already.
+    """
+    import triton.runtime.interpreter as interpreter
+
+    plain, is_builtin = interpreter._patch_lang, interpreter.tl.core.is_builtin
+
+    def patch(fn: Any) -> Any:
+        tl = interpreter.tl
+        named = {id(value) for value in fn.__globals__.values()}
+        used = [lang for lang in (tl, tl.core) if id(lang) in named]
+        there = used and not any(is_builtin(lang.load) for lang in used)
+        return interpreter._LangPatchScope() if there else plain(fn)
+
+    interpreter._patch_lang = patch
+
+
 if not GPU:
     # Triton decides when it is first imported; set later, its own library functions would be wrong.
     assert "triton" not in sys.modules, "import torch has imported triton: set the variable earlier"
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton"):
+        _patch_once_a_launch()
 else:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mode asks for it
 
@@ -42,6 +67,24 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     torch.manual_seed(0)  # torch itself begins with another seed in every process
     if item.get_closest_marker("gpu") and not GPU:
         pytest.skip("needs a CUDA device, and torch sees none")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what only interpreted kernels can do, tensors on the CPU, where they are compiled."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return
+    skip = pytest.mark.skip(reason="kernels are compiled here: they take no tensor on the CPU")
+    for item in items:
+        if not item.get_closest_marker("gpu") and _interprets(item):
+            item.add_marker(skip)
+
+
+def _interprets(item: pytest.Item) -> bool:
+    """Tell rows of the face ``triton``, and of kernels alone, whose tensors are on the CPU."""
+    call = getattr(item, "callspec", None)
+    words = {v for v in call.params.values() if isinstance(v, str)} if call else set()
+    kernels = item.path.stem.endswith("_kernels") and "cpu" in words
+    return bool(item.get_closest_marker("interpreted")) or kernels or "triton" in words
 
 
 @pytest.fixture

@@ -292,6 +292,7 @@ def test_reads_and_writes_stay_inside(name: str, size: str) -> None:
         assert_fences_hold(tensor)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("size", ["cohort", "over a block", "17 numbers"])
 def test_kernels_stay_inside_what_they_are_given(size: str, monkeypatch) -> None:
     pytest.importorskip("triton", reason="Triton comes with torch for CUDA only")
@@ -332,6 +333,7 @@ def test_kernels_stay_inside_what_they_are_given(size: str, monkeypatch) -> None
         assert bool(tensor.isfinite().all())
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("blocks", [(16, 16), (16, 64), (64, 16)], ids=str)
 def test_blocks_of_the_kernels_do_not_matter(blocks: tuple[int, int]) -> None:
     pytest.importorskip("triton", reason="Triton comes with torch for CUDA only")

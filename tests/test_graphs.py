@@ -1,9 +1,12 @@
 """Replayed steps are the steps: captured on the CPU by a stand-in, and on a GPU by CUDA itself."""
 
+import gc
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -11,8 +14,9 @@ import fastfpl
 import fastfpl.training.graphs as graphs
 from fastfpl.errors import InputError, NotSupported
 from fastfpl.methods import METHODS, PromptFL
-from fastfpl.ops import all_faces
+from fastfpl.ops import all_faces, attention, embedded, launch, text, tower
 from fastfpl.ops.faces import face, recorded_faces
+from fastfpl.ops.lifetime import kept
 from fastfpl.training.graphs import CudaCapture, StepGraphs
 from fastfpl.training.steps import Cohort
 from tests.test_fedapt_unsupervised import PairedWorld
@@ -374,3 +378,146 @@ def move_world(federation, device):
                 return super().strong(indices, draws).to(device)
 
         feed.__class__ = Moved
+
+
+class Fails(StandIn):
+    """A capture that ends with an error: what was recorded is gone, and nothing was done."""
+
+    def __init__(self, error, midway=False):
+        super().__init__()
+        self.error, self.midway = error, midway
+
+    def capture(self, work):
+        self.captures += 1
+        with Tape() as tape:
+            if self.midway:
+                work()
+        tape.undo()
+        raise self.error
+
+
+@pytest.mark.parametrize("midway", [False, True])
+def test_a_capture_that_fails_leaves_a_run_without_graphs_and_a_reason(midway):
+    error = RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+    capture = Fails(error, midway)
+    world = world_of("promptfl")
+    federation = rounds_of(world, capture)
+    assert (capture.captures, capture.replays) == (1, 0)
+    assert federation.trainer.graphs.reasons == [
+        "capturing a step failed: CUDA error: operation not permitted when stream is capturing"
+    ]
+    assert_same_state(rounds_of(world), federation)
+
+
+def test_a_capture_that_fails_is_refused_if_graphs_must_be():
+    federation = world_of("promptfl").federation()
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    federation.trainer.graphs = StepGraphs(Fails(error), required=True)
+    with pytest.raises(NotSupported, match="got 'on', but capturing a step failed: CUDA out of"):
+        play(federation, 4)
+
+
+def test_what_a_method_says_of_itself_is_no_failed_capture():
+    federation = world_of("promptfl").federation()
+    federation.trainer.graphs = StepGraphs(Fails(InputError("ctx must be finite")))
+    with pytest.raises(InputError, match="ctx must be finite"):
+        play(federation, 4)
+
+
+# --- what a graph reads lives as long as the graph ------------------------------------------------
+
+
+class Reads(TorchDispatchMode):
+    """Notes the storages that operations and launches read without having made them."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = set()
+        self.read = {}
+
+    def see(self, found):
+        for t in tree_leaves(found):
+            if isinstance(t, torch.Tensor):
+                storage = t.untyped_storage()
+                if storage.data_ptr() and storage.data_ptr() not in self.made:
+                    self.read.setdefault(storage.data_ptr(), StorageWeakRef(storage))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.see((args, kwargs))
+        out = func(*args, **(kwargs or {}))
+        self.made.update(
+            t.untyped_storage().data_ptr()
+            for t in tree_leaves(out)
+            if isinstance(t, torch.Tensor) and not any(r.alias_info for r in func._schema.returns)
+        )
+        return out
+
+
+class Remembers:
+    """Captures nothing: a step that would be is played, and what it reads is noted."""
+
+    def __init__(self):
+        self.reads = []
+
+    def aside(self, work):
+        work()
+
+    def capture(self, work):
+        with Reads() as reads:
+            work()
+        self.reads.append([ref for ref in reads.read.values() if not ref.expired()])
+        return lambda: None
+
+
+@ALL
+def test_what_a_graph_reads_lives_as_long_as_the_graph(method):
+    federation = world_of(method, cohort=2).federation()
+    capture = Remembers()
+    federation.trainer.graphs = StepGraphs(capture)
+    for _ in range(2):
+        federation.round()
+    assert capture.reads
+    let_go()
+    for read in capture.reads:
+        assert len(read) > 3
+        assert not any(ref.expired() for ref in read)
+
+
+@pytest.mark.interpreted
+@pytest.mark.skipif(bool(launch.missing()), reason="no Triton")
+def test_what_launches_read_lives_as_long_as_it_is_kept():
+    from triton.runtime.interpreter import GridExecutor
+
+    from fastfpl.kernels.attention import prefix_attention_bwd, prefix_attention_fwd
+
+    run = GridExecutor.__call__
+
+    def seen(executor, *args, **kwargs):
+        reads.see((args, kwargs))
+        return run(executor, *args, **kwargs)
+
+    qkv = torch.randn(1, 5, 3 * 16)
+    let_go()
+    with kept() as held, Reads() as reads, mock.patch.object(GridExecutor, "__call__", seen):
+        mixed = prefix_attention_fwd(qkv, None, 2, (0, 1, 3), 1, None, False)
+        prefix_attention_bwd(mixed, qkv, None, 2, (0, 1, 3), 1, None, False)
+    let_go()
+    given = {t.untyped_storage().data_ptr() for t in (qkv, mixed)}
+    tables = [ref for at, ref in reads.read.items() if at not in given]
+    assert len(tables) >= 2
+    assert not any(ref.expired() for ref in tables)
+    held.clear()
+    assert all(ref.expired() for ref in tables)
+
+
+def let_go():
+    """Drop all that is cached, as other layouts would drive it out."""
+    if not launch.missing():
+        from fastfpl.kernels import attention as kernels
+
+        kernels._tables.cache_clear()
+    for cached in (attention._padding, embedded._packing):
+        cached.cache_clear()
+    for weak in (text._packings, text._parts, tower._constants, tower._lengths):
+        weak.clear()
+    gc.collect()

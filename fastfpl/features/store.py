@@ -278,7 +278,7 @@ def _leave(rows: Tensor, key: FeatureKey) -> _Leaving:
     for host, tensor in zip(hosts, (kept, finite), strict=True):
         host.copy_(tensor, non_blocking=True)
     event = torch.cuda.Event()
-    event.record()
+    event.record(torch.cuda.current_stream(kept.device))  # not that of the current device
     return _Leaving(hosts[0], hosts[1], event)
 
 

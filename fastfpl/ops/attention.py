@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastfpl.errors import InputError, KindError
 from fastfpl.ops import launch, native
 from fastfpl.ops.faces import Face, choose, transformed
+from fastfpl.ops.lifetime import keep
 from fastfpl.ops.precision import as_given, autocast_dtype
 from fastfpl.reference import attention as reference
 from fastfpl.shapes import check_shapes
@@ -150,7 +151,7 @@ def _torch(
     """Pad every segment to the longest, behind a copy of the prefix: one batched attention."""
     groups = len(qkv)
     q, k, v = (qkv if bias is None else qkv + bias).chunk(3, dim=-1)
-    at, real = _padding(starts, qkv.device)
+    at, real = keep(_padding(starts, qkv.device))
     classes, longest = at.shape
 
     def split(x: Tensor) -> Tensor:  # (..., rows, W) -> (..., H, rows, d)
@@ -189,7 +190,7 @@ def _torch(
     return torch.cat((lead.transpose(1, 2).flatten(-2), own[:, real]), dim=1)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=1024)
 def _padding(starts: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Row of every place of every segment, filled up with its last: (C, longest); which are real.
 
@@ -262,7 +263,7 @@ def _cpu_backward(
     return d_qkv
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=1024)
 def _host(starts: tuple[int, ...]) -> Tensor:
     return torch.tensor(starts)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastfpl.errors import InputError, KindError
 from fastfpl.ops.attention import for_transforms
 from fastfpl.ops.faces import Face, choose
+from fastfpl.ops.lifetime import keep
 from fastfpl.ops.memory import current_limit
 from fastfpl.ops.precision import autocast_dtype
 from fastfpl.ops.text import (
@@ -155,7 +156,7 @@ def _encode_packed(
     first: int = 1,
 ) -> Tensor:
     ends = tuple(eot.tolist())
-    packing = _packing(ends, shared, prompts.device)
+    packing = keep(_packing(ends, shared, prompts.device))
     *lead, classes, _, width = prompts.shape
     cut = prompts[..., : max(ends) + 1, :]
     flat = cut.reshape(math.prod(lead), classes * cut.shape[-2], width)

@@ -23,6 +23,7 @@ from fastfpl.ops import launch, native
 from fastfpl.ops import tower as engine
 from fastfpl.ops.attention import against_cpu, against_size, against_wide, for_transforms
 from fastfpl.ops.faces import Face, choose
+from fastfpl.ops.lifetime import keep
 from fastfpl.ops.memory import current_limit
 from fastfpl.ops.precision import autocast_dtype
 from fastfpl.reference import text as reference
@@ -213,7 +214,8 @@ def _packing(layout: PromptLayout, class_specific: bool) -> _Packing:
     cached = _packings.setdefault(layout, {})
     if class_specific not in cached:
         cached[class_specific] = _pack(layout, layout.begin if class_specific else layout.shared)
-    return cached[class_specific]
+    packing: _Packing = keep(cached[class_specific])
+    return packing
 
 
 def _pack(layout: PromptLayout, shared: int) -> _Packing:

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from fastfpl.errors import InputError
 from fastfpl.ops import native
 from fastfpl.ops.attention import Launchers, cpu_launchers, triton_launchers
+from fastfpl.ops.lifetime import keep
 from fastfpl.ops.memory import current_limit
 from fastfpl.ops.precision import as_given, autocast_dtype
 from fastfpl.reference.text import Block, PromptLayout, TextTower
@@ -349,7 +350,8 @@ def _constants_of(kernels: Kernels, tower: TextTower) -> _Constants:
     stamp, by_kernels = _stamp(tower), _constants.setdefault(tower, {})
     if kernels not in by_kernels or by_kernels[kernels].stamp != stamp:
         by_kernels[kernels] = _Constants(stamp, _sos(kernels, tower), WeakKeyDictionary())
-    return by_kernels[kernels]
+    constants: _Constants = keep(by_kernels[kernels])
+    return constants
 
 
 def _first_input(tower: TextTower, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -624,7 +626,7 @@ class _Call:
             rows = rows_of(self.layout, self.class_specific, at.start, at.stop)
             with torch.no_grad():
                 passes[key] = rows, _fixed(self.kernels, self.tower, rows)
-        rows, fixed = passes[key]
+        rows, fixed = keep(passes[key])
         return _Pass(self.kernels, self.tower, rows, fixed, self.constants.sos)
 
     def gather(self, ctx: Tensor, at: slice, rows: Rows) -> Tensor:

@@ -180,7 +180,7 @@ class Feed:
         if self._device.type != "cuda":
             return
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         self._copies.append(event)
         if len(self._copies) > _AHEAD:
             # the device has the work of the batches since then

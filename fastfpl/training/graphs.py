@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, fields
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fastfpl.config import Settings
-from fastfpl.errors import NotSupported
+from fastfpl.errors import FastfplError, NotSupported
 from fastfpl.methods import Batch, Method, State
 from fastfpl.ops import all_faces
 from fastfpl.ops.faces import note_face, recorded_faces
+from fastfpl.ops.lifetime import kept
 from fastfpl.training.steps import Cohort
 
 __all__ = ["Capture", "CudaCapture", "StepGraphs", "against", "step_graphs"]
@@ -73,6 +74,7 @@ class _Shape:
     seen: int = 0
     batch: Batch | None = None
     replay: Callable[[], None] | None = None
+    read: list[Any] = field(default_factory=list)  # out of caches: a graph knows addresses alone
     faces: dict[str, set[str]] = field(default_factory=dict)
 
 
@@ -134,16 +136,37 @@ class StepGraphs:
             if shape.seen < _BEFORE or captured == _GRAPHS:
                 self._as_it_is(cohort, shape, live, batch)
                 return
-            still = Batch(**{name: t.clone() for name, t in tensors.items()})
-            shape.batch = still
-            shape.replay = self._capture.capture(lambda: cohort.step(live, still))
+            self._seize(cohort, shape, live, Batch(**{n: t.clone() for n, t in tensors.items()}))
+            if self.reasons:
+                cohort.step(live, batch)
+                return
         assert shape.batch is not None
+        assert shape.replay is not None
         for name, tensor in _tensors(shape.batch).items():
             tensor.copy_(tensors[name])
         for op, names in shape.faces.items():
             for name in names:
                 note_face(op, name)
         shape.replay()
+
+    def _seize(self, cohort: Cohort, shape: _Shape, live: int, still: Batch) -> None:
+        """Capture a step on a batch that stays where it is, or say why that failed.
+
+        A capture does nothing: what failed can be played as it is.
+        """
+        try:
+            with kept() as read:
+                shape.replay = self._capture.capture(lambda: cohort.step(live, still))
+        except FastfplError:
+            raise
+        except Exception as e:  # torch's and the driver's have no common kind
+            said = (str(e).strip() or type(e).__name__).splitlines()[0]
+            self.reasons = [f"capturing a step failed: {said}"]
+            if self._required:
+                raise _refusal(self.reasons) from e
+            self._twins.clear()  # graphs of other steps, and the memory in their pool
+            return
+        shape.batch, shape.read = still, read
 
     def _as_it_is(self, cohort: Cohort, shape: _Shape, live: int, batch: Batch) -> None:
         shape.seen += 1
