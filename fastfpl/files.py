@@ -294,9 +294,12 @@ def write_text(path: Path, text: str) -> None:
     write_whole(path, write)
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write indented JSON; NaN and infinity are refused."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+def write_json(path: Path, value: Mapping[str, Any], *, indent: int | None = 1) -> None:
+    """Write JSON; NaN and infinity are refused.
+
+    Indented JSON of many numbers takes many times as long as that of one line.
+    """
+    write_text(path, json.dumps(value, indent=indent, allow_nan=False) + "\n")
 
 
 class Growing:

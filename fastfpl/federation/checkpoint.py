@@ -256,7 +256,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         "faces": dict(checkpoint.faces),
         "rounds": checkpoint.rounds,
     }
-    write_json(folder / CHECKPOINT, {**head, "checksum": _checksum(head)})
+    write_json(folder / CHECKPOINT, {**head, "checksum": _checksum(head)}, indent=None)
     with on_disk("fastfpl.run", "out", folder, "or name another out"):
         if former is not None:
             former.unlink(missing_ok=True)
