@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-METHODS = ("promptfl", "fedotp", "pfedmoap", "prompt-fedamp")
+METHODS = ("promptfl", "prompt-fedper", "pfedmoap", "prompt-fedamp")
 TRAINED = 100
 
 
