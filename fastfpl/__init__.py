@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastfpl.clip import FrozenCLIP, load_clip
     from fastfpl.dropin import accelerate, accelerated, explain, restore
-    from fastfpl.federation import Result, Settings, compare, run, sweep
+    from fastfpl.federation import Result, Settings, compare, encode, run, sweep
     from fastfpl.ops.faces import face
     from fastfpl.prompts import ClassPrompts, encode_prompts
     from fastfpl.trained import load
@@ -28,6 +28,7 @@ __all__ = [
     "accelerate",
     "accelerated",
     "compare",
+    "encode",
     "encode_prompts",
     "explain",
     "face",
@@ -46,6 +47,7 @@ _HOME = {
     "accelerate": "fastfpl.dropin",
     "accelerated": "fastfpl.dropin",
     "compare": "fastfpl.federation",
+    "encode": "fastfpl.federation",
     "encode_prompts": "fastfpl.prompts",
     "explain": "fastfpl.dropin",
     "face": "fastfpl.ops.faces",
@@ -57,8 +59,7 @@ _HOME = {
 }
 _ROOMS = (
     *("clip", "data", "dropin", "errors", "features", "federation", "methods", "ops", "prompts"),
-    "testing",
-    "trained",
+    *("testing", "tracking", "trained"),
 )
 
 

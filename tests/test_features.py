@@ -348,8 +348,9 @@ CHILD = """
 import sys, time
 from pathlib import Path
 import torch
-from fastfpl.features import FeatureKey, FeatureStore
+from fastfpl.features import FeatureKey, FeatureStore, store
 
+store.STALLED, store._POLL = 0.3, 0.05  # the other one makes no progress
 directory, marks, me, wait_for = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4]
 key = FeatureKey("w0", "d0", "train", "none", "pooled", "float32")
 rows = torch.randn(37, 5, generator=torch.Generator().manual_seed(0))

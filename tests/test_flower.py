@@ -26,6 +26,7 @@ from fastfpl.flower.server import read_status, serve
 from fastfpl.flower.site import Site
 from fastfpl.methods import METHODS
 from fastfpl.report import html_page
+from fastfpl.tracking import METRICS, Callback, metrics_of
 from tests.post import FakeSite, Mailbox
 from tests.worlds import GATE, TINY_RUN
 
@@ -105,6 +106,31 @@ def test_a_networked_run_gives_the_numbers_of_one_process(method, tmp_path, clip
         downs = [one.states(1)[0] for one in sides]
         for name, tensor in downs[0].items():
             torch.testing.assert_close(tensor, downs[1][name], rtol=1e-5, atol=1e-6)
+
+
+def test_callbacks_and_json_lines_are_those_of_one_process(tmp_path, clip, cache):
+    class Heard(Callback):
+        def __init__(self):
+            self.heard = []
+
+        def on_run_begin(self, run):
+            self.heard.append((run.name, run.done, run.clients, dict(run.settings)))
+
+        def on_round_end(self, run, row):
+            figures = metrics_of(run, row)
+            del figures["seconds"], figures["images_per_second"], figures["loss"]
+            self.heard.append(figures)
+
+        def on_run_end(self, run, final):
+            self.heard.append(dict(final))
+
+    settings, heard = settings_of("promptfl"), [Heard(), Heard()]
+    fastfpl.run(settings, model=clip, cache=cache, callbacks=heard[:1])
+    networked = play(settings, tmp_path, clip, cache, callbacks=heard[1:])
+    assert heard[0].heard == heard[1].heard
+    assert len(heard[0].heard) == len(networked.rounds) + 2
+    lines = (tmp_path / "out" / METRICS).read_text().splitlines()
+    assert [json.loads(line) for line in lines] == json.loads(json.dumps(networked.rounds))
 
 
 def test_every_kind_of_setting_reaches_the_clients(tmp_path, clip, cache):

@@ -139,13 +139,16 @@ def test_real_processes_on_loopback_give_the_numbers_of_one(tmp_path, capsys):
 @needs_flower
 def test_an_app_folder_is_one_that_flower_builds(tmp_path, capsys):
     folder = tmp_path / "app"
-    main(["flower", "init", str(folder), "promptfl", "--lr", "0.1", "-r", "quorum=1.0"])
+    tracked = ["--track", "tensorboard"] if importlib.util.find_spec("tensorboard") else []
+    given = ["--lr", "0.1", "-r", "quorum=1.0", *tracked]
+    main(["flower", "init", str(folder), "promptfl", *given])
     assert "run it by: flwr run" in capsys.readouterr().out
     import tomllib
 
     found = tomllib.loads((folder / "pyproject.toml").read_text("utf-8"))["tool"]["flwr"]["app"]
     assert json.loads(found["config"]["settings"])["lr"] == 0.1
     assert json.loads(found["config"]["rules"])["quorum"] == 1.0
+    assert found["config"]["track"] == ("tensorboard" if tracked else "")
     from flwr.cli.build import build_fab_from_disk
 
     assert len(build_fab_from_disk(folder)) < 10_000

@@ -13,7 +13,6 @@ import torch
 from rich.console import Console
 
 import fastfpl
-from fastfpl.cli import screen
 from fastfpl.config import Settings, make_settings
 from fastfpl.data import load_dataset
 from fastfpl.data.base import Split
@@ -21,6 +20,7 @@ from fastfpl.data.digits import _Drawings
 from fastfpl.data.loader import Loader, Workers
 from fastfpl.errors import InputError, KindError
 from fastfpl.features import FeatureStore
+from fastfpl.tracking import bars
 from fastfpl.training import feeds, preparation
 from fastfpl.training.budget import Budget, Living
 from fastfpl.training.feeds import Eye, Feed, evaluation_feed, silent, training_feed
@@ -441,14 +441,14 @@ def shown(monkeypatch, steps):
     """What the command line shows after each (seconds, done) of an encoding of 1000 images."""
     clock, out = Clock(), io.StringIO()
     console = Console(file=out, force_terminal=True, width=150, get_time=clock)
-    monkeypatch.setattr(screen, "console", lambda stderr=False: console)
+    monkeypatch.setattr(bars, "console", lambda stderr=False: console)
     lines = []
-    with screen.progress() as (observer, _):
+    with bars.progress() as (observer, _):
         for seconds, done in steps:
             clock.now += seconds
             observer("encoding train images", done, 1000)
-            bars = observer.__closure__
-            (progress,) = (c.cell_contents for c in bars if hasattr(c.cell_contents, "tasks"))
+            kept = observer.__closure__
+            (progress,) = (c.cell_contents for c in kept if hasattr(c.cell_contents, "tasks"))
             text = io.StringIO()
             Console(file=text, width=150, get_time=clock).print(progress.get_renderable())
             lines.append(" ".join(text.getvalue().split()))

@@ -11,10 +11,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # A room imports only from lower floors, or from its own. The ground floor is open to all.
-GROUND = {"errors", "installed", "shapes", "seeds", "files", "terminal", "plain_yaml"}
+GROUND = {"errors", "installed", "shapes", "seeds", "files", "system", "terminal", "plain_yaml"}
 FLOORS = (
     GROUND,
-    {"reference", "kernels", "_C", "data"},
+    {"reference", "kernels", "_C", "data", "tracking"},
     {"ops"},
     {"clip", "prompts", "features"},
     {"methods"},
@@ -23,6 +23,7 @@ FLOORS = (
     {"training"},
     {"federation"},
     {"report", "flower", "dropin", "testing", "templates", "trained"},
+    {"serving"},
     {"cli"},
     {"__main__"},
 )
@@ -41,6 +42,8 @@ ONLY_IN = {
     "sklearn": {"data"},
     "scipy": {"data"},
     "flwr": {"flower"},
+    "fastapi": {"serving"},
+    "uvicorn": {"serving"},
 }
 LATE = {
     "matplotlib",

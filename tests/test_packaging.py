@@ -104,7 +104,7 @@ def test_sdist_holds_every_source(tree, built):
     found = members(built[0])
     expected = sources(
         tree, "csrc/**/*", "kernels/**/*.py", "fastfpl/**/*.py", "fastfpl/**/*.yaml",
-        "fastfpl/**/*.html", "fastfpl/templates/**/*.txt",
+        "fastfpl/**/*.html", "fastfpl/serving/*.*", "fastfpl/templates/**/*.txt",
         "fastfpl/clip/tiny/*", "tests/**/*.py", "bench/**/*.py",
     )  # fmt: skip
     expected |= {"setup.py", "pyproject.toml", "conftest.py", "LICENSE", "fastfpl/py.typed"}
@@ -117,7 +117,8 @@ def test_sdist_holds_every_source(tree, built):
 def test_wheel_holds_the_package_and_nothing_else(tree, built):
     found = members(built[1])
     expected = sources(
-        tree, "fastfpl/**/*.py", "fastfpl/**/*.yaml", "fastfpl/**/*.html", "fastfpl/clip/tiny/*",
+        tree, "fastfpl/**/*.py", "fastfpl/**/*.yaml", "fastfpl/**/*.html", "fastfpl/serving/*.*",
+        "fastfpl/clip/tiny/*",
         "fastfpl/templates/**/*.txt",
     )  # fmt: skip
     expected |= {f"fastfpl/{name}" for name in sources(tree, "kernels/**/*.py")} | {

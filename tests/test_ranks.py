@@ -279,7 +279,8 @@ def test_a_round_that_a_rank_left_can_be_resumed(failed, alone, cache, name):
     here, _ = failed
     folder = here / name
     there = {p.name for p in folder.iterdir()}
-    assert there == {"checkpoint.json", "checkpoint-00001.safetensors", "clients", "downloads"}
+    files = {"checkpoint.json", "checkpoint-00001.safetensors", "metrics.jsonl"}
+    assert there == {*files, "clients", "downloads"}
     head = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
     kept = {f"{int(c):05d}-{e['version']:05d}.safetensors" for c, e in head["clients"].items()}
     assert {p.name for p in (folder / "clients").iterdir()} == kept

@@ -42,7 +42,7 @@ def test_every_command_of_the_readme_is_known() -> None:
     commands = set(re.findall(r"^fastfpl (\w+)", README, re.MULTILINE))
     assert commands <= {
         *("run", "compare", "report", "data", "doctor", "presets", "profile", "methods", "new"),
-        *("predict", "export", "adapt"),
+        *("predict", "export", "adapt", "serve", "encode"),
     }
     for name in re.findall(r"--preset (\S+)", README):
         load_preset(name)

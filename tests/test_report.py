@@ -614,7 +614,8 @@ def test_a_report_is_written_and_written_again(tmp_path: Path) -> None:
     c = pair((0, 1))
     save(c, tmp_path)
     files = write_report(c, tmp_path)
-    names = ["table.md", "table.csv", "accuracy.png", "clients.png", "index.html"]
+    tables = ["table.md", "table.csv", "clients.csv"]
+    names = [*tables, "accuracy.png", "clients.png", "index.html"]
     assert files == [tmp_path / name for name in names]
     first = {path: path.read_bytes() for path in files}
     assert all(first.values())

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import io
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -14,13 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 import fastfpl
 from fastfpl import files
 from fastfpl.errors import InputError
-from fastfpl.features import FeatureStore
+from fastfpl.features import FeatureStore, Whole
 from fastfpl.features import store as features
 from tests.test_features import KEY, Encoder, N, only_file, truth
 
@@ -334,14 +336,81 @@ def test_sigkill_loses_no_whole_chunk(store, whole, tmp_path):
     assert_goes_on(store, whole, 32)
 
 
-def test_while_a_process_holds_the_part_another_one_encodes_for_itself(store, whole, tmp_path):
+def test_who_waits_for_a_process_that_is_killed_goes_on_in_its_place(
+    store, whole, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(features, "_POLL", 0.05)
+    process = started(store, tmp_path / "there", 16)
+    reports, encoder = [], Encoder(truth())
+
+    def progress(done, n):
+        if not reports:  # it waits
+            kill(process)
+        reports.append((done, n))
+
+    with caplog.at_level(logging.WARNING, "fastfpl"):
+        assert torch.equal(store.get(KEY, N, encoder, progress)[:], truth())
+    assert reports[0] == (16, N)  # of the other one
+    assert encoder.asked == list(range(16, N))
+    assert (store.directory / KEY.filename).read_bytes() == whole
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1
+    assert f"another process is encoding these {N} images" in said[0]
+    assert not list(store.directory.glob(".*"))
+
+
+def test_who_waits_gets_what_the_other_one_has_encoded(store, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "_POLL", 0.05)
+    child = CHILD.replace("time.sleep(120)", "time.sleep(1)")
+    command = [sys.executable, "-c", child, store.directory, tmp_path / "there", "16"]
+    root = str(Path(fastfpl.__file__).parents[1])
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": root}) as process:
+        while not (tmp_path / "there").exists():
+            time.sleep(0.01)
+        encoder = Encoder(truth())
+        assert torch.equal(store.get(KEY, N, encoder)[:], truth())
+        assert encoder.asked == []
+        assert process.wait() == 0
+    assert (store.directory / KEY.filename).read_bytes() == whole
+
+
+def test_a_part_is_taken_from_the_whole_that_is_there_or_about_to_be(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "_POLL", 0.05)
+    part, rows = replace(KEY, split="part"), np.array([3, 1, 36])
+    whole = Whole(KEY, N, rows)
+    own = Encoder(truth()[rows])
+    assert torch.equal(store.get(part, 3, own, whole=whole)[:], truth()[rows])
+    assert own.asked == [0, 1, 2]  # there was none
+    store.get(KEY, N, Encoder(truth()))
+    (store.directory / part.filename).unlink()
+    taken = store.get(part, 3, own, whole=whole)
+    assert own.asked == [0, 1, 2]
+    assert taken.shape == (3, *truth().shape[1:])
+    assert torch.equal(taken[[2, 0]], truth()[[36, 3]])
+    assert torch.equal(taken[1], truth()[1])
+    assert torch.equal(taken[1:], truth()[[1, 36]])
+    assert len(taken) == 3
+    # what is damaged serves nobody, and is left for who needs all of it
+    path = store.directory / KEY.filename
+    path.write_bytes(path.read_bytes()[:-1])
+    assert torch.equal(store.get(part, 3, own, whole=whole)[:], truth()[rows])
+    assert own.asked == [0, 1, 2] * 2
+    # a part that is there is gone on with
+    path.unlink()
+    store.get(KEY, N, Encoder(truth() + 1))
+    assert torch.equal(store.get(part, 3, own, whole=whole)[:], truth()[rows])
+
+
+def test_for_a_process_that_hangs_nobody_waits_for_ever(store, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "STALLED", 0.2)
+    monkeypatch.setattr(features, "_POLL", 0.05)
     process = started(store, tmp_path / "there", 16)
     try:
         held, _ = part_of(store)
         encoder = Encoder(truth())
         began = time.monotonic()
         assert torch.equal(store.get(KEY, N, encoder)[:], truth())
-        assert time.monotonic() - began < 20  # it did not wait
+        assert time.monotonic() - began < 20  # it did not wait for long
         assert encoder.asked == list(range(N))
         assert (store.directory / KEY.filename).read_bytes() == whole
         # and took nothing from the one that holds it, nor does a sweep

@@ -169,7 +169,7 @@ def test_loading_says_what_is_wrong(played, clip, tmp_path):
     for wrong in (4, -1, "7", True, None):
         with pytest.raises(InputError, match="client must be"):
             model.client(wrong)
-    with pytest.raises(InputError, match="must be one of the run; got 'Berlin'; nobody has joined"):
+    with pytest.raises(InputError, match="4, from 0 to 3; got 'Berlin'; nobody has joined"):
         model.client("Berlin")
     with pytest.raises(Missing, match=r"must hold a run; got .* without checkpoint\.json"):
         fastfpl.load(tmp_path)
@@ -380,7 +380,7 @@ def test_modes_of_files(client, tmp_path):
     ("images", "kind", "sentence"),
     [
         ([], InputError, "must hold at least one; got"),
-        (3, KindError, "must be paths, Pillow images, arrays, tensors or lists of these; got int"),
+        (3, KindError, "must be paths, bytes, Pillow images, arrays, tensors or lists of these"),
         ([None], KindError, "lists of these; got NoneType"),
         ("no/such.png", Missing, "must be a file or a folder; got nothing at no/such.png"),
         (np.zeros((4, 4, 2), np.uint8), InputError, r"image 0 must have shape .*; got \(4, 4, 2\)"),

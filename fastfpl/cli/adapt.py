@@ -10,8 +10,8 @@ import click
 from fastfpl.cli.flags import Count, Place
 from fastfpl.cli.names import Name
 from fastfpl.cli.predict import DEVICE, METHOD, RUN
-from fastfpl.cli.screen import progress
 from fastfpl.terminal import say
+from fastfpl.tracking import progress
 
 
 @click.command()

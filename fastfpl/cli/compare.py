@@ -11,11 +11,12 @@ import click
 
 from fastfpl.cli.flags import Count, Grouped, Place, gather, run_options
 from fastfpl.cli.names import Name
-from fastfpl.cli.screen import print_tables, progress
+from fastfpl.cli.screen import print_sweep, print_tables
 from fastfpl.config import load_preset
 from fastfpl.errors import InputError, cut, shown
 from fastfpl.plain_yaml import parse_yaml
-from fastfpl.terminal import console, say
+from fastfpl.terminal import say
+from fastfpl.tracking import progress
 
 
 @click.command(cls=Grouped)
@@ -56,6 +57,7 @@ def compare(
     out: Path | None,
     resume: bool,
     cache: Path | None,
+    track: Sequence[str],
     **flags: Any,
 ) -> None:
     """Run several METHODs under the same settings; print a table, write plots and one HTML page.
@@ -65,14 +67,16 @@ def compare(
     a device. Machines that share --out never play one run twice. fastfpl report puts together what
     is there and says what is missing.
 
-    The scenario leave-one-domain-out without --target leaves out every domain in turn.
+    --dataset a,b,c plays all of it on each data set, which are the columns of one table with their
+    mean. The scenario leave-one-domain-out without --target leaves out every domain in turn.
     """
     from fastfpl.data import short_name
     from fastfpl.federation import compare as play
     from fastfpl.federation import sweep as play_each
     from fastfpl.federation.ranks import elsewhere
     from fastfpl.methods import method_name
-    from fastfpl.report import sweep_table, write_report, write_sweep
+    from fastfpl.report import write_report
+    from fastfpl.tracking import make_trackers
 
     try:
         numbers = [int(part) for part in seeds.split(",")]
@@ -85,9 +89,18 @@ def compare(
     if "seed" in values:
         raise InputError("fastfpl compare: seed must be left out; seeds are given by --seeds")
     whole = {**(load_preset(preset).settings if preset else {}), **values}
-    folder = out or Path("runs") / f"compare-{short_name(whole.get('dataset', 'glyphs'))}"
+    several = "+".join(map(short_name, several_datasets(whole.get("dataset", "glyphs"))))
+    folder = out or Path("runs") / f"compare-{several[:120]}"
+    trackers = make_trackers(track)
     chosen = _swept(sweep, whole)
+    if chosen is not None and chosen[0] == "dataset":
+        values.pop("dataset", None)
     if plan is not None or jobs is not None or devices is not None:
+        if trackers:
+            raise InputError(
+                "fastfpl compare: track must be left out with plan, jobs or devices, whose runs "
+                f"are processes of their own; got {', '.join(track)}"
+            )
         grid = _Grid(plan, jobs, devices, preset, cache, folder)
         return _parted(grid, methods, chosen, numbers, resume, values)
     with progress() as (observer, on_round):
@@ -99,6 +112,7 @@ def compare(
             "cache": cache,
             "observer": observer,
             "on_round": on_round,
+            "callbacks": trackers,
             **values,
         }
         if chosen is None:
@@ -107,15 +121,15 @@ def compare(
             swept = play_each(methods, *chosen, **shared)
     if elsewhere():
         return  # the first of several ranks writes
+    if chosen is not None:
+        print_sweep(swept, folder)
+        return
     # files first; a disk that does not take them must not cost the table either
     written: list[Path] = []
     try:
-        written = write_sweep(swept, folder) if chosen else write_report(comparison, folder)
+        written = write_report(comparison, folder)
     finally:
-        if chosen is None:
-            print_tables(comparison)
-        else:
-            console().print(sweep_table(swept))
+        print_tables(comparison)
     for path in written:
         say(str(path))
 
@@ -142,8 +156,10 @@ def _parted(
 ) -> None:
     """Write down the runs of a comparison as commands, or play them by processes of their own."""
     from fastfpl.cli.grid import devices_of, play_here, write_plan
-    from fastfpl.federation.comparison import listed, say_what_belongs
+    from fastfpl.cli.report import put_together
+    from fastfpl.federation.comparison import listed, say_what_belongs, say_what_sweeps
     from fastfpl.federation.ranks import ranks_asked
+    from fastfpl.federation.result import RESULT
 
     op = "fastfpl compare"
     devices = devices_of(grid.devices)
@@ -164,19 +180,21 @@ def _parted(
         resume=resume or grid.plan is not None,
         **values,
     )
-    jobs = [job for mine in parted for job in mine]
+    jobs = [job for mine in parted.values() for job in mine]
     if grid.plan is not None:
         write_plan(grid.plan, jobs, grid.preset, grid.cache, devices)
-    for mine in parted:
+    for mine in parted.values():
         say_what_belongs(methods, mine)
+    if chosen is not None:
+        say_what_sweeps(grid.out, chosen[0], methods, parted)
     if grid.plan is not None:
         say(
             f"{grid.plan}: {len(jobs)} run{'s' * (len(jobs) != 1)}; then: fastfpl report {grid.out}"
         )
         return
     failed = play_here(jobs, grid.preset, grid.cache, grid.jobs, devices)
-    for folder in dict.fromkeys(job.folder.parent for job in jobs if job.folder is not None):
-        _report(folder)
+    if any((job.folder / RESULT).is_file() for job in jobs if job.folder is not None):
+        put_together((grid.out,), grid.out)
     for name, why in failed.items():
         say(f"{name}: {why or 'played elsewhere'}", err=True)
     lost = [name for name, why in failed.items() if why is not None]
@@ -187,28 +205,22 @@ def _parted(
         )
 
 
-def _report(folder: Path) -> None:
-    """Put together the runs of a folder that have ended, if there are any."""
-    from fastfpl.federation.result import RESULT
-    from fastfpl.report import load_comparisons, write_report
-
-    if not any(folder.glob(f"*/{RESULT}")):
-        return
-    comparisons = load_comparisons(folder)
-    written: list[Path] = []
-    try:
-        written = write_report(comparisons, folder)
-    finally:
-        for comparison in comparisons:
-            print_tables(comparison)
-    for path in written:
-        say(str(path))
-    for text in (text for comparison in comparisons for text in comparison.missing):
-        say(f"missing: {text}", err=True)
-
-
 def _swept(text: str | None, values: Mapping[str, Any]) -> tuple[str, list[Any]] | None:
     """Say which setting takes which values, if any."""
+    datasets = several_datasets(values.get("dataset", "glyphs"))
+    if len(datasets) > 1:
+        if text is not None:
+            raise InputError(
+                "fastfpl compare: sweep must be left out with several data sets, which are one; "
+                f"got {shown(text)}"
+            )
+        each = values.get("scenario") == "leave-one-domain-out" and values.get("target") is None
+        if each:
+            raise InputError(
+                "fastfpl compare: dataset must be one with leave-one-domain-out, which leaves out "
+                f"each of its domains in turn; got {shown(','.join(datasets))}; name a --target"
+            )
+        return "dataset", datasets
     if text is not None:
         key, equals, rest = text.partition("=")
         if not equals or not key or not rest:
@@ -223,3 +235,17 @@ def _swept(text: str | None, values: Mapping[str, Any]) -> tuple[str, list[Any]]
         dataset = load_dataset(values.get("dataset", "glyphs"), root and Path(root), **how)
         return "target", list(dataset.domains)
     return None
+
+
+def several_datasets(text: str) -> list[str]:
+    """Take data sets apart at commas; one of a path goes on until the next name or scheme."""
+    from fastfpl.data import dataset_names, scheme_of
+
+    found: list[str] = []
+    for part in text.split(","):
+        inside = found and scheme_of(found[-1]) is not None
+        if inside and scheme_of(part) is None and part not in dataset_names():
+            found[-1] += f",{part}"
+        else:
+            found.append(part)
+    return found

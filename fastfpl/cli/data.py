@@ -10,9 +10,9 @@ import click
 
 from fastfpl.cli.flags import Place
 from fastfpl.cli.names import Name
-from fastfpl.cli.screen import progress
 from fastfpl.errors import InputError, shown
 from fastfpl.terminal import console, plain, say, table
+from fastfpl.tracking import progress
 
 
 @click.group()

@@ -14,6 +14,7 @@ from fastfpl.cli.adapt import adapt
 from fastfpl.cli.compare import compare
 from fastfpl.cli.data import data
 from fastfpl.cli.doctor import doctor
+from fastfpl.cli.encode import encode
 from fastfpl.cli.export import export
 from fastfpl.cli.flower import flower
 from fastfpl.cli.methods import methods
@@ -24,6 +25,7 @@ from fastfpl.cli.profile import profile
 from fastfpl.cli.quirks import quirks
 from fastfpl.cli.report import report
 from fastfpl.cli.run import run
+from fastfpl.cli.serve import serve
 from fastfpl.errors import FastfplError, InputError, cut
 from fastfpl.terminal import say, sayable
 
@@ -96,6 +98,6 @@ def group(context: click.Context) -> None:
 _RANKED = ("run", "compare")
 
 
-_COMMANDS = (run, compare, report, predict, export, adapt, flower)
+_COMMANDS = (run, compare, report, encode, predict, export, adapt, serve, flower)
 for _command in (*_COMMANDS, profile, methods, presets, quirks, doctor, data, new):
     group.add_command(_command)

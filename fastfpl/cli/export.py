@@ -15,7 +15,9 @@ from fastfpl.terminal import say
 @click.command()
 @RUN
 @click.option(
-    "--client", metavar="N|NAME", help="a number, or the name of a client that came later"
+    "--client",
+    metavar="N|NAME",
+    help="a number, a name of the data set or a domain, or one that came later",
 )
 @click.option(
     "--to",

@@ -22,6 +22,7 @@ __all__ = [
     "Count",
     "Grouped",
     "Place",
+    "encode_options",
     "gather",
     "profile_options",
     "run_options",
@@ -64,23 +65,77 @@ GROUPS = {
     ),
 }
 _GROUP = {name: title for title, names in GROUPS.items() for name in names}
+# what --settings calls the groups
+_KEYS = {title.split()[0].rstrip(",").lower(): title for title in GROUPS}
 # shorter flags beside a setting's own name
 _SHORTER = {"max_memory": ("--memory",)}
 
 
 class Grouped(click.Command):
-    """A command whose help shows its settings under the titles of `GROUPS`."""
+    """A command whose help names its settings by `GROUPS`, and whose ``--settings`` explains them.
+
+    The help fits a screen, which the explanations of some sixty settings do not.
+    """
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self.params.append(
+            click.Option(
+                ["--settings"],
+                type=click.Choice([*_KEYS, "all"]),
+                metavar="GROUP",
+                is_eager=True,
+                expose_value=False,
+                callback=self._explain,
+                help="explain the settings of a group below, or of all",
+            )
+        )
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write a section a group; first what is no setting."""
-        sections: dict[str, list[tuple[str, str]]] = {"Options": [], **{t: [] for t in GROUPS}}
+        """Explain what is no setting; name the settings, a paragraph a group."""
+        flags: dict[str, list[str]] = {title: [] for title in GROUPS}
+        records = []
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
-            if record is not None and isinstance(parameter, click.Option):
-                sections[_GROUP.get(parameter.name or "", "Options")].append(record)
-        for title, records in sections.items():
+            title = _GROUP.get(parameter.name or "")
+            if title is not None:
+                flags[title].append(min(parameter.opts, key=len))
+            elif record is not None and isinstance(parameter, click.Option):
+                records.append(record)
+        with formatter.section("Options"):
+            formatter.write_dl(records)
+        wide = max(map(len, _KEYS)) + 4
+        with formatter.section("Settings, explained by --settings GROUP"):
+            for key, title in _KEYS.items():
+                if not flags[title]:  # a command may have none of a group
+                    continue
+                lines = textwrap.wrap(
+                    " ".join(flags[title]),
+                    formatter.width,
+                    initial_indent=f"  {key}".ljust(wide),
+                    subsequent_indent=" " * wide,
+                    break_on_hyphens=False,
+                )
+                formatter.write("".join(f"{line}\n" for line in lines))
+
+    def format_settings(self, ctx: click.Context, formatter: click.HelpFormatter, key: str) -> None:
+        """Write what the settings of a group are, or of all."""
+        for title in GROUPS if key == "all" else (_KEYS[key],):
+            mine = [p for p in self.get_params(ctx) if _GROUP.get(p.name or "") == title]
+            if not mine:
+                continue
             with formatter.section(title):
-                formatter.write_dl(records)
+                formatter.write_dl([r for r in (p.get_help_record(ctx) for p in mine) if r])
+
+    def _explain(self, ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+        if value is None or ctx.resilient_parsing:
+            return
+        formatter = ctx.make_formatter()
+        self.format_settings(ctx, formatter, value)
+        if not formatter.getvalue():
+            raise click.BadParameter(f"{ctx.command_path} has no settings of {value}", ctx, param)
+        click.echo(formatter.getvalue().strip("\n"))
+        ctx.exit()
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the methods, those of installed packages too."""
@@ -213,6 +268,13 @@ def _complete_option(
 
 
 _RESUME = click.option("--resume", is_flag=True, help="go on with the run in --out")
+_TRACK = click.option(
+    "--track",
+    multiple=True,
+    type=Name("tracker"),
+    metavar="tensorboard|wandb|mlflow",
+    help="follow the run there; may be repeated  [metrics.jsonl alone]",
+)
 _SHARED = (
     click.option("--preset", type=Name("preset"), help="a paper's settings; see: fastfpl presets"),
     click.option(
@@ -235,7 +297,21 @@ SEED = click.option("--seed", type=Count(), default=None, help="of everything th
 
 def run_options(command: _Command) -> _Command:
     """Give a command every flag of a run but ``--seed``."""
-    return shared(_RESUME(_settings_options(command)))
+    return shared(_RESUME(_TRACK(_settings_options(command))))
+
+
+#: Settings that decide image features, or which images there are.
+_SEEN = (
+    *("root", "layout", "columns", "digest", "on_corrupt", "statistics", "scenario", "target"),
+    *("target_root", "transductive", "partition", "clients", "clip", "pretrained", "quick_gelu"),
+    *("dtype", "feature_dtype", "augment", "crop", "flip", "device", "threads", "workers"),
+    "resident",
+)
+
+
+def encode_options(command: _Command) -> _Command:
+    """Give a command the flags of what image features depend on."""
+    return _settings_options(command, without=[n for n in Settings.model_fields if n not in _SEEN])
 
 
 def profile_options(command: _Command) -> _Command:

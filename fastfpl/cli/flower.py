@@ -10,10 +10,11 @@ import click
 
 from fastfpl.cli.flags import SEED, Grouped, Place, run_options, settings_of
 from fastfpl.cli.names import Name
-from fastfpl.cli.screen import print_tables, progress
+from fastfpl.cli.screen import print_tables
 from fastfpl.errors import InputError, shown
 from fastfpl.plain_yaml import parse_yaml
 from fastfpl.terminal import console, say, table
+from fastfpl.tracking import progress
 
 __all__ = ["flower"]
 
@@ -53,6 +54,7 @@ def up(
     out: Path | None,
     resume: bool,
     cache: Path | None,
+    track: Sequence[str],
     rules: Sequence[str],
     port: int | None,
     secure: bool,
@@ -80,6 +82,7 @@ def up(
             secure=secure,
             keys=keys,
             cache=cache,
+            track=_tracked(track),
             observer=observer,
         )
     print_tables(Comparison({method: [result]}))
@@ -101,6 +104,7 @@ def init(
     out: Path | None,
     resume: bool,
     cache: Path | None,
+    track: Sequence[str],
     rules: Sequence[str],
     **flags: Any,
 ) -> None:
@@ -120,7 +124,8 @@ def init(
     settings = settings_of(method, preset, config, options, flags)
     where = out or Path("runs") / f"{method}-{settings.dataset}-seed{settings.seed}-flower"
     target = str(where.absolute())
-    write_app(folder, method, settings.model_dump(), _rules(rules).model_dump(), target)
+    rules_ = _rules(rules).model_dump()
+    write_app(folder, method, settings.model_dump(), rules_, target, _tracked(track))
     say(f"{folder}: run it by: flwr run {folder} SUPERLINK --run-config 'resume=false'")
 
 
@@ -182,6 +187,13 @@ def rules() -> None:
     for name, field in Rules.model_fields.items():
         shown_.add_row(name, str(field.default), field.description or "")
     console().print(shown_)
+
+
+def _tracked(names: Sequence[str]) -> str:
+    """Check the names of trackers, whose libraries the server needs, and join them."""
+    from fastfpl.tracking import make_trackers
+
+    return ",".join(one.name for one in make_trackers(names))
 
 
 def _rules(texts: Sequence[str]) -> Any:

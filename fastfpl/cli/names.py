@@ -69,6 +69,12 @@ def _formats() -> Iterable[tuple[str, str]]:
     return ((name, "") for name in FORMATS)
 
 
+def _trackers() -> Iterable[tuple[str, str]]:
+    from fastfpl.tracking import TRACKERS
+
+    return ((name, "") for name in TRACKERS)
+
+
 _KNOWN: dict[str, Callable[[], Iterable[tuple[str, str]]]] = {
     "method": _methods,
     "dataset": _datasets,
@@ -78,7 +84,11 @@ _KNOWN: dict[str, Callable[[], Iterable[tuple[str, str]]]] = {
     "clip": _clips,
     "quirk": _quirks,
     "format": _formats,
+    "tracker": _trackers,
 }
+
+# kinds of which several stand on a line, separated by commas
+_SEVERAL = ("quirk", "tracker")
 
 
 class Name(click.ParamType):  # type: ignore[type-arg]
@@ -101,7 +111,7 @@ class Name(click.ParamType):  # type: ignore[type-arg]
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
         """Give the known names that begin so; after a comma, those that may follow."""
-        before, comma, last = incomplete.rpartition(",") if self.kind == "quirk" else ("", "", "")
+        before, comma, last = incomplete.rpartition(",") if self.kind in _SEVERAL else ("", "", "")
         begun = last if comma else incomplete
         return [
             CompletionItem(before + comma + name, help=about or None)

@@ -33,7 +33,9 @@ METHOD = click.option(
 @RUN
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...", type=Place())
 @click.option(
-    "--client", metavar="N|NAME", help="a number, or the name of a client that came later"
+    "--client",
+    metavar="N|NAME",
+    help="a number, a name of the data set or a domain, or one that came later",
 )
 @click.option("--top", type=Count(), default=5, show_default=True, help="classes that are shown")
 @click.option(
@@ -83,9 +85,10 @@ def choose(model: Model, client: str | None) -> Client:
     if model.method.personal:
         names = "".join(f", or {name}" for name in model.joined)
         last = model.clients + model.newcomers - 1
+        own = f" ({', '.join(model.names[:20])}{', ...' * (last > 19)})" if model.names else ""
         raise InputError(
             f"fastfpl: client must be named for {model.method.name}, whose clients answer with "
-            f"parameters of their own; got none; one from 0 to {last}{names}"
+            f"parameters of their own; got none; one from 0 to {last}{own}{names}"
         )
     return model.global_model()
 

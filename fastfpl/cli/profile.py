@@ -10,8 +10,8 @@ import click
 
 from fastfpl.cli.flags import SEED, Count, Grouped, profile_options, settings_of, shared
 from fastfpl.cli.names import Name
-from fastfpl.cli.screen import progress
 from fastfpl.terminal import console, say, table
+from fastfpl.tracking import progress
 
 
 @click.command(cls=Grouped)

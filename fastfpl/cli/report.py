@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from fastfpl.cli.flags import Place
-from fastfpl.cli.screen import print_tables
+from fastfpl.cli.screen import print_sweep, print_tables
 from fastfpl.terminal import say
 
 
@@ -21,12 +22,22 @@ from fastfpl.terminal import say
 def report(folders: tuple[Path, ...], out: Path | None) -> None:
     """Print the table and write plots and page of finished runs anew.
 
-    A FOLDER is the --out of a run or of a comparison. Runs on different tasks (data set, scenario,
-    CLIP, partition, shots, views) get tables of their own; runs that are not finished are named.
+    A FOLDER is the --out of a run, of a comparison or of a sweep. Runs on different tasks (data
+    set, scenario, CLIP, partition, shots, views) get tables of their own; runs that are not
+    finished are named.
     """
-    from fastfpl.report import load_comparisons, write_report
+    put_together(folders, out)
+
+
+def put_together(folders: Sequence[Path], out: Path | None) -> None:
+    """Write and print the report of finished runs, and say which are missing."""
+    from fastfpl.report import load_comparisons, load_sweep, write_report
     from fastfpl.report.runs import group_names
 
+    swept = load_sweep(folders[0]) if len(folders) == 1 else None
+    if swept is not None:
+        print_sweep(swept, out or folders[0])
+        return
     comparisons = load_comparisons(*folders)
     folder = out or (folders[0] if len(folders) == 1 else Path("runs") / "report")
     written: list[Path] = []

@@ -10,8 +10,9 @@ import click
 
 from fastfpl.cli.flags import SEED, Grouped, run_options, settings_of
 from fastfpl.cli.names import Name
-from fastfpl.cli.screen import print_tables, progress
+from fastfpl.cli.screen import print_tables
 from fastfpl.terminal import say
+from fastfpl.tracking import progress
 
 
 @click.command(cls=Grouped)
@@ -26,6 +27,7 @@ def run(
     out: Path | None,
     resume: bool,
     cache: Path | None,
+    track: Sequence[str],
     **flags: Any,
 ) -> None:
     """Run METHOD once and write result.json and checkpoints into --out.
@@ -42,9 +44,10 @@ def run(
     from fastfpl.data import short_name
     from fastfpl.federation import Comparison
     from fastfpl.federation import run as play
+    from fastfpl.tracking import make_trackers
 
     settings = settings_of(method, preset, config, options, flags)
-    method = settings.method
+    method, trackers = settings.method, make_trackers(track)
     folder = out or Path("runs") / f"{method}-{short_name(settings.dataset)}-seed{settings.seed}"
     with progress() as (observer, on_round):
         result = play(
@@ -55,6 +58,7 @@ def run(
             cache=cache,
             observer=observer,
             on_round=on_round,
+            callbacks=trackers,
         )
     print_tables(Comparison({method: [result]}))
     if result.memory is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastfpl.features.file import FeatureKey, Features
-from fastfpl.features.store import FeatureStore, default_directory
+from fastfpl.features.store import FeatureStore, Whole, default_directory
 from fastfpl.features.text import TextFeatures, TextKey
 
 __all__ = [
@@ -12,5 +12,6 @@ __all__ = [
     "Features",
     "TextFeatures",
     "TextKey",
+    "Whole",
     "default_directory",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -112,8 +113,16 @@ class Features:
     def __init__(self, rows: npt.NDArray[Any], dtype: torch.dtype) -> None:
         # gathered by torch, whose memory is counted by whoever plans a run
         self._rows = torch.from_numpy(rows).view(dtype)
+        self._of: npt.NDArray[np.int64] | None = None
         self.shape: tuple[int, ...] = tuple(rows.shape)
         self.dtype = dtype
+
+    def part(self, rows: npt.NDArray[np.int64]) -> Features:
+        """Return some of the rows (m,), which stay on disk too."""
+        made = copy.copy(self)
+        made._of = rows if self._of is None else self._of[rows]
+        made.shape = (len(rows), *self.shape[1:])
+        return made
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -131,6 +140,8 @@ class Features:
                 raise KindError(
                     f"fastfpl.features.Features: indices must be integers; got {where.dtype}"
                 )
+        if self._of is not None:
+            where = self._of[where]
         # index gives new memory, for a single row too
         gathered = self._rows[torch.from_numpy(np.atleast_1d(where).astype(np.int64))]
         return gathered if np.ndim(where) else gathered[0]

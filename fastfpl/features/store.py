@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -31,15 +32,19 @@ from fastfpl.features.file import (
     offset_of,
     open_features,
 )
-from fastfpl.files import Growing, on_disk, sweep_parts
+from fastfpl.files import Growing, growing_elsewhere, on_disk, sweep_parts
 
-__all__ = ["FeatureStore", "default_directory"]
+__all__ = ["STALLED", "FeatureStore", "Whole", "default_directory"]
 
 _LOG = logging.getLogger("fastfpl")
 # stems of the files of keys
 _MINE = re.compile(f"(?:{'|'.join(KINDS)})-[0-9a-f]{{32}}")
 # seconds after which half a file goes that nobody can go on with, or that nobody went on with
 _PRIVATE_FOR, _RESUMABLE_FOR = 24 * 3600.0, 7 * 24 * 3600.0
+#: Seconds without a chunk after which nobody waits any longer for whoever encodes.
+STALLED = 1800.0
+_POLL = 0.5  # seconds between two looks at what another process encodes
+_LOOKS = 3  # at a part that nobody seems to hold and that cannot be had
 
 
 def default_directory() -> Path:
@@ -75,9 +80,11 @@ class FeatureStore:
     A file appears under its name only when it is whole. What a process has encoded before it died
     is not lost: the next one that asks for the key with the same ``chunk`` verifies the chunks that
     are there and goes on after the last whole one; the file is, byte for byte, the one that would
-    have been written without the interruption. Any number of processes may share a directory; one
-    that misses a key while another one is encoding it does not wait but encodes it too, and the
-    later file replaces the equal earlier one. What nobody goes on with is removed after a week.
+    have been written without the interruption. Any number of processes may share a directory, on
+    one machine or several; one that misses a key while another one is encoding it says so and
+    waits. If that one dies, it goes on in its place, after the last whole chunk; if it does not end
+    a chunk for `STALLED` seconds, or nothing can be locked there, everybody encodes for himself and
+    the later file replaces the equal earlier one. What nobody goes on with is removed after a week.
 
     The checksum of a file is verified when a process opens it for the first time. A file that is
     damaged, or of another version of this library, is computed again, with a warning of the logger
@@ -116,6 +123,7 @@ class FeatureStore:
         progress: Callable[[int, int], None] | None = None,
         *,
         ahead: Callable[[Iterable[npt.NDArray[np.int64]]], None] | None = None,
+        whole: Whole | None = None,
     ) -> Features:
         """Open the features of a key, computing them first if they are not there.
 
@@ -132,6 +140,9 @@ class FeatureStore:
             one if some are there already.
         ahead : callable, optional
             Told, before the first chunk is built, of the indices of all of them in their order.
+        whole : Whole, optional
+            A larger file that has these rows: it serves where it is there, or another process is
+            encoding it, and the key itself is not.
 
         Returns
         -------
@@ -153,8 +164,11 @@ class FeatureStore:
         except Damaged as error:
             _LOG.warning("%s; it is computed again", error)
             found = None
+        job = _Job(build, progress or _unseen, ahead or _unseen)
+        if found is None and whole is not None:
+            found = self._from(whole, job)
         if found is None:
-            self._write(path, key, n, _Job(build, progress or _unseen, ahead or _unseen))
+            self._write(path, key, n, job)
             found = open_features(path, key, n)
         if found is None:
             raise Damaged(
@@ -163,17 +177,62 @@ class FeatureStore:
             )
         return found
 
+    def _from(self, whole: Whole, job: _Job) -> Features | None:
+        """Return rows of a larger file, if it is there or about to be."""
+        path = self.directory / whole.key.filename
+        if not path.exists() and growing_elsewhere(path) is not None:
+            self._wait(path, whole.n, job)
+        try:
+            found = open_features(path, whole.key, whole.n)
+        except Damaged:  # whoever needs all of it will say so
+            return None
+        return None if found is None else found.part(whole.rows)
+
     def _write(self, path: Path, key: FeatureKey, n: int, job: _Job) -> None:
         with _disk(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
             sweep_parts(self.directory, _MINE, private=_PRIVATE_FOR, resumable=_RESUMABLE_FOR)
-            growing = Growing(path, {**facts_of(key, (n,)), "chunk": self.chunk})
-        with growing:
-            # another process may have ended since this one looked
-            if intact(path, key, n):
-                growing.forget()
-            else:
-                self._fill(growing, key, n, job)
+        looks = _LOOKS
+        while True:
+            with _disk(self.directory):
+                growing = Growing(path, {**facts_of(key, (n,)), "chunk": self.chunk})
+            with growing:
+                # another process may have ended since this one looked
+                if intact(path, key, n):
+                    growing.forget()
+                    return
+                if growing.shared or not growing.locks or not looks:
+                    self._fill(growing, key, n, job)
+                    return
+            held, gone = self._wait(path, n, job)
+            if held and not gone:
+                looks = 0
+            elif not held:
+                looks -= 1
+
+    def _wait(self, path: Path, n: int, job: _Job) -> tuple[bool, bool]:
+        """Wait for whoever encodes a file: whether somebody did, and has ended or died since."""
+        held, seen, since = False, -1, time.monotonic()
+        while (chunks := growing_elsewhere(path)) is not None:
+            if not held:
+                held = True
+                _LOG.warning(
+                    "fastfpl.features: another process is encoding these %d images into %s; "
+                    "waiting for it",
+                    *(n, self.directory),
+                )
+            if chunks != seen:
+                seen, since = chunks, time.monotonic()
+                job.progress(min(n, chunks * self.chunk), n)
+            elif time.monotonic() - since > STALLED:
+                _LOG.warning(
+                    "fastfpl.features: the other process has encoded nothing for %g s; encoding "
+                    "for myself",
+                    STALLED,
+                )
+                return True, False
+            time.sleep(_POLL)
+        return held, True
 
     def _fill(self, growing: Growing, key: FeatureKey, n: int, job: _Job) -> None:
         counts = [min(self.chunk, n - start) for start in range(0, n, self.chunk)]
@@ -216,6 +275,24 @@ class FeatureStore:
         # the checksum is known only now; the header keeps its length
         with _disk(self.directory):
             growing.finish(header_of(key, shape, digest.hexdigest()))
+
+
+@dataclass(frozen=True, eq=False)
+class Whole:
+    """A larger file of features that has all rows of a key.
+
+    Attributes
+    ----------
+    key : FeatureKey
+    n : int
+        Its rows.
+    rows : ndarray, shape (m,), int64
+        Where those of the key stand in it.
+    """
+
+    key: FeatureKey
+    n: int
+    rows: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,8 @@ class Checkpoint:
     task : mapping
         ``classes``, ``domains``, ``client_domains`` and ``clients``, as `fastfpl.methods.Task` has
         them; ``pixels``, mean and deviation that they are normalised by; ``newcomers``, how many
-        clients were adapted after the last round, and their domains (`None` of images of several).
+        clients were adapted after the last round, and their domains (`None` of images of several);
+        ``names``, what the data set calls the clients, if it does.
     library : str
         The version that wrote it.
     """
@@ -149,6 +150,7 @@ class _Task(_Strict):
     pixels: _Pixels | None = None
     newcomers: _Count = 0
     newcomer_domains: list[_Count | None] | None = None
+    names: list[str] = []
 
 
 class _Segment(_Strict):

@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastfpl.clip import FrozenCLIP
 from fastfpl.config import Settings, load_preset, make_settings
-from fastfpl.data import Dataset
+from fastfpl.data import Dataset, short_name
 from fastfpl.errors import InputError, cut, near, shown
 from fastfpl.federation.experiment import RoundObserver, refuse_held, run, unseen
+from fastfpl.federation.frames import frame_of
 from fastfpl.federation.preparation import (
     Place,
     Plan,
@@ -28,23 +29,31 @@ from fastfpl.federation.result import Result
 from fastfpl.files import write_json
 from fastfpl.methods import Method, check_options, find_method, method_name
 from fastfpl.released import share_quirks
+from fastfpl.tracking import Callback
 from fastfpl.training.feeds import Observer, silent
 from fastfpl.training.preparation import load_model
 
+if TYPE_CHECKING:
+    import pandas
+
 __all__ = [
     "PLAN",
+    "SWEEP",
     "Comparison",
     "Job",
     "Sweep",
     "compare",
     "listed",
     "say_what_belongs",
+    "say_what_sweeps",
     "sweep",
-    "value_folder",
+    "value_folders",
 ]
 
 #: Names the methods, seeds and rounds that a comparison was asked for.
 PLAN = "comparison.json"
+#: Names the setting, values, methods, seeds and rounds that a sweep was asked for.
+SWEEP = "sweep.json"
 
 
 @dataclass(frozen=True)
@@ -108,6 +117,26 @@ class Comparison:
             )
         return table
 
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return every figure of every round as a table of pandas, in long form.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Columns ``method``, ``dataset``, ``seed``, ``round`` (from 0), ``exam``, ``client``,
+            ``figure`` and ``value``. A row with a client is its ``accuracy`` in [0, 1]; one without
+            is a figure of the round: ``accuracy`` and ``macro_f1`` of an exam (means over clients),
+            ``accuracy on DOMAIN``, ``loss``, ``seconds``, ``images_per_second``, ``bytes_up``,
+            ``bytes_down``, ``epsilon``. Clients are names where the data set has some, else
+            numbers.
+
+        Raises
+        ------
+        Missing
+            If pandas is not installed (extra ``pandas``).
+        """
+        return frame_of([r for results in self.results.values() for r in results])
+
 
 def _means(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Average figures by name, over those that have one."""
@@ -131,10 +160,20 @@ class Sweep:
     comparisons: Mapping[Any, Comparison]
 
 
-def value_folder(key: str, value: Any) -> str:
-    """Name the folder of one value of a sweep: what no folder may be called is percent-encoded."""
-    text = re.sub(r"[%/\\\x00-\x1f\x7f]", lambda m: f"%{ord(m.group()):02X}", str(value))
-    return f"{key}={text}"
+def value_folders(key: str, values: Sequence[Any]) -> dict[Any, str]:
+    """Name the folder of every value of a sweep.
+
+    What no folder may be called is percent-encoded; data sets of one's own have their last name.
+    """
+    found: dict[Any, str] = {}
+    for value in values:
+        short = short_name(value) if key == "dataset" and isinstance(value, str) else str(value)
+        text = re.sub(r"[%/\\\x00-\x1f\x7f]", lambda m: f"%{ord(m.group()):02X}", short)
+        base, number = f"{key}={text}", 1
+        while (name := base if number == 1 else f"{base}-{number}") in found.values():
+            number += 1
+        found[value] = name
+    return found
 
 
 @dataclass(frozen=True)
@@ -165,6 +204,7 @@ def compare(
     cache: str | Path | None = None,
     observer: Observer = silent,
     on_round: RoundObserver = unseen,
+    callbacks: Sequence[Callback] = (),
     options: Mapping[str, Mapping[str, Any]] | None = None,
     dataset: str | Path | Dataset | None = None,
     **settings: Any,
@@ -176,7 +216,7 @@ def compare(
     methods : sequence of str or type of Method
         Each once, by name or as in `run`.
     seeds : sequence of int
-    preset, out, resume, model, cache, observer, on_round
+    preset, out, resume, model, cache, observer, on_round, callbacks
         As in `run`; ``out`` gets one folder a method and seed, and ``comparison.json``, which says
         what belongs together.
     options : mapping from method to its options
@@ -190,7 +230,8 @@ def compare(
     names = [method_name(method, "fastfpl.compare") for method in methods]
     jobs = _jobs(names, seeds, preset, out, options, settings)
     _check(jobs, live, resume, model)
-    return _play(names, jobs, live, preset, resume, model, cache, observer, on_round)
+    how = (live, preset, resume, model, cache, observer, on_round, callbacks)
+    return _play(names, jobs, *how)
 
 
 def _named(op: str, dataset: str | Path | Dataset | None, settings: dict[str, Any]) -> Any:
@@ -304,6 +345,7 @@ def _play(
     cache: str | Path | None,
     observer: Observer,
     on_round: RoundObserver,
+    callbacks: Sequence[Callback],
 ) -> Comparison:
     @lru_cache(maxsize=1)
     def begin() -> None:
@@ -332,6 +374,7 @@ def _play(
                 cache=cache,
                 observer=tell,
                 on_round=tell_round,
+                callbacks=callbacks,
             )
         )
         begin()
@@ -351,6 +394,7 @@ def sweep(
     cache: str | Path | None = None,
     observer: Observer = silent,
     on_round: RoundObserver = unseen,
+    callbacks: Sequence[Callback] = (),
     options: Mapping[str, Mapping[str, Any]] | None = None,
     dataset: str | Path | Dataset | None = None,
     **settings: Any,
@@ -365,16 +409,44 @@ def sweep(
     values : sequence
         Its values, each once.
     out : path, optional
-        Gets one folder ``KEY=VALUE`` a value (`value_folder`).
-    seeds, preset, resume, model, cache, observer, on_round, options, dataset, **settings
+        Gets one folder ``KEY=VALUE`` a value (`value_folders`), and ``sweep.json``.
+    seeds, preset, resume, model, cache, observer, on_round, callbacks, options, dataset, **settings
         As for `compare`.
     """
     live = _named("fastfpl.sweep", dataset, settings)
     names = [method_name(method, "fastfpl.sweep") for method in methods]
     jobs = _sweep_jobs(names, key, values, seeds, preset, out, options, settings)
     _check([job for mine in jobs.values() for job in mine], live, resume, model)
-    how = (live, preset, resume, model, cache, observer, on_round)
+
+    @lru_cache(maxsize=1)
+    def begin() -> None:
+        """Say what belongs to the sweep as soon as a round of it is there."""
+        if out is not None and not elsewhere():
+            say_what_sweeps(Path(out), key, names, jobs)
+
+    def tell(label: str, row: Mapping[str, Any]) -> None:
+        begin()
+        on_round(label, row)
+
+    how = (live, preset, resume, model, cache, observer, tell, callbacks)
     return Sweep(key, {value: _play(names, mine, *how) for value, mine in jobs.items()})
+
+
+def say_what_sweeps(
+    out: Path, key: str, methods: Sequence[str], jobs: Mapping[Any, Sequence[Job]]
+) -> None:
+    """Write down in the folder of a sweep what belongs to it."""
+    first = next(iter(jobs.values()))
+    write_json(
+        out / SWEEP,
+        {
+            "key": key,
+            "values": list(jobs),
+            "methods": list(methods),
+            "seeds": list(dict.fromkeys(job.settings.seed for job in first)),
+            "rounds": first[0].settings.rounds,
+        },
+    )
 
 
 def _sweep_jobs(
@@ -401,12 +473,13 @@ def _sweep_jobs(
     for value in values:
         if not isinstance(value, str | int | float | None):
             raise InputError(f"{op}: values must be numbers or texts; got {shown(value)}")
+    places = value_folders(key, values)
     return {
         value: _jobs(
             methods,
             seeds,
             preset,
-            None if out is None else Path(out) / value_folder(key, value),
+            None if out is None else Path(out) / places[value],
             options,
             {**settings, key: value},
         )
@@ -424,15 +497,14 @@ def listed(
     resume: bool = False,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     **settings: Any,
-) -> list[list[Job]]:
+) -> dict[Any, list[Job]]:
     """List the runs that `compare` or, at each value of a setting, `sweep` would play.
 
-    They are checked as these check them; one list a comparison.
+    They are checked as these check them. One list a value; of a comparison that of None.
     """
     if swept is None:
-        jobs = [_jobs(methods, seeds, preset, out, options, settings)]
+        jobs: dict[Any, list[Job]] = {None: _jobs(methods, seeds, preset, out, options, settings)}
     else:
-        found = _sweep_jobs(methods, *swept, seeds, preset, out, options, settings)
-        jobs = list(found.values())
-    _check([job for mine in jobs for job in mine], None, resume, None)
+        jobs = _sweep_jobs(methods, *swept, seeds, preset, out, options, settings)
+    _check([job for mine in jobs.values() for job in mine], None, resume, None)
     return jobs

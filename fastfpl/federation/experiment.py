@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 
 from fastfpl.clip import FrozenCLIP
 from fastfpl.config import Settings, load_preset, make_settings
-from fastfpl.data import Dataset
+from fastfpl.data import Dataset, short_name
 from fastfpl.errors import Damaged, InputError, cut, shown
 from fastfpl.federation.agreement import agree, agree_on_weights, share_folder
 from fastfpl.federation.checkpoint import (
@@ -48,12 +48,24 @@ from fastfpl.methods.contract import may_follow
 from fastfpl.ops.faces import recorded_faces
 from fastfpl.ops.memory import memory_limit
 from fastfpl.ops.precision import without_autocast
+from fastfpl.tracking import Callback, RunInfo
+from fastfpl.tracking.callback import Told
+from fastfpl.tracking.lines import METRICS, Lines
 from fastfpl.training.budget import uncapped
 from fastfpl.training.feeds import Observer, silent
 from fastfpl.training.graphs import against
 from fastfpl.training.preparation import load_model
 
-__all__ = ["RoundObserver", "pixels_of", "refuse_held", "run", "threads", "unseen"]
+__all__ = [
+    "RoundObserver",
+    "pixels_of",
+    "refuse_held",
+    "run",
+    "run_name",
+    "stoppable",
+    "threads",
+    "unseen",
+]
 
 #: ``on_round(label, row)`` is told of every round that ended.
 RoundObserver = Callable[[str, Mapping[str, Any]], None]
@@ -73,6 +85,7 @@ def run(
     cache: str | Path | None = None,
     observer: Observer = silent,
     on_round: RoundObserver = unseen,
+    callbacks: Sequence[Callback] = (),
     dataset: str | Path | Dataset | None = None,
     **settings: Any,
 ) -> Result:
@@ -87,8 +100,8 @@ def run(
         A paper's settings by name; ``settings`` come on top. With complete settings, the preset
         that they came from. The result says what differs from it and what the paper reports.
     out : path, optional
-        Folder that gets ``result.json`` and, after every round, a checkpoint; one run at a
-        time holds it.
+        Folder that gets ``result.json`` and, after every round, a checkpoint and a line of
+        ``metrics.jsonl``; one run at a time holds it.
     resume : bool
         Go on from the checkpoint in ``out`` (or start, if there is none). Without it a folder that
         holds a run is refused.
@@ -101,6 +114,10 @@ def run(
         ``observer(what, done, total)`` is told of every long step.
     on_round : callable
         ``on_round(method, row)`` is told of every round that ended, with its row of ``rounds``.
+    callbacks : sequence of Callback
+        Told of the run while it goes on: `fastfpl.tracking.TensorBoard`, ``WandB``, ``MLflow``, or
+        subclasses of `fastfpl.tracking.Callback` of your own. ``metrics.jsonl`` in ``out`` has a
+        line a round without any.
     dataset : str, path or Dataset, optional
         A name or ``folder:``, ``manifest:``, ``hf:`` and a place, as the setting has it; the path
         of a folder, zip file or manifest; or a data set at hand, as `fastfpl.data.from_arrays`
@@ -118,6 +135,8 @@ def run(
     ------
     FastfplError
         With a sentence that names the argument, what came and the cure.
+    KeyboardInterrupt
+        If it is stopped by hand, in a notebook too; its sentence says how to go on.
 
     Notes
     -----
@@ -158,12 +177,26 @@ def run(
             if held is not None:
                 refuse_held(held.folder, resume)
             store = None if cache is None else Path(cache)
-            run_ = _Run(folder, held, resume, model, store, observer, on_round, ranks)
-            result = _play(chosen, live, run_)
-            if origin is not None and result is not None:
-                result = replace(result, preset=provenance(origin, result, model is not None))
-            if held is not None and result is not None:
-                result.save(held.folder)
+            # of several ranks the first one speaks
+            told = Told(() if elsewhere() else callbacks)
+
+            def step(what: str, done: int, total: int) -> None:
+                observer(what, done, total)
+                told.step(what, done, total)
+
+            how = _Run(folder, held, resume, model, store, step, on_round, told, ranks)
+            try:
+                with stoppable(chosen, folder):
+                    result = _play(chosen, live, how)
+            except BaseException:
+                told.stop()
+                raise
+            if result is not None:
+                if origin is not None:
+                    result = replace(result, preset=provenance(origin, result, model is not None))
+                if held is not None:
+                    result.save(held.folder)
+                told.end(result.final)
         if ranks is not None:
             result = Result(**ranks.say({} if result is None else result.to_json()))
     assert result is not None
@@ -187,7 +220,27 @@ class _Run:
     cache: Path | None
     observer: Observer
     on_round: RoundObserver
+    told: Told
     ranks: Ranks | None
+
+
+@contextlib.contextmanager
+def stoppable(settings: Settings, folder: Path | None) -> Iterator[None]:
+    """Let whoever stops a run by hand read how it goes on."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if folder is None:
+            how = "nothing of it is kept, which out= would have done"
+        elif not os.path.lexists(folder / CHECKPOINT):
+            how = f"before its first round of {settings.rounds} ended; begin again in {folder}"
+        else:
+            how = (
+                f"the rounds that ended are kept in {folder}; go on by the same call with "
+                "resume=True (--resume)"
+            )
+        error.args = (f"fastfpl.run: {settings.method} was stopped; {how}",)
+        raise
 
 
 def refuse_held(folder: Path, resume: bool) -> None:
@@ -200,6 +253,13 @@ def refuse_held(folder: Path, resume: bool) -> None:
             raise InputError(
                 f"fastfpl.run: out must not hold a run already; got {folder}; "
                 "go on with it by resume (--resume), or name another folder"
+            )
+        # of a run it stands beside a checkpoint
+        others = any(os.path.lexists(folder / name) for name in (CHECKPOINT, RESULT))
+        if os.path.lexists(folder / METRICS) and not others:
+            raise InputError(
+                f"fastfpl.run: out must have no {METRICS} but a run's; got one without "
+                f"{CHECKPOINT} in {folder}; remove it or name another out"
             )
     except OSError as error:
         raise InputError(
@@ -236,6 +296,7 @@ def _play(chosen: Settings, live: Dataset | None, how: _Run) -> Result | None:
         if ranks is not None and folder is not None:
             share_folder(ranks, folder)
             agree(ranks, planned, resume=how.resume)
+        head = None
         if held is not None and how.resume:
             # other settings show before any weights are read
             head = check_checkpoint(held.folder, planned.facts)
@@ -247,6 +308,15 @@ def _play(chosen: Settings, live: Dataset | None, how: _Run) -> Result | None:
         if ranks is not None:
             model = model or load_model(planned.settings, planned.device)
             agree_on_weights(ranks, model)
+        how.told.begin(
+            RunInfo(
+                run_name(planned.settings),
+                {**planned.settings.model_dump(), "options": dict(planned.options)},
+                None if held is None else held.folder,
+                0 if head is None else head["rounds_done"],
+                planned.scenario.names,
+            )
+        )
         federation = prepare(
             planned, model=model, cache=how.cache, observer=how.observer, ranks=ranks
         )
@@ -256,6 +326,7 @@ def _play(chosen: Settings, live: Dataset | None, how: _Run) -> Result | None:
             ranks.say(None)  # nothing changes in the folder before all have read it
         if held is not None:
             held.sweep(files_of(held.folder) or set())
+        lines = None if held is None else Lines(held.folder, federation.rounds)
         while not federation.finished:
             if held is None:
                 row = federation.round()
@@ -264,8 +335,11 @@ def _play(chosen: Settings, live: Dataset | None, how: _Run) -> Result | None:
                     row = federation.round()
                     _save(federation, held.folder, faces)
                 held.settle()
+            if lines is not None:
+                lines.append(row)
             if ranks is None or ranks.first:
                 how.on_round(chosen.method, row)
+                how.told.round(row)
     peak = peak_memory(federation.clip.device)
     said = {op: sorted(names) for op, names in faces.items()}
     if ranks is not None:
@@ -277,6 +351,11 @@ def _play(chosen: Settings, live: Dataset | None, how: _Run) -> Result | None:
         if not ranks.first:
             return None
     return _result(federation, said, peak, 1 if ranks is None else ranks.size)
+
+
+def run_name(settings: Settings) -> str:
+    """Name a run for trackers."""
+    return f"{settings.method}-{short_name(settings.dataset)}-seed{settings.seed}"
 
 
 @contextlib.contextmanager
@@ -341,7 +420,7 @@ def _task(federation: Federation) -> dict[str, Any]:
     if federation.newcomers is not None:
         domains = list(federation.newcomers.domains)
         found |= {"newcomers": len(domains), "newcomer_domains": domains}
-    return found
+    return found | ({"names": list(federation.names)} if federation.names else {})
 
 
 def pixels_of(federation: Federation) -> dict[str, list[float]]:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from fastfpl.errors import InputError
-from fastfpl.features import FeatureKey, Features, FeatureStore
+from fastfpl.features import FeatureKey, Features, FeatureStore, Whole
 from fastfpl.features.file import DTYPES, open_features
 from fastfpl.federation.ranks import Ranks
 
@@ -46,6 +46,7 @@ class RankedStore(FeatureStore):
         progress: Callable[[int, int], None] | None = None,
         *,
         ahead: Callable[[Iterable[_Chunk]], None] | None = None,
+        whole: Whole | None = None,
     ) -> Features:
         """Open the features of a key, which all ranks encode first if they are not there.
 
@@ -53,7 +54,7 @@ class RankedStore(FeatureStore):
         that rank 0 has.
         """
         if self._ranks.first:
-            return self._lead(key, n, build, progress, ahead)
+            return self._lead(key, n, build, progress, ahead, whole)
         while (spans := self._ranks.say(_NONE)) is not None:
             of_mine = spans[self._ranks.rank :: self._ranks.size]
             mine = [np.arange(*span, dtype=np.int64) for span in of_mine]
@@ -64,6 +65,9 @@ class RankedStore(FeatureStore):
                 kept = rows.detach().to(DTYPES[key.dtype][0]) if rows.is_floating_point() else rows
                 self._ranks.give([("chunk", {"rows": kept})])
         found = open_features(self.directory / key.filename, key, n)
+        if found is None and whole is not None:
+            larger = open_features(self.directory / whole.key.filename, whole.key, whole.n)
+            found = None if larger is None else larger.part(whole.rows)
         if found is None:
             raise InputError(
                 "fastfpl.run: cache (--cache) must be a folder that all ranks share; got "
@@ -79,6 +83,7 @@ class RankedStore(FeatureStore):
         build: Callable[[_Chunk], Tensor],
         progress: Callable[[int, int], None] | None,
         ahead: Callable[[Iterable[_Chunk]], None] | None,
+        whole: Whole | None,
     ) -> Features:
         """Write the file on rank 0, of its own chunks and those that the others send."""
         size = self._ranks.size
@@ -99,7 +104,7 @@ class RankedStore(FeatureStore):
             owner = owners.pop(int(at[0]))
             return self._received(owner) if owner else build(at)
 
-        found = super().get(key, n, one, progress, ahead=begin)
+        found = super().get(key, n, one, progress, ahead=begin, whole=whole)
         self._ranks.say(None)
         return found
 

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
 import platform
-import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastfpl import __version__
+from fastfpl import __version__, system
 from fastfpl.data import Shard
 from fastfpl.errors import Damaged, Missing
+from fastfpl.federation.frames import frame_of
 from fastfpl.federation.result_schema import MOST_BYTES, parse_result
 from fastfpl.files import write_json
+
+if TYPE_CHECKING:
+    import pandas
 
 __all__ = [
     "RESULT",
@@ -124,6 +126,26 @@ class Result:
     def save(self, folder: Path) -> None:
         """Write ``result.json`` into a folder."""
         write_json(folder / RESULT, self.to_json())
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return every figure of every round as a table of pandas, in long form.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Columns ``method``, ``dataset``, ``seed``, ``round`` (from 0), ``exam``, ``client``,
+            ``figure`` and ``value``. A row with a client is its ``accuracy`` in [0, 1]; one without
+            is a figure of the round: ``accuracy`` and ``macro_f1`` of an exam (means over clients),
+            ``accuracy on DOMAIN``, ``loss``, ``seconds``, ``images_per_second``, ``bytes_up``,
+            ``bytes_down``, ``epsilon``. Clients are names where the data set has some, else
+            numbers.
+
+        Raises
+        ------
+        Missing
+            If pandas is not installed (extra ``pandas``).
+        """
+        return frame_of([self])
 
     @classmethod
     def load(cls, folder: Path) -> Result:
@@ -236,20 +258,11 @@ def forget_peak_memory() -> None:
     """Let `peak_memory` count from now on, where the system can: CUDA and Linux."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    # some containers forbid it; the figure is then that of the process so far
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    system.forget_peak()
 
 
 def peak_memory(device: torch.device) -> int:
     """Largest memory in bytes: allocations on a GPU, the process' resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # macOS counts bytes, Linux kibibytes
-    return peak if platform.system() == "Darwin" else peak * 1024
+    return system.peak_resident()

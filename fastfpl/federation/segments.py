@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from fastfpl.errors import Damaged
-from fastfpl.files import announce, digest_of, flush, own_folder, read_file, write_new
+from fastfpl.files import announce, digest_of, own_folder, read_file, write_new
+from fastfpl.system import flush
 
 __all__ = ["Segments", "read_segments", "segment_files"]
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from fastfpl.errors import Damaged
 from fastfpl.federation.segments import Segments
 from fastfpl.federation.states import Intact, scratch
-from fastfpl.files import announce, digest_of, flush, on_disk, own_folder, read_file, write_new
+from fastfpl.files import announce, digest_of, on_disk, own_folder, read_file, write_new
 from fastfpl.methods import State
+from fastfpl.system import flush
 
 __all__ = ["DOWNLOADS", "TUNED", "SharedStates"]
 

@@ -21,13 +21,13 @@ from fastfpl.federation.segments import Segments
 from fastfpl.files import (
     announce,
     digest_of,
-    flush,
     on_disk,
     own_folder,
     read_file,
     temporary_folder,
     write_new,
 )
+from fastfpl.system import flush
 
 __all__ = ["CLIENTS", "Intact", "StateFiles", "StoredState", "scratch", "state_path"]
 

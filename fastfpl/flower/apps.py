@@ -14,6 +14,7 @@ from fastfpl.flower.letters import Letter, Packed, Refused
 from fastfpl.flower.rules import Rules, make_rules
 from fastfpl.flower.server import serve
 from fastfpl.flower.site import Site, refusal
+from fastfpl.tracking import make_trackers
 
 __all__ = ["GridPost", "client_app", "flower_version", "records", "server_app"]
 
@@ -231,7 +232,8 @@ class GridPost:
 def server_app() -> Any:
     """Return a ServerApp that drives a run of any method; the run's configuration says which.
 
-    Its keys: ``settings`` and ``rules`` as JSON, ``out`` the folder of results, ``resume``.
+    Its keys: ``settings`` and ``rules`` as JSON, ``out`` the folder of results, ``resume``,
+    ``track`` names of trackers.
     """
     version = flower_version()
     from flwr.serverapp import ServerApp
@@ -245,6 +247,7 @@ def server_app() -> Any:
         out = config.get("out")
         if not isinstance(out, str) or not out:
             raise InputError(f"fastfpl.flower: out of the run must name a folder; got {shown(out)}")
+        track = str(config.get("track") or "")
         serve(
             settings,
             rules,
@@ -254,6 +257,7 @@ def server_app() -> Any:
             log=_say,
             version=version,
             on_round=_told,
+            callbacks=make_trackers([track] if track else []),
         )
 
     return app

@@ -37,11 +37,13 @@ publisher = "fastfpl"
 serverapp = "{package}.server_app:app"
 clientapp = "{package}.client_app:app"
 
-# settings: those of `fastfpl run`; rules: see docs/flower.md; out: a folder at the server
+# settings: those of `fastfpl run`; rules: see docs/flower.md; out: a folder at the server;
+# track: tensorboard, wandb, mlflow, separated by commas, by libraries that the server has
 [tool.flwr.app.config]
 settings = {settings}
 rules = {rules}
 out = {out}
+track = {track}
 resume = false
 """
 
@@ -57,7 +59,12 @@ _LICENSE = "The code in this folder is made by fastfpl, Apache-2.0.\n"
 
 
 def write_app(
-    folder: Path, method: str, settings: Mapping[str, Any], rules: Mapping[str, Any], out: str
+    folder: Path,
+    method: str,
+    settings: Mapping[str, Any],
+    rules: Mapping[str, Any],
+    out: str,
+    track: str = "",
 ) -> None:
     """Write an app folder.
 
@@ -70,6 +77,8 @@ def write_app(
         What differs from the defaults; JSON has it.
     out : str
         Folder of the results, at the server.
+    track : str
+        Trackers that the server tells, separated by commas.
 
     Raises
     ------
@@ -91,6 +100,7 @@ def write_app(
         settings=json.dumps(json.dumps(dict(settings))),
         rules=json.dumps(json.dumps(dict(rules))),
         out=json.dumps(out),
+        track=json.dumps(track),
     )
     write_text(folder / "pyproject.toml", text)
     write_text(folder / "LICENSE", _LICENSE)

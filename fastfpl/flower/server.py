@@ -7,7 +7,7 @@ import math
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,13 @@ from fastfpl.federation.checkpoint import (
     settings_facts,
 )
 from fastfpl.federation.exams import joined
-from fastfpl.federation.experiment import RoundObserver, refuse_held, threads, unseen
+from fastfpl.federation.experiment import (
+    RoundObserver,
+    refuse_held,
+    run_name,
+    threads,
+    unseen,
+)
 from fastfpl.federation.lock import Held, alone_in
 from fastfpl.federation.merging import Expected, clipped, expected, privacy_of
 from fastfpl.federation.models import task_of
@@ -55,6 +61,9 @@ from fastfpl.methods.contract import may_follow
 from fastfpl.ops.memory import memory_limit
 from fastfpl.ops.precision import without_autocast
 from fastfpl.released import as_released, visits_of
+from fastfpl.tracking import Callback, RunInfo
+from fastfpl.tracking.callback import Told
+from fastfpl.tracking.lines import Lines
 from fastfpl.training.preparation import choose_device, load_model, make_task
 
 __all__ = ["STATUS", "Server", "checked", "read_status", "serve"]
@@ -75,6 +84,7 @@ def serve(
     resume: bool = False,
     model: FrozenCLIP | None = None,
     on_round: RoundObserver = unseen,
+    callbacks: Sequence[Callback] = (),
     log: Callable[[str], None] = print,
     version: str = "",
 ) -> Result:
@@ -94,6 +104,8 @@ def serve(
         A CLIP that is already loaded, in place of ``settings.clip``.
     on_round, log : callable
         Told of rounds that ended, and of everything else in sentences.
+    callbacks : sequence of Callback
+        As in `fastfpl.run`.
     version : str
         Of what carries letters, for the result.
 
@@ -112,13 +124,17 @@ def serve(
         refuse_held(out, resume)
         forget_peak_memory()
         server = Server(settings, rules, held, post, resume, model, log, version)
+        told = Told(callbacks)
         try:
-            result = server.play(on_round)
-        except FastfplError as error:
-            server.tell("stopped", why=str(error))
+            result = server.play(on_round, told)
+        except BaseException as error:
+            told.stop()
+            if isinstance(error, FastfplError):
+                server.tell("stopped", why=str(error))
             raise
         result.save(out)
         server.tell("finished")
+        told.end(result.final)
         return result
 
 
@@ -237,7 +253,7 @@ class Server:
 
     # -- the whole run -----------------------------------------------------------------------
 
-    def play(self, on_round: RoundObserver) -> Result:
+    def play(self, on_round: RoundObserver, callbacks: Told) -> Result:
         """Wait for clients, play the rounds that are left, and save after each."""
         facts = {**settings_facts(self.settings, self.options), "engine": "flower"}
         if self.resume:
@@ -254,13 +270,21 @@ class Server:
         self._gather()
         method, now = self._begin(facts)
         settings = self.settings
+        lines = Lines(self.folder, self._rounds)
+        assert self._head is not None
+        whole = {**settings.model_dump(), "options": dict(self.options)}
+        names = tuple(self._head.data["clients"] or ())
+        done = len(self._rounds)
+        callbacks.begin(RunInfo(run_name(settings), whole, self.folder, done, names))
         while len(self._rounds) < (settings.rounds if method.trains else 1):
             row, now = self._round(method, now)
             self._rounds.append(row)
             self._save(method, now)
             self.held.settle()
             self.tell(f"round {row['round'] + 1} of {settings.rounds} ended")
+            lines.append(row)
             on_round(settings.method, row)
+            callbacks.round(row)
         return self._result(method)
 
     def _begin(self, facts: dict[str, Any]) -> tuple[Method, Round]:
@@ -337,7 +361,11 @@ class Server:
                 SharedStates(folder / DOWNLOADS, device),
                 SharedStates(folder / TUNED, device),
                 {**self.settings.model_dump(), "options": dict(self.options)},
-                {**task_of(method.task), "pixels": self._head.data["pixels"]},
+                {
+                    **task_of(method.task),
+                    "pixels": self._head.data["pixels"],
+                    "names": list(self._head.data["clients"] or ()),
+                },
             ),
         )
 

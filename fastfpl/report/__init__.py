@@ -7,15 +7,17 @@ from pathlib import Path
 
 from fastfpl.errors import InputError
 from fastfpl.federation import Comparison, Sweep
-from fastfpl.federation.comparison import value_folder
+from fastfpl.federation.comparison import value_folders
 from fastfpl.files import write_all
-from fastfpl.report.load import load_comparisons
+from fastfpl.report.deciding import clients_csv, decision
+from fastfpl.report.load import load_comparisons, load_sweep
 from fastfpl.report.page import html_page
 from fastfpl.report.plots import accuracy_plot, clients_plot, stacked
 from fastfpl.report.runs import each, group_names
-from fastfpl.report.sweep import sweep_markdown, sweep_plot, sweep_table
+from fastfpl.report.sweep import sweep_markdown, sweep_matrix, sweep_plot, sweep_table
 from fastfpl.report.table import (
     csv_table,
+    decision_table,
     detail_table,
     markdown_table,
     published_table,
@@ -26,9 +28,12 @@ __all__ = [
     "accuracy_plot",
     "clients_plot",
     "csv_table",
+    "decision",
+    "decision_table",
     "detail_table",
     "html_page",
     "load_comparisons",
+    "load_sweep",
     "markdown_table",
     "published_table",
     "sweep_table",
@@ -39,7 +44,9 @@ __all__ = [
 
 
 def write_report(comparisons: Comparison | Sequence[Comparison], folder: str | Path) -> list[Path]:
-    """Write ``table.md``, ``table.csv``, ``accuracy.png``, ``clients.png`` and ``index.html``.
+    """Write ``table.md``, ``table.csv``, ``clients.csv``, two plots and ``index.html``.
+
+    The plots are ``accuracy.png`` and ``clients.png``.
 
     Parameters
     ----------
@@ -65,7 +72,7 @@ def write_report(comparisons: Comparison | Sequence[Comparison], folder: str | P
 
 
 def write_sweep(sweep: Sweep, folder: str | Path) -> list[Path]:
-    """Write ``sweep.md`` and ``sweep.png``, and below them the report of every value.
+    """Write ``sweep.md``, ``sweep.png`` and ``index.html``, and below them a report a value.
 
     Parameters
     ----------
@@ -76,7 +83,7 @@ def write_sweep(sweep: Sweep, folder: str | Path) -> list[Path]:
     Returns
     -------
     list of Path
-        The two files and the pages of the values.
+        The three files and the pages of the values.
 
     Raises
     ------
@@ -84,16 +91,26 @@ def write_sweep(sweep: Sweep, folder: str | Path) -> list[Path]:
         As for `write_report`.
     """
     folder = Path(folder)
+    there = {value: one for value, one in sweep.comparisons.items() if one.results}
+    if not there:
+        raise InputError(
+            "fastfpl.write_sweep: sweep must hold a finished run; got "
+            + "; ".join(sweep_matrix(sweep).missing)
+        )
+    places = value_folders(sweep.key, list(sweep.comparisons))
+    page = html_page(list(there.values()), matrix=sweep_matrix(sweep))
     files = {
         folder / "sweep.md": sweep_markdown(sweep).encode(),
         folder / "sweep.png": sweep_plot(sweep),
+        folder / "index.html": page.encode(),
     }
+    own = list(files)
     pages = []
-    for value, one in sweep.comparisons.items():
-        files |= (more := _report(one, folder / value_folder(sweep.key, value)))
+    for value, one in there.items():
+        files |= (more := _report(one, folder / places[value]))
         pages.append(list(more)[-1])
     _write("write_sweep", folder, files)
-    return [folder / "sweep.md", folder / "sweep.png", *pages]
+    return [*own, *pages]
 
 
 def _report(comparisons: Comparison | Sequence[Comparison], folder: Path) -> dict[Path, bytes]:
@@ -103,6 +120,7 @@ def _report(comparisons: Comparison | Sequence[Comparison], folder: Path) -> dic
     contents = {
         "table.md": markdown_table(all_of).encode(),
         "table.csv": csv_table(all_of).encode(),
+        "clients.csv": clients_csv([(name, one) for one, name in named]).encode(),
         "accuracy.png": stacked([accuracy_plot(one, about=name) for one, name in named]),
         "clients.png": stacked([clients_plot(one, about=name) for one, name in named]),
         "index.html": html_page(all_of, folder).encode(),

@@ -6,21 +6,21 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fastfpl.data import short_name
 from fastfpl.errors import Damaged, InputError, Missing
-from fastfpl.federation import Comparison, Result
+from fastfpl.federation import Comparison, Result, Sweep
 from fastfpl.federation.checkpoint import CHECKPOINT
-from fastfpl.federation.comparison import PLAN
+from fastfpl.federation.comparison import PLAN, SWEEP, value_folders
 from fastfpl.federation.result import RESULT
 from fastfpl.federation.result_schema import MOST_BYTES
 from fastfpl.report.runs import task, trains
 from fastfpl.report.words import count
 
-__all__ = ["load_comparisons", "run_folder"]
+__all__ = ["load_comparisons", "load_sweep", "run_folder"]
 
 _OP = "fastfpl.load_comparisons"
 _RUN = re.compile(r"(?P<method>.+)-seed(?P<seed>[0-9]+)")
@@ -34,6 +34,16 @@ class _Plan(BaseModel):
     methods: Annotated[list[str], Field(max_length=1000)]
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=100_000)]
     rounds: Annotated[int, Field(ge=1)]
+
+
+_Some = TypeVar("_Some", bound=_Plan)
+
+
+class _SweepPlan(_Plan):
+    """What `fastfpl.sweep` was asked for."""
+
+    key: Annotated[str, Field(max_length=100)]
+    values: Annotated[list[str | int | float | bool | None], Field(min_length=1, max_length=1000)]
 
 
 def run_folder(result: Result) -> str:
@@ -95,6 +105,52 @@ def load_comparisons(*folders: str | Path) -> list[Comparison]:
     return [_comparison(runs, missing) for runs in tasks.values()]
 
 
+def load_sweep(folder: str | Path) -> Sweep | None:
+    """Read the finished runs of a sweep, of one that is half done too.
+
+    Parameters
+    ----------
+    folder : path
+        The ``out`` of `fastfpl.sweep`, or of a comparison over several data sets.
+
+    Returns
+    -------
+    Sweep or None
+        None if the folder is not that of a sweep. What is not finished stands in
+        `Comparison.missing` of its value, whose results are empty if nothing is.
+
+    Raises
+    ------
+    Missing, Damaged, InputError
+        As for `load_comparisons`; also if no run of the sweep is finished.
+    """
+    root = Path(folder)
+    plan = _plan(root / SWEEP, _SweepPlan)
+    if plan is None:
+        return None
+    if len({repr(value) for value in plan.values}) < len(plan.values):
+        raise Damaged(f"{_OP}: {root / SWEEP} must name each value once; got one twice")
+    wanted = [f"{m} seed {s}: not begun" for m in plan.methods for s in plan.seeds]
+    found: dict[object, Comparison] = {}
+    for value, name in value_folders(plan.key, plan.values).items():
+        place = root / name
+        there = place.is_dir() and any(_finished(place))
+        if not there:
+            lacking = list(_unfinished(place)) if place.is_dir() else []
+            found[value] = Comparison({}, tuple(lacking or wanted))
+            continue
+        several = load_comparisons(place)
+        if len(several) > 1:
+            raise InputError(
+                f"{_OP}: a value of a sweep must hold runs of one task; got {len(several)} in "
+                f"{place}: report it by itself"
+            )
+        found[value] = several[0]
+    if not any(one.results for one in found.values()):
+        raise Missing(f"{_OP}: a sweep must have finished runs; got none in {root}; go on with it")
+    return Sweep(plan.key, found)
+
+
 def _comparison(found: dict[Path, Result], missing: dict[Path, list[str]]) -> Comparison:
     names: dict[str, Path] = {}
     for path, result in found.items():
@@ -132,7 +188,7 @@ def _finished(folder: Path) -> Iterator[tuple[Path, Result]]:
 
 def _unfinished(folder: Path) -> Iterator[str]:
     """Say which runs of a folder did not end, or did not begin."""
-    plan = _plan(folder / PLAN)
+    plan = _plan(folder / PLAN, _Plan)
     wanted = [] if plan is None else [f"{m}-seed{s}" for m in plan.methods for s in plan.seeds]
     there = [p.name for p in sorted(folder.iterdir()) if p.is_dir() and _RUN.fullmatch(p.name)]
     for name in dict.fromkeys([*wanted, *there]):
@@ -161,11 +217,11 @@ def _progress(folder: Path, total: int | None) -> str:
     return f"not finished, {done}{of} rounds" if of else f"not finished, {count(done, 'round')}"
 
 
-def _plan(path: Path) -> _Plan | None:
+def _plan(path: Path, kind: type[_Some]) -> _Some | None:
     if not path.is_file():
         return None
     try:
-        return _Plan.model_validate(_json(path))
+        return kind.model_validate(_json(path))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"][:1]) or "content"

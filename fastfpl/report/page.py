@@ -13,8 +13,10 @@ from fastfpl.config import Settings
 from fastfpl.federation import Comparison, Result
 from fastfpl.federation.result import RESULT
 from fastfpl.report.agreement import differences, warnings
+from fastfpl.report.deciding import decision
 from fastfpl.report.facts import augmentations, captions, dealt, details, rows, subject
 from fastfpl.report.load import run_folder
+from fastfpl.report.matrix import Matrix, across
 from fastfpl.report.plots import accuracy_plot, clients_plot, curve
 from fastfpl.report.published import published
 from fastfpl.report.runs import (
@@ -35,7 +37,9 @@ __all__ = ["html_page"]
 
 
 def html_page(
-    comparisons: Comparison | Sequence[Comparison], folder: str | Path | None = None
+    comparisons: Comparison | Sequence[Comparison],
+    folder: str | Path | None = None,
+    matrix: Matrix | None = None,
 ) -> str:
     """Write a page with figures, plots, settings and environment of every run.
 
@@ -45,6 +49,9 @@ def html_page(
         Each gets a part of its own: nothing is ranked across them.
     folder : path, optional
         Where the page will lie; runs below it are linked by relative names.
+    matrix : Matrix, optional
+        Methods over tasks, which comes first; if left out, one of comparisons whose data sets alone
+        differ.
 
     Returns
     -------
@@ -80,6 +87,7 @@ def html_page(
             _part(comparison, name, f"-{number}" if len(all_of) > 1 else "")
             for number, (comparison, name) in enumerate(zip(all_of, names, strict=True), 1)
         ],
+        matrix=across(all_of) if matrix is None else matrix,
         percent=percent,
         refusal=REFUSAL,
         unequal=UNEQUAL,
@@ -115,6 +123,7 @@ def _part(comparison: Comparison, name: str, at: str) -> dict[str, Any]:
         ],
         "traffic": _traffic(comparison),
         "clients": _clients(comparison),
+        "decision": decision(comparison),
         "deal": "" if deal is None else f" {deal[0].upper()}{deal[1:]}.",
         "methods": list(comparison.results),
         "shared": [

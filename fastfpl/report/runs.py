@@ -1,4 +1,4 @@
-"""What a comparison"s runs are, and what each one"s accuracy is an accuracy of."""
+"""What a comparison's runs are, and what each one's accuracy is an accuracy of."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastfpl.federation import Comparison
 from fastfpl.report.agreement import warnings
+from fastfpl.report.deciding import decision
 from fastfpl.report.facts import (
     Row,
     augmentations,
@@ -19,9 +20,10 @@ from fastfpl.report.facts import (
     rows,
     subject,
 )
+from fastfpl.report.matrix import Matrix, across
 from fastfpl.report.published import published
 from fastfpl.report.runs import each, group_names, named_clients, runs
-from fastfpl.report.words import NONE, duration, listed, percent, rate, size
+from fastfpl.report.words import NONE, duration, listed, percent, rate, size, unformulated
 from fastfpl.terminal import plain
 
 if TYPE_CHECKING:
@@ -35,11 +37,14 @@ __all__ = [
     "Sheet",
     "cells",
     "csv_table",
+    "decision_table",
     "detail_table",
     "escaped",
     "headings",
     "markdown_line",
     "markdown_table",
+    "matrix_markdown",
+    "matrix_table",
     "published_table",
     "text_table",
 ]
@@ -261,6 +266,25 @@ def detail_table(comparison: Comparison) -> Sheet | None:
     return Sheet(names, [_one_line(line) for line in lines], notes=notes)
 
 
+def decision_table(comparison: Comparison) -> Sheet | None:
+    """Lay out what each client has of each method for a terminal, if there are several methods.
+
+    The best of each client has an asterisk.
+    """
+    found = decision(comparison)
+    if found is None:
+        return None
+    titles = [name.replace(" ", "\n") for name in found.titles]
+    lines = [
+        [one.label, str(one.train), str(one.test)]
+        + [text + "*" * best for text, best in found.cells(one)]
+        for one in found.shown
+    ]
+    notes = [*found.notes, *found.answers]
+    cautions = [(text, False) for text in found.cautions]
+    return Sheet(titles, [_one_line(line) for line in lines], notes=notes, cautions=cautions)
+
+
 def published_table(comparison: Comparison) -> Sheet | None:
     """Lay papers' figures beside the measured ones for a terminal, if there are any."""
     found = published(comparison)
@@ -300,7 +324,34 @@ def markdown_table(comparisons: Comparison | Sequence[Comparison]) -> str:
     if len(all_of) == 1:
         return _markdown(all_of[0])
     named = zip(group_names(all_of), all_of, strict=True)
-    return "\n".join(f"## {escaped(name)}\n\n{_markdown(one)}" for name, one in named)
+    parts = [f"## {escaped(name)}\n\n{_markdown(one)}" for name, one in named]
+    beside = across(all_of)
+    return "\n".join(([] if beside is None else [matrix_markdown(beside)]) + parts)
+
+
+def matrix_markdown(matrix: Matrix) -> str:
+    """Write methods over tasks as a GitHub table."""
+    text = [f"> **Caution.** missing: {escaped(m)}.\n" for m in matrix.missing]
+    text += [markdown_line([escaped(title) for title in matrix.titles])]
+    text += [markdown_line([":--"] + ["--:"] * (len(matrix.titles) - 1))]
+    for line, best in zip(matrix.lines, matrix.best, strict=True):
+        cells = [f"**{escaped(t)}**" if at in best else escaped(t) for at, t in enumerate(line)]
+        text.append(markdown_line(cells))
+    notes = [f"<sub>{escaped(note)}.</sub><br>" for note in matrix.notes]
+    return "\n".join([*text, "", *notes]).removesuffix("<br>") + "\n"
+
+
+def matrix_table(matrix: Matrix) -> Sheet:
+    """Lay methods over tasks out for a terminal; the best of each column has an asterisk."""
+    return Sheet(
+        [plain(name).replace("=", "=\n") for name in matrix.titles],
+        [
+            [plain(text) + "*" * (at in best) for at, text in enumerate(line)]
+            for line, best in zip(matrix.lines, matrix.best, strict=True)
+        ],
+        notes=matrix.notes,
+        cautions=[(f"missing: {text}", True) for text in matrix.missing],
+    )
 
 
 def _markdown(comparison: Comparison) -> str:
@@ -322,6 +373,16 @@ def _markdown(comparison: Comparison) -> str:
         lines += [markdown_line([":--"] + ["--:"] * (len(titles) - 1))]
         lines += [markdown_line([escaped(text) for text in line]) for line in figures]
         notes += more
+    decided = decision(comparison)
+    if decided is not None:
+        lines += ["", *(f"**{escaped(text)}.**\n" for text in decided.answers)]
+        lines += [f"> **Caution.** {escaped(text)}.\n" for text in decided.cautions]
+        lines += [markdown_line([escaped(title) for title in decided.titles])]
+        lines += [markdown_line([":--"] + ["--:"] * (len(decided.titles) - 1))]
+        for one in decided.shown:
+            texts = [f"**{escaped(t)}**" if b else escaped(t) for t, b in decided.cells(one)]
+            lines.append(markdown_line([escaped(one.label), str(one.train), str(one.test), *texts]))
+        notes += decided.notes
     beside = published(comparison)
     if beside is not None:
         lines += ["", *(f"> **Caution.** {escaped(text)}.\n" for text in beside.cautions)]
@@ -393,16 +454,11 @@ def csv_table(comparisons: Comparison | Sequence[Comparison]) -> str:
     clients = [] if several else named_clients(runs(all_of[0]))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    named = [_cell(f"accuracy of {client}") for client in clients]
+    named = [unformulated(f"accuracy of {client}") for client in clients]
     writer.writerow([*(["task"] * several), *columns, *named])
     for name, comparison in zip(group_names(all_of), all_of, strict=True):
         for row in rows(comparison):
             values = [*([name] * several), *(getattr(row, column) for column in columns)]
             values += client_means(comparison.results[row.method]) if clients else []
-            writer.writerow([_cell(v) if isinstance(v, str) else v for v in values])
+            writer.writerow([unformulated(v) if isinstance(v, str) else v for v in values])
     return out.getvalue()
-
-
-def _cell(text: str) -> str:
-    text = plain(text)
-    return "'" + text if text[:1] in ("=", "+", "-", "@") else text

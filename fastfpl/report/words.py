@@ -8,8 +8,19 @@ from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 from fastfpl.data import scheme_of
+from fastfpl.terminal import plain
 
-__all__ = ["NONE", "count", "duration", "listed", "percent", "public", "rate", "size"]
+__all__ = [
+    "NONE",
+    "count",
+    "duration",
+    "listed",
+    "percent",
+    "public",
+    "rate",
+    "size",
+    "unformulated",
+]
 
 #: Stands where there is no figure or value: an en dash.
 NONE = "\u2013"
@@ -79,3 +90,9 @@ def public(value: Any) -> str:
         last = PureWindowsPath(PurePosixPath(place).name).name
         return f"{before}…/{last}"
     return text
+
+
+def unformulated(text: str) -> str:
+    """Write a text so that no spreadsheet takes it for a formula."""
+    text = plain(text)
+    return "'" + text if text[:1] in ("=", "+", "-", "@") else text

@@ -27,7 +27,8 @@ __all__ = [
 ]
 
 #: The two that a method is proven in.
-F32, F64 = torch.float32, torch.float64
+F32 = torch.float32
+F64 = torch.float64
 #: Of the largest number: the float32 of the requirements, and rounding of float64.
 RELATIVE = {F32: 1e-5, F64: 1e-12}
 #: Clients of four rounds: first-timers, returning clients, clients that sit rounds out, and one

@@ -25,7 +25,7 @@ from fastfpl.federation.server import Round
 from fastfpl.methods import Method
 from fastfpl.ops.precision import without_autocast
 from fastfpl.released import visits_of
-from fastfpl.trained.joined import Joined, check_name, joined_names, write_joined
+from fastfpl.trained.joined import JOINED, Joined, check_name, joined_names, write_joined
 from fastfpl.trained.models import Model, load
 from fastfpl.training.feeds import Observer, evaluation_feed, silent, training_feed
 from fastfpl.training.trainer import Trainer
@@ -139,11 +139,13 @@ def adapt(
     dataset = _with_classes_of(trained, dataset)
     chosen = settings.shots if shots == AS_THE_RUN else shots
     with alone_in(Path(folder)) as held, threads(settings.threads), without_autocast():
+        # of one that was killed as it joined; what a run has left is the run's to look after
+        held.sweep(set(), below=JOINED)
         name = _free(trained, dataset.name) if name is None else name
-        if name in trained.joined:
+        if name in (*trained.joined, *trained.names):
+            whose = "which has joined" if name in trained.joined else "a client of the run itself"
             raise InputError(
-                f"{OP}: the name of a client must be new; got {name!r}, which has joined: choose "
-                "another one"
+                f"{OP}: the name of a client must be new; got {name!r}, {whose}: choose another one"
             )
         found, one = _joined(
             trained,
@@ -156,7 +158,7 @@ def adapt(
             _shard(trained, dataset, chosen),
         )
         write_joined(Path(folder), one)
-        held.settle()
+        held.sweep(set(), below=JOINED)  # names no file that is there
     return found
 
 
@@ -281,6 +283,6 @@ def _free(trained: Model, dataset: str) -> str:
     """Make a name of the data set's that nobody has."""
     base = re.sub(r"[^\w.-]+", "-", dataset).strip("-.")[:80] or "newcomer"
     base = f"client-{base}" if base.isdecimal() or base == "global" else base
-    taken = joined_names(trained.folder)
+    taken = [*joined_names(trained.folder), *trained.names]
     names = (base if k == 1 else f"{base}-{k}" for k in range(1, len(taken) + 2))
     return check_name(OP, next(name for name in names if name not in taken))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -47,8 +48,9 @@ def pictures(images: Any) -> list[Picture]:
 
     Parameters
     ----------
-    images : path, Pillow image, ndarray, Tensor, or a list of these
-        A folder stands for the image files below it, in the order of their paths. Arrays have shape
+    images : path, bytes, Pillow image, ndarray, Tensor, or a list of these
+        A folder stands for the image files below it, in the order of their paths; bytes are the
+        content of an image file. Arrays have shape
         (height, width), (height, width, 1, 3 or 4) or (B, height, width, 3 or 4) and 8 or 16 bits
         without sign, or floats in [0, 1]; tensors have their channels first, (3, height, width) or
         (B, 3, height, width), and are uint8 or floats in [0, 1].
@@ -69,6 +71,8 @@ def pictures(images: Any) -> list[Picture]:
 def _listed(images: Any, place: str) -> Iterator[Picture]:
     if isinstance(images, str | Path):
         yield from _of_path(Path(images))
+    elif isinstance(images, bytes):
+        yield Picture(_named(place), partial(_decoded, images, _named(place)))
     elif isinstance(images, Image.Image):
         yield Picture(_named(place), partial(_rgb, images, _named(place)))
     elif isinstance(images, Tensor):
@@ -80,8 +84,8 @@ def _listed(images: Any, place: str) -> Iterator[Picture]:
             yield from _listed(one, f"{place}{'.' * bool(place)}{number}")
     else:
         raise KindError(
-            f"{OP}: images must be paths, Pillow images, arrays, tensors or lists of these; got "
-            f"{type(images).__name__}"
+            f"{OP}: images must be paths, bytes, Pillow images, arrays, tensors or lists of "
+            f"these; got {type(images).__name__}"
         )
 
 
@@ -103,7 +107,7 @@ def _of_path(path: Path) -> Iterator[Picture]:
             )
         yield from found
     elif kind == "a file":
-        yield Picture(str(path), partial(_decoded, path))
+        yield Picture(str(path), partial(_decoded, path, str(path)))
     else:
         raise Missing(f"{OP}: an image must be a file or a folder; got {kind} at {cut(str(path))}")
 
@@ -112,7 +116,7 @@ def _below(folder: Path, depth: int) -> Iterator[Picture]:
     """Give the image files of a folder, then those of the folders in it."""
     for name in image_names(OP, folder):
         path = folder / name
-        yield Picture(str(path), partial(_decoded, path))
+        yield Picture(str(path), partial(_decoded, path, str(path)))
     if depth == _DEEPEST:
         return
     for below in sorted(folder.iterdir()):
@@ -121,26 +125,30 @@ def _below(folder: Path, depth: int) -> Iterator[Picture]:
             yield from _below(below, depth + 1)
 
 
-def _decoded(path: Path) -> Pixels:
-    """Read a file as a run does; one of 16 bits is brought to 8."""
+def _decoded(file: Path | bytes, name: str) -> Pixels:
+    """Read a file, or what one holds, as a run does; one of 16 bits is brought to 8."""
+
+    def opened() -> Path | BinaryIO:
+        return io.BytesIO(file) if isinstance(file, bytes) else file
+
     try:
         try:
-            return decode(path)
+            return decode(opened())
         except ValueError as error:
             if isinstance(error, TooLarge) or "pixels of mode" not in str(error):
                 raise
-            with Image.open(path) as image:
-                return _rgb(image, str(path))
+            with Image.open(opened()) as image:
+                return _rgb(image, name)
     except OSError as error:
         if isinstance(error, FastfplError):
             raise
         raise Missing(
-            f"{OP}: {cut(str(path))} must be readable; got {error.strerror or error}"
+            f"{OP}: {cut(name)} must be readable; got {error.strerror or error}"
         ) from None
     except ValueError as error:
         if isinstance(error, FastfplError):
             raise
-        raise Damaged(f"{OP}: {cut(str(path))} must be an image; got {error}") from None
+        raise Damaged(f"{OP}: {cut(name)} must be an image; got {error}") from None
 
 
 # -- what is in memory ---------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,16 @@ from fastfpl.clip import FrozenCLIP, load_clip
 from fastfpl.clip.loading import known
 from fastfpl.config import Settings
 from fastfpl.data.loader import Workers
-from fastfpl.errors import Damaged, FastfplError, InputError, Missing, NotSupported, cut, shown
+from fastfpl.errors import (
+    Damaged,
+    FastfplError,
+    InputError,
+    Missing,
+    NotSupported,
+    cut,
+    near,
+    shown,
+)
 from fastfpl.features import FeatureStore, TextFeatures
 from fastfpl.federation.checkpoint import (
     CHECKPOINT,
@@ -36,6 +46,7 @@ from fastfpl.methods import (
     method_names,
     method_source,
 )
+from fastfpl.prompts import ClassPrompts
 from fastfpl.released import as_released
 from fastfpl.trained.joined import joined_names, read_joined
 from fastfpl.trained.predictions import Client
@@ -45,6 +56,8 @@ from fastfpl.training.preparation import choose_device, load_model, make_task
 __all__ = ["Model", "load"]
 
 OP = "fastfpl.load"
+# names that a sentence lists
+_LISTED = 20
 
 
 class Model:
@@ -108,6 +121,22 @@ class Model:
         return joined_names(self.folder)
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """What the clients of the run are called, newcomers last: by the data set or their domain.
+
+        Empty if they are but numbers, as where two clients are of one domain.
+        """
+        task = self.checkpoint.task
+        named = tuple(task.get("names") or ())
+        if named:
+            return named
+        domains = [*(task["client_domains"] or ()), *(task.get("newcomer_domains") or ())]
+        whole = len(domains) == self.clients + self.newcomers and None not in domains
+        if not whole or len(set(domains)) < len(domains):
+            return ()
+        return tuple(task["domains"][d] for d in domains)
+
+    @property
     def round(self) -> int:
         """The round that was played last, from 0."""
         return len(self.checkpoint.rounds) - 1
@@ -128,7 +157,8 @@ class Model:
         Parameters
         ----------
         which : int or str
-            A number from 0 to N - 1, or the name of a client that came later.
+            A number from 0 to N - 1, or a name: one of `names`, or of a client that came later. A
+            text of digits is a name if a client has it, else a number.
 
         Raises
         ------
@@ -136,7 +166,12 @@ class Model:
             If there is no such client, or the last round of a method that fine-tunes before an
             evaluation was not evaluated.
         """
-        if isinstance(which, str) and not which.isdecimal():
+        names = self.names
+        if isinstance(which, str) and which in names:
+            which = names.index(which)
+        elif isinstance(which, str) and not which.isdecimal():
+            if which not in self.joined:
+                raise self._nobody(which)
             one = read_joined(self.folder, which, self.clip.device)
             if one.weights != self.clip.weights_digest:
                 raise Damaged(
@@ -148,15 +183,31 @@ class Model:
         number = _whole(which)
         here = range(self.clients + self.newcomers)
         if number not in here:
-            names = self.joined
-            raise InputError(
-                f"{OP}: client must be one of the {len(here)}, from 0 to {len(here) - 1}"
-                + (f", or {' or '.join(map(repr, names))}" if names else "")
-                + f"; got {shown(which)}"
-            )
+            raise self._nobody(which)
         if number >= self.clients:
             return self._newcomer(number)
-        return Client(str(number), self.method, *self.states(number), self._eye)
+        return Client(self._called(number), self.method, *self.states(number), self._eye)
+
+    def _called(self, number: int) -> str:
+        return self.names[number] if self.names else str(number)
+
+    def _nobody(self, which: int | str) -> InputError:
+        """Say who is there in place of a client that is not."""
+        there, joined = self.clients + self.newcomers, self.joined
+        listed = [f"{n} ({name})" for n, name in enumerate(self.names[:_LISTED])]
+        who = f"{there}, from 0 to {there - 1}"
+        if listed:
+            who += f": {', '.join(listed)}{', ...' * (there > len(listed))}"
+        if joined:
+            later = ", ".join(map(repr, joined[:_LISTED])) + ", ..." * (len(joined) > _LISTED)
+            who += f"; and {later}, who came later"
+        hint = ""
+        if isinstance(which, str):
+            meant = near(which, [*self.names, *joined])
+            # who is there has been said
+            hint = meant if "did you mean" in meant else ""
+            hint = hint or "; nobody has joined it (fastfpl adapt)" * (not joined)
+        return InputError(f"{OP}: client must be one of the {who}; got {shown(which)}{hint}")
 
     def states(self, number: int) -> tuple[State, State]:
         """Return what a client answers with: (download, own), see `answers_with`."""
@@ -189,6 +240,23 @@ class Model:
             )
         return Client("global", self.method, *self.states(0), self._eye)
 
+    def zero_shot(self) -> Client:
+        """Return the frozen CLIP with the hand-written prompt of zeroshot, about the run's classes.
+
+        The same for every client: what a prediction was before anything was trained.
+        """
+        task = self.method.task
+        # its words stand before the class name, whatever the run's prompts do
+        classes = ClassPrompts(self.clip, self.classnames, "end")
+        kind = find_method("zeroshot")
+        method = kind(
+            replace(task, classes=classes, text_features=TextFeatures()),
+            check_options("zeroshot", {}),
+        )
+        down = method.download(method.server_init(), 0, 0)
+        eye = replace(self._eye, kind=method.image_kind)
+        return Client("zero-shot", method, down, {}, eye)
+
     def _newcomer(self, number: int) -> Client:
         """Return a client that the run adapted after its last round."""
         state = self._tuned(number)
@@ -199,7 +267,7 @@ class Model:
             {n.removeprefix(side): t for n, t in state.items() if n.startswith(side)}
             for side in ("down.", "own.")
         )
-        return Client(str(number), method, down, own, self._eye)
+        return Client(self._called(number), method, down, own, self._eye)
 
     def _tuned(self, number: int) -> State:
         if number not in self.checkpoint.tuned:

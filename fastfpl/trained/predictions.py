@@ -157,7 +157,7 @@ class Client:
 
         Parameters
         ----------
-        images : path, Pillow image, ndarray, Tensor, or a list of these
+        images : path, bytes, Pillow image, ndarray, Tensor, or a list of these
             See `fastfpl.trained.images.pictures`. Files are decoded 256 at a time.
 
         Returns

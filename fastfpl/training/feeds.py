@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +17,9 @@ from fastfpl.data import Images, Split
 from fastfpl.data.loader import Job, Loader, Resident, Workers
 from fastfpl.data.transforms import Preprocess
 from fastfpl.errors import InputError
-from fastfpl.features import FeatureKey, Features, FeatureStore
+from fastfpl.features import FeatureKey, Features, FeatureStore, Whole
 from fastfpl.seeds import seed_for
+from fastfpl.tracking.callback import ENCODING
 
 __all__ = [
     "ENCODING",
@@ -42,9 +43,6 @@ def silent(what: str, done: int, total: int) -> None:
 
 
 Indices = npt.NDArray[np.int64]
-
-#: What the name of a step begins with in which images are counted.
-ENCODING = "encoding"
 
 # batches on their way to a device
 _AHEAD = 4
@@ -320,7 +318,8 @@ def _stored(
 ) -> Features:
     """Open the features of images, encoding what is not there; ``seed`` draws the view of each."""
     # few-shot runs need a small part of the training split: only that part is encoded
-    part = "all" if len(rows) == len(split) else f"{seed_for(0, *rows.tolist()):016x}"
+    every = len(rows) == len(split)
+    part = "all" if every else f"{seed_for(0, *rows.tolist()):016x}"
     clip = eye.clip
     key = FeatureKey(
         weights=clip.weights_digest,
@@ -346,4 +345,8 @@ def _stored(
         lambda at: encode(*job(at)),
         lambda done, n: eye.observer(title, done, n),
         ahead=lambda chunks: encode.expect(jobs(chunks)),
+        # as `fastfpl encode` makes it; views are drawn for an image, whatever is encoded with it
+        whole=None
+        if every
+        else Whole(replace(key, split=f"{name}-all"), len(split), rows.astype(np.int64)),
     )
