@@ -64,7 +64,7 @@ def test_a_command_says_the_run_that_it_is(
     methods: list[str], preset: str | None, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fastfpl.federation.comparison._check", lambda *_: None)
-    (jobs,) = listed(methods, preset=preset, out="runs/a b", seeds=[0, 7], **more)
+    (jobs,) = listed(methods, preset=preset, out="runs/a b", seeds=[0, 7], **more).values()
     assert len(jobs) == 2 * len(methods)
     for job in jobs:
         arguments = grid.run_arguments(job, preset, Path("cache"), None)
@@ -83,7 +83,7 @@ def test_every_preset_can_be_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     for preset in preset_names():
         given = load_preset(preset).settings
         open_ = {"target": "any"} if given.get("scenario") == "leave-one-domain-out" else {}
-        (jobs,) = listed(["promptfl", "pfedmoap"], preset=preset, out="x", **open_)
+        (jobs,) = listed(["promptfl", "pfedmoap"], preset=preset, out="x", **open_).values()
         for job in jobs:
             assert read(grid.run_arguments(job, preset, None, None))[0] == job.settings
 
@@ -91,7 +91,7 @@ def test_every_preset_can_be_planned(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_no_flag_says_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastfpl.federation.comparison._check", lambda *_: None)
     name = next(p for p in preset_names() if load_preset(p).settings.get("n_ctx"))
-    (jobs,) = listed(["promptfl"], preset=name, out="x", n_ctx=None)
+    (jobs,) = listed(["promptfl"], preset=name, out="x", n_ctx=None).values()
     with pytest.raises(InputError, match="n_ctx must be what a flag can say; got none where"):
         grid.run_arguments(jobs[0], name, None, None)
 
@@ -225,3 +225,18 @@ def test_a_sweep_is_planned_value_by_value(
         f"--out={out}/lr={value}/promptfl-seed0" for value in (0.1, 0.2)
     ]
     assert all((out / f"lr={value}" / "comparison.json").is_file() for value in (0.1, 0.2))
+
+
+def test_a_sweep_is_played_by_processes_and_reported_as_one(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "grid"
+    where = [*QUICK, f"--out={out}", f"--cache={tmp_path / 'cache'}", "--jobs=2", "--devices=cpu"]
+    code, said, err = call(
+        capsys, "compare", "zeroshot", "--sweep=beta=0.1,0.2", "--partition=dirichlet", *where
+    )
+    assert code == 0, err
+    assert all((out / f"beta={b}" / "zeroshot-seed0" / "result.json").is_file() for b in (0.1, 0.2))
+    assert "beta=0.1/zeroshot-seed0: zeroshot  round 1" in err
+    assert str(out) in said
+    assert call(capsys, "report", str(out))[0] == 0
