@@ -100,16 +100,17 @@ class Sampling:
         if round_ == 0 and self.all_first:
             return list(range(self.clients))
         draw = generator(self.settings.seed, "sample", round_)
-        order = torch.randperm(self.clients, generator=draw).tolist()
+        order = torch.randperm(self.clients, generator=draw)
         if self.settings.sampling == "domain":
             assert self.client_domains is not None
             first: dict[int, int] = {}
-            for client in order:
+            for client in order.tolist():
                 first.setdefault(self.client_domains[client], client)
             return list(first.values())
         # the small addend keeps 0.29 · 100 = 28.999999999999996 from losing a client
         count = max(int(self.settings.participation * self.clients + 1e-9), 1)
-        return order[:count]
+        chosen: list[int] = order[:count].tolist()
+        return chosen
 
     def lost(self, round_: int, selected: Sequence[int]) -> set[int]:
         """Draw whose uploads never arrive."""
