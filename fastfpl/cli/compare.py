@@ -33,15 +33,15 @@ from fastfpl.tracking import progress
     "--plan",
     type=Place(),
     metavar="FILE",
-    help="play nothing; write one command a run, for other machines, into a file",
+    help="write one command a run, for other machines",
 )
 @click.option(
-    "--jobs", type=Count(), metavar="N", help="play N runs at a time, each by a process of its own"
+    "--jobs", type=Count(), metavar="N", help="runs that are played at a time, by processes"
 )
 @click.option(
     "--devices",
     metavar="DEVICE,...",
-    help="with --plan or --jobs, the devices that runs are dealt to, as cuda:0,cuda:1",
+    help="of --plan or --jobs, as cuda:0,cuda:1",
 )
 @run_options
 def compare(
@@ -61,11 +61,6 @@ def compare(
     **flags: Any,
 ) -> None:
     """Run several METHODs under the same settings; print a table, write plots and one HTML page.
-
-    --plan jobs.txt writes one command a run, each resumable and with a folder of its own, for SLURM
-    arrays, GNU parallel or another scheduler; --jobs 2 --devices cuda:0,cuda:1 plays them here, one
-    a device. Machines that share --out never play one run twice. fastfpl report puts together what
-    is there and says what is missing.
 
     --dataset a,b,c plays all of it on each data set, which are the columns of one table with their
     mean. The scenario leave-one-domain-out without --target leaves out every domain in turn.

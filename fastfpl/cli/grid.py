@@ -236,7 +236,8 @@ def _start(
     environment = dict(os.environ)
     if job.settings.threads is None and len(places) > 1:
         # the cores are shared; a person's own word stands
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        affinity = getattr(os, "sched_getaffinity", None)
+        cores = os.cpu_count() if affinity is None else len(affinity(0))
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // len(places))))
     process = subprocess.Popen(
         [sys.executable, "-m", "fastfpl", *arguments],
