@@ -28,6 +28,7 @@ from fastfpl.errors import FastfplError, InputError
 __all__ = [
     "Growing",
     "announce",
+    "digest_of",
     "growing_elsewhere",
     "on_disk",
     "own_folder",
@@ -127,6 +128,11 @@ def write_new(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             path.unlink()
         raise
+
+
+def digest_of(content: bytes) -> str:
+    """Return the checksum that is kept of a file's content."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def read_file(path: Path) -> bytes:
@@ -276,9 +282,12 @@ def write_text(path: Path, text: str) -> None:
     write_whole(path, write)
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write indented JSON; NaN and infinity are refused."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+def write_json(path: Path, value: Mapping[str, Any], *, indent: int | None = 1) -> None:
+    """Write JSON; NaN and infinity are refused.
+
+    Indented JSON of many numbers takes many times as long as that of one line.
+    """
+    write_text(path, json.dumps(value, indent=indent, allow_nan=False) + "\n")
 
 
 class Growing:

@@ -419,7 +419,7 @@ def test_profile_writes_a_trace_and_prints_where_the_time_goes(
     method: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    quick = ["--dataset", "glyphs", "--clients", "2", "--shots", "4", "--n-ctx", "2"]
+    quick = ["--dataset", "digits", "--clients", "2", "--shots", "4", "--n-ctx", "2"]
     quick += ["--batch-size", "4", "--threads", "1", "--cache", str(tmp_path / "cache")]
     quick += ["--steps", "2", "--top", "7", "--out", str(tmp_path / "p")]
     if method == "pfedmoap":

@@ -25,6 +25,7 @@ FLOORS = (
     {"report", "flower", "dropin", "testing", "templates", "trained"},
     {"serving"},
     {"cli"},
+    {"__main__"},
 )
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 # Rooms of one floor that may use each other; anywhere else only a room's own files may.

@@ -57,7 +57,8 @@ GROUPS = {
     ),
     "Training": (
         *("rounds", "local_epochs", "batch_size", "lr", "momentum", "weight_decay", "schedule"),
-        *("augment", "crop", "flip", "evaluate_every", "as_released", "seed"),
+        *("augment", "crop", "flip", "evaluate_every", "evaluate_clients"),
+        *("as_released", "seed"),
     ),
     "Device, speed and memory": (
         *("device", "threads", "workers", "max_memory", "resident", "cohort", "cuda_graphs"),
@@ -198,6 +199,7 @@ _METAVARS = {
     "ctx_init": "WORDS",
     "augment": "none|views:V|fresh",
     "device": "auto|cpu|cuda",
+    "evaluate_clients": "N|SHARE",
 }
 _NAMES = {
     "dataset": "dataset",

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Set
 from pathlib import Path
 
 from fastfpl import system
-from fastfpl.errors import InputError
+from fastfpl.errors import Busy, InputError
 from fastfpl.files import on_disk, watched
 
 __all__ = ["LOCK", "Held", "alone_in"]
@@ -29,7 +29,10 @@ _OURS = re.compile(
     r"|\.uploads-[0-9a-f]{8}"
     r"|clients|downloads|tuned|joined"
     r"|joined/\.[\w.-]+\.\d+-[0-9a-f]{8}\.part"
-    r"|clients/\d{5}-\d{5}\.safetensors"
+    # of many clients each thousand has a folder of its own
+    r"|clients/\d{3,}"
+    r"|clients/(\d{3,}/)?\d{5,}-\d{5,}\.safetensors"
+    r"|(clients|downloads|tuned)/index-\d{5,}\.json"
     r"|(downloads|tuned)/\d{5}\.safetensors"
 )
 
@@ -79,7 +82,8 @@ class Held:
             path = self.folder / name
             with contextlib.suppress(OSError):
                 # nothing below a link is ours
-                if path in named or path.parent.is_symlink():
+                above = [p for p in path.parents if self.folder in p.parents]
+                if path in named or any(p.is_symlink() for p in above):
                     continue
                 mode = path.lstat().st_mode
                 if stat.S_ISREG(mode):
@@ -88,7 +92,7 @@ class Held:
                     shutil.rmtree(path)
                 elif stat.S_ISDIR(mode):
                     folders.append(path)
-        for path in folders:
+        for path in sorted(folders, key=lambda p: -len(p.parts)):
             with contextlib.suppress(OSError):  # somebody else's files are in it
                 path.rmdir()
         for name in mine:
@@ -209,7 +213,7 @@ def _names(lock: int) -> dict[str, None]:
     return found
 
 
-def _taken(folder: Path, lock: int) -> InputError:
+def _taken(folder: Path, lock: int) -> Busy:
     # empty if the other process has only just taken it; the first byte may be its holder's alone
     os.lseek(lock, 1, os.SEEK_SET)
     first = os.read(lock, 400).split(b"\n")[0].decode("utf-8", "replace")
@@ -217,7 +221,7 @@ def _taken(folder: Path, lock: int) -> InputError:
     holder = f"process {number}" if number.isdigit() else "another process"
     if machine not in ("", platform.node()):
         holder += f" on {machine}"
-    return InputError(
+    return Busy(
         f"fastfpl.run: out must be used by one run at a time; got {folder}, where {holder} "
         "is running; wait for it or name another folder"
     )

@@ -72,6 +72,8 @@ class Result:
         Data set, class names, test and training images of each client, exams, whether the clients
         trained on their test images, weights digest, activation of the CLIP's text tower;
         ``others``: where the headline is about clients that came later, how many trained together;
+        ``asked`` and ``population``: with ``evaluate_clients``, the numbers of those that the
+        lists and every row's ``clients`` are about, and how many there are in all;
         ``deal``: digests of who has which training and test images, equal where two runs deal
         alike; ``training``: how many training images are there and how many are used;
         ``clients``: what the data set calls them, where it does; ``method_source``: class, module
