@@ -46,6 +46,16 @@ def oldest(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="venv")
+def extras(session: nox.Session) -> None:
+    """Run the tests that are skipped without libraries that [test] does not bring."""
+    session.env["FASTFPL_REQUIRE_NATIVE"] = "1"
+    # datasets brings pyarrow
+    session.install("-e", ".[test,hf,mlflow,onnx,wandb]", "onnxruntime")
+    needs = "onnx or parquet or a_set_of_the_datasets_library or wandb or mlflow"
+    session.run("pytest", "-n", "2", "-k", needs, *session.posargs)
+
+
+@nox.session(venv_backend="venv")
 def docs(session: nox.Session) -> None:
     """Build the site strictly into build/site; `nox -s docs -- serve` shows it and watches."""
     session.install("-e", ".[docs]")

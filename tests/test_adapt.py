@@ -234,6 +234,9 @@ def test_bad_input_is_a_sentence(played, clip, cache, tmp_path, one_thread_one_d
     other = ("cat", *names[1:])
     refused("in any order; got 10, without '.*', besides 'cat'", replace(digits, classnames=other))
     refused("shots must be at least 1; got 0", shots=0)
+    refused("layout must be left out with a data set at hand; got 'class'", layout="class")
+    refused("columns must be left out but for manifest: and hf:", "digits", columns={"path": "x"})
+    refused("dataset must be a name, a path or a fastfpl.data.Dataset; got int", 3)
     refused("participations must be at least 1; got 0", participations=0)
     refused("must be of a method that trains; got zeroshot", folder=played("zeroshot")[0])
     relayed = played("pfedmoap", as_released="pfedmoap-inherited-gate")[0]
@@ -288,6 +291,23 @@ def test_on_the_command_line(tmp_path, cache, capsys):
     assert shown.startswith("Bern: 20 training images; accuracy on its 599 test images ")
     main(["predict", str(tmp_path / "run"), str(images), "--client", "Bern", "--top", "1"])
     assert "a.png" in capsys.readouterr().out
+    # a list with columns and an image of its own kind
+    rows = ["file,what"]
+    digits = load_dataset("digits")
+    for number, image in enumerate(digits.train.images(range(60))):
+        Image.fromarray(np.asarray(image)).save(tmp_path / f"{number}.png")
+        rows.append(f"{number}.png,{digits.classnames[digits.train.labels[number]]}")
+    (tmp_path / "0.png").write_bytes(b"no image")
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+    late = ["adapt", str(tmp_path / "run"), "--dataset", f"manifest:{tmp_path / 'list.csv'}"]
+    late += ["--columns", "path=file,label=what", "--shots", "1", "--cache", str(cache)]
+    main([*late, "--on-corrupt", "skip"])
+    assert capsys.readouterr().out.startswith("list: 10 training images; ")
+    for wrong in (["--columns", "file"], ["--layout", "class"]):
+        with pytest.raises(SystemExit) as stop:
+            main([*late, *wrong])
+        assert stop.value.code == 2
+        assert wrong[0].strip("-") in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
         main(["adapt", str(tmp_path / "run"), "--dataset", "glyphs"])
     assert stop.value.code == 2
@@ -328,6 +348,35 @@ def test_a_method_from_outside_and_images_in_a_folder(
     own.KNOWN.clear()
     client = fastfpl.load(run, model=clip, method=name).client("images")
     assert len(client.predict(tmp_path / "images" / "test").names) == 30
+
+
+def test_images_are_read_as_a_run_reads_them(played, clip, cache, tmp_path, one_thread_one_digits):
+    """A layout or columns that must be named can be named here too, and a path is a data set."""
+    digits = one_thread_one_digits
+    shutil.copytree(played("promptfl")[0], tmp_path / "run")
+    rows = []
+    for number, image in enumerate(digits.train.images(range(60))):
+        kind = digits.classnames[digits.train.labels[number]]
+        path = tmp_path / "images" / kind / f"{kind[:2]}{number % 2}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.asarray(image)).save(path)
+        rows.append(f"{path.relative_to(tmp_path).as_posix()},{kind}")
+    (tmp_path / "list.csv").write_text("\n".join(["file,what", *rows]))
+    more = {"shots": 1, "model": clip, "cache": cache}
+    with pytest.raises(InputError, match=r"by layout \(--layout\) class"):
+        adapt(tmp_path / "run", tmp_path / "images", **more)
+    one = adapt(tmp_path / "run", tmp_path / "images", layout="class", **more)
+    columns = {"path": "file", "label": "what"}
+    other = adapt(tmp_path / "run", tmp_path / "list.csv", columns=columns, **more)
+    assert (one.name, one.images, other.name, other.images) == ("images", 10, "list", 10)
+    (tmp_path / "images/one/on0/bad.png").write_bytes(b"no image")
+    with pytest.raises(Damaged, match="must be an image"):
+        adapt(tmp_path / "run", tmp_path / "images", layout="class", **more | {"shots": None})
+    skipped = adapt(
+        *(tmp_path / "run", tmp_path / "images"),
+        **{"layout": "class", "on_corrupt": "skip", **more, "shots": None},
+    )
+    assert skipped.images + skipped.test_images == 60
 
 
 # -- the protocol ----------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -928,3 +929,23 @@ def test_ctrl_c_leaves_a_resumable_run(tmp_path: Path) -> None:
     main([*arguments, "--resume"])
     rows = json.loads((tmp_path / "o" / "result.json").read_text())["rounds"]
     assert [row["round"] for row in rows] == [0, 1]
+
+
+def test_a_warning_is_a_sentence_without_the_line_of_code(monkeypatch, capsys) -> None:
+    """What pytest catches before it is written is written here, as in a process of its own."""
+
+    def shown(message, category, filename, lineno, file=None, line=None):
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
+
+    def warn(**_: object) -> None:
+        warnings.warn("fastfpl.load: figures may\ndiffer", UserWarning, stacklevel=1)
+        warnings.warn("of another library", UserWarning, stacklevel=1)
+
+    monkeypatch.setattr(group, "main", warn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        monkeypatch.setattr(warnings, "showwarning", shown)
+        main([])
+    first, *others = capsys.readouterr().err.splitlines()
+    assert first == "warning: fastfpl.load: figures may differ"
+    assert "UserWarning: of another library" in others[0]

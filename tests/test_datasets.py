@@ -976,7 +976,7 @@ def test_a_corrupt_image_is_refused_with_its_path_and_a_cure(how: str, tmp_path:
         dataset.train.images([2])
     text = str(caught.value)
     assert text.startswith(f"fastfpl.data.food101: {bad} must be an image; got ")
-    assert 'on_corrupt="skip"' in text
+    assert text.endswith('or load with on_corrupt="skip" (--on-corrupt skip)')
     assert "food-101" in text
 
 
@@ -1016,7 +1016,7 @@ def test_an_image_of_too_many_pixels_is_not_called_damaged(tmp_path: Path) -> No
     assert str(caught.value) == (
         f"fastfpl.data.food101: {path} must be an image of few enough pixels; got an image that is "
         "whole but too large, 200000000 pixels where at most 178956970 are decoded: make it "
-        "smaller, or load with on_corrupt='skip'"
+        'smaller, or load with on_corrupt="skip" (--on-corrupt skip)'
     )
     assert load_dataset("food101", tmp_path, on_corrupt="skip").skipped == 1
     (problem,) = (p for p in check_files("food101", tmp_path, decode=True).problems if "jpg" in p)
@@ -1101,6 +1101,12 @@ def test_pixels_deeper_than_8_bits_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.full((3, 3), 40_000, dtype=np.uint16)).save(tmp_path / "x.png")
     with pytest.raises(ValueError, match=r"pixels of mode I.*, not of 8 bits"):
         decode(tmp_path / "x.png")
+    # whole as it is, it need not be put back from anywhere
+    tree = trees.food101(tmp_path)
+    shutil.copy(tmp_path / "x.png", tmp_path / tree.train[2].path)
+    with pytest.raises(InputError, match=r"of 8 bits; got pixels of mode I.*: convert it, or load"):
+        load_dataset("food101", tmp_path).train.images([2])
+    assert load_dataset("food101", tmp_path, on_corrupt="skip").skipped == 1
 
 
 def test_postscript_is_not_handed_to_another_program(tmp_path: Path) -> None:

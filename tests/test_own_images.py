@@ -19,6 +19,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 import fastfpl
+from fastfpl.cli.compare import _swept
 from fastfpl.cli.entry import group, main
 from fastfpl.config import make_settings
 from fastfpl.data import (
@@ -486,6 +487,9 @@ def test_labels_that_are_numbers_get_names_beside_the_manifest(tmp_path):
         ("a.csv", "path,path\na.png,cat\n", "columns of .* must differ; got 'path' twice"),
         ("a.csv", 'path,label\n"a.png,cat\n', "must be a table in UTF-8"),
         ("a.csv", "path,label\n\udcff.png,cat\n", "must be a table in UTF-8"),
+        ("a.csv", "path,label\n\udcff.png,cat\n", "save it as CSV in UTF-8"),
+        ("a.csv", "path;label\na.png;cat\n", "must have a column .*: separate .*',', not by ';'"),
+        ("a.tsv", "path,label\na.png,cat\n", "separate cells by '.t', not by ','"),
         ("a.jsonl", "[1]\n", "row 1 of .* must be a JSON object"),
         ("a.jsonl", "{\n", "row 1 of .* must be JSON"),
         ("a.xlsx", "x", "path must end with .csv, .tsv, .jsonl, .ndjson, .parquet; got a.xlsx"),
@@ -501,6 +505,29 @@ def test_files_that_are_no_manifest_are_refused(tmp_path, name, text, sentence):
 
 
 # -- clients that the data name --------------------------------------------------------------------
+
+
+def test_parquet_that_nothing_reads_is_not_called_damaged(tmp_path, monkeypatch):
+    """Pandas alone reads none, and says so by an ImportError of its own."""
+    for name in ("pyarrow", "pyarrow.parquet", "fastparquet"):
+        monkeypatch.setitem(sys.modules, name, None)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(Missing, match=r"to read a.parquet; got neither: pip install pyarrow"):
+        from_manifest(tmp_path / "a.parquet")
+
+
+def test_leaving_each_domain_out_of_a_manifest_with_names_of_its_own(tmp_path):
+    rows = [
+        {"file": f"{d}/{p}", "label": p[:3], "style": d, "split": part}
+        for d in ("ink", "oil")
+        for p, part in zip(TWO, ("train", "test", "train", "test"), strict=True)
+    ]
+    tree(tmp_path, *(row["file"] for row in rows))
+    table(tmp_path / "list.csv", rows)
+    names = {"path": "file", "domain": "style"}
+    asked = {"scenario": "leave-one-domain-out", "dataset": f"manifest:{tmp_path / 'list.csv'}"}
+    for columns in (names, "path=file,domain=style"):  # of a file of settings, of the flag
+        assert _swept(None, {**asked, "columns": columns}) == ("target", ["ink", "oil"])
 
 
 def test_views_carry_the_clients_through(tmp_path):
@@ -715,7 +742,12 @@ def test_a_manifest_becomes_a_federation(tmp_path):
         ("folder:testonly", (), "must hold training images of every class; got only test .* 'dog'"),
         ("folder:numbers", (), "must have names that people would say"),
         ("folder:broken", (), r"[12].png must be an image; got .*put it back from your own copy"),
-        ("manifest:leaves.csv", (), "must lead to files below the images' folder"),
+        ("folder:broken", (), r'or load with on_corrupt="skip" \(--on-corrupt skip\)$'),
+        ("manifest:leaves.csv", (), "must lead to files below .* row 1: write paths .*--root"),
+        ("folder:bob.csv", (), "got bob.csv, a list: write manifest:bob.csv"),
+        ("manifest:good", (), r"path must be a file; got good \(a folder\): write folder:good"),
+        ("foldr:good", (), "must begin with folder:, .*; got 'foldr:good'; did you mean 'folder:'"),
+        ("my_images", (), "images of your own are folder:PATH, manifest:FILE or hf:PATH_OR_NAME"),
         ("manifest:bob.csv", ("--partition", "given"), "got only test images of 'bob'"),
         ("good", (), "must be a data set; got 'good'.*or write folder:good"),
         ("./good", (), "got './good', a path: write folder:./good"),

@@ -253,6 +253,8 @@ def test_what_cannot_be_imported_is_said(file, monkeypatch, spec, error, sentenc
     with pytest.raises(error, match=sentence):
         method_name(spec)
     assert not KNOWN
+    with pytest.raises(InputError, match=r"must be named with its class; .* write mine.py:MyMetho"):
+        find_method("mine.py")
 
 
 # -- an installed package --------------------------------------------------------------------------

@@ -298,6 +298,9 @@ def test_another_version_of_the_library_is_refused(resume):
     sentence = r"by the version that began it; got .* of fastfpl 0\.0\.9, this is"
     with pytest.raises(InputError, match=sentence):
         resume(lambda head: head.update(library="0.0.9"))
+    sentence = "got format 'old' of fastfpl '0.0.9', which reads it, where 'fastfpl-checkpoint-"
+    with pytest.raises(Damaged, match=sentence):
+        resume(lambda head: head.update(library="0.0.9", format="old"))
 
 
 def test_another_server_is_refused(halted, play, tmp_path):

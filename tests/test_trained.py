@@ -175,7 +175,9 @@ def test_loading_says_what_is_wrong(played, clip, tmp_path):
         fastfpl.load(tmp_path)
     with pytest.raises(Missing, match="which holds the runs out: name one"):
         fastfpl.load(out.parent)
-    with pytest.raises(Missing, match="which is no folder"):
+    with pytest.raises(KindError, match="folder must be a path; got int"):
+        fastfpl.load(3)
+    with pytest.raises(Missing, match=r"which is no folder: name the out \(--out\) of one"):
         fastfpl.load(tmp_path / "nothing")
     with pytest.raises(InputError, match="device must be"):
         fastfpl.load(out, device="tpu")
@@ -221,6 +223,20 @@ def test_a_run_that_goes_on_meanwhile_is_read_again(played, clip, tmp_path, monk
     monkeypatch.setattr(models, "read_checkpoint", moved)
     assert fastfpl.load(tmp_path / "run", model=clip).round == 2
     assert len(tries) == 2
+
+
+def test_a_run_that_goes_on_says_so_to_who_asks_for_its_clients(played, clip, tmp_path):
+    """Files of clients are read when asked for, and a round later others are there."""
+    shutil.copytree(played("pfedmoap")[0], tmp_path / "run")
+    model = fastfpl.load(tmp_path / "run", model=clip)
+    model.client(0)
+    shutil.rmtree(tmp_path / "run" / "downloads")
+    with pytest.raises(InputError, match="must be readable; got FileNotFoundError"):
+        model.client(1)
+    path = tmp_path / "run" / CHECKPOINT
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rounds_done": 4}))
+    with pytest.raises(InputError, match=r"must not go on .* got 4 rounds where 3 .*: load it aga"):
+        model.client(1)
 
 
 @pytest.mark.parametrize("method", ["fedapt", "pfedmoap", "fedpgp"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -18,6 +18,13 @@ from fastfpl.tracking import progress
 @RUN
 @click.option("--dataset", required=True, type=Name("dataset"), help="the client's images")
 @click.option("--root", type=Place(), metavar="FOLDER", help="of a data set that lives in files")
+@click.option("--layout", type=Name("layout"), help="of folder:, as --layout of a run")
+@click.option("--columns", metavar="path=NAME,...", help="of manifest: and hf:, as of a run")
+@click.option(
+    "--on-corrupt",
+    type=click.Choice(["refuse", "skip"]),
+    help="images that do not decode  [as in the run]",
+)
 @click.option("--client-name", metavar="NAME", help="to be asked for by  [the data set's]")
 @click.option(
     "--shots", type=Count(everything=True), help="training images a class, or all  [as in the run]"
@@ -34,6 +41,9 @@ def adapt(
     folder: Path,
     dataset: str,
     root: Path | None,
+    layout: str | None,
+    columns: str | None,
+    on_corrupt: Literal["refuse", "skip"] | None,
     client_name: str | None,
     shots: int | str | None,
     participations: int | None,
@@ -46,6 +56,7 @@ def adapt(
     It starts from the server's state and trains by the method's own rule, as if the run went on for
     it alone; the run itself is not touched. predict and export know it by its name.
     """
+    from fastfpl.config import column_names
     from fastfpl.trained import adapt as join
 
     more: dict[str, Any] = {}
@@ -57,6 +68,9 @@ def adapt(
             dataset,
             name=client_name,
             root=root,
+            layout=layout,
+            columns=None if columns is None else column_names(columns),
+            on_corrupt=on_corrupt,
             participations=participations,
             cache=cache,
             method=method,

@@ -12,7 +12,7 @@ import click
 from fastfpl.cli.flags import Count, Grouped, Place, gather, run_options
 from fastfpl.cli.names import Name
 from fastfpl.cli.screen import print_sweep, print_tables
-from fastfpl.config import load_preset
+from fastfpl.config import column_names, load_preset
 from fastfpl.errors import InputError, cut, shown
 from fastfpl.plain_yaml import parse_yaml
 from fastfpl.terminal import say
@@ -225,8 +225,10 @@ def _swept(text: str | None, values: Mapping[str, Any]) -> tuple[str, list[Any]]
     if values.get("scenario") == "leave-one-domain-out" and values.get("target") is None:
         from fastfpl.data import load_dataset
 
-        root, own = values.get("root"), ("layout", "digest")
+        root, own = values.get("root"), ("layout", "columns", "digest")
         how = {name: values[name] for name in own if values.get(name) is not None}
+        if isinstance(how.get("columns"), str):
+            how["columns"] = column_names(how["columns"])
         dataset = load_dataset(values.get("dataset", "glyphs"), root and Path(root), **how)
         return "target", list(dataset.domains)
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 
 import click
@@ -27,7 +28,7 @@ from fastfpl.cli.report import report
 from fastfpl.cli.run import run
 from fastfpl.cli.serve import serve
 from fastfpl.errors import FastfplError, InputError, cut
-from fastfpl.terminal import say, sayable
+from fastfpl.terminal import plain, say, sayable
 
 __all__ = ["group", "main"]
 
@@ -37,8 +38,31 @@ _MOST = 1500
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake ends with one sentence and exit code 2."""
-    with sayable(), _first_alone():
+    with sayable(), _warned(), _first_alone():
         _run(arguments)
+
+
+@contextlib.contextmanager
+def _warned() -> Iterator[None]:
+    """Let warnings of the library be sentences, without the line of code that they are from."""
+    before = warnings.formatwarning
+
+    def written(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        line: str | None = None,
+    ) -> str:
+        if str(message).startswith("fastfpl"):
+            return f"warning: {plain(str(message))}\n"
+        return before(message, category, filename, lineno, line)
+
+    warnings.formatwarning = written
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 @contextlib.contextmanager

@@ -223,7 +223,15 @@ def _added(op: str, name: str, root: str | Path | None) -> Dataset:
             raise InputError(
                 f"{op}: name must be a data set; got {name!r}, a path: write {kind}:{name}"
             )
-        hint = f"; or write folder:{name}" if place.is_dir() else ""
+        scheme, colon, _ = name.partition(":")
+        if colon:
+            schemes = [f"{one}:" for one in _OWN]
+            raise InputError(
+                f"{op}: images of your own must begin with {', '.join(schemes)}; got "
+                f"{shown(name)}{near(f'{scheme}:', schemes)}"
+            )
+        ways = "images of your own are folder:PATH, manifest:FILE or hf:PATH_OR_NAME"
+        hint = f"; or write folder:{name}" if place.is_dir() else f"; {ways}"
         raise InputError(
             f"{op}: name must be a data set; got {shown(name)}{near(name, dataset_names())}{hint}"
         )

@@ -14,7 +14,7 @@ from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from fastfpl.data.base import Dataset, Images, Split
 from fastfpl.data.catalogue import Facts, source_of
@@ -87,6 +87,10 @@ class MissingImages(Missing):
 
 class TooLarge(ValueError):
     """An image of more pixels than are decoded, which a few bytes of a file can ask for."""
+
+
+class TooDeep(ValueError):
+    """An image whose pixels are not of 8 bits: whole, but of more levels than a CLIP was shown."""
 
 
 class Listing(Split):
@@ -197,13 +201,18 @@ class Listing(Split):
         except TooLarge as error:
             raise InputError(
                 f"{self._facts.op}: {path} must be an image of few enough pixels; got "
-                f"{error}: make it smaller, or load with on_corrupt='skip'"
+                f'{error}: make it smaller, or load with on_corrupt="skip" (--on-corrupt skip)'
+            ) from error
+        except TooDeep as error:
+            raise InputError(
+                f"{self._facts.op}: {path} must be an image of 8 bits; got {error}: convert it, "
+                'or load with on_corrupt="skip" (--on-corrupt skip)'
             ) from error
         except ValueError as error:
             source = source_of(self._facts, self._items[index].path)
             raise Damaged(
                 f"{self._facts.op}: {path} must be an image; got {error}: put it back from "
-                f'{source}, or load with on_corrupt="skip"'
+                f'{source}, or load with on_corrupt="skip" (--on-corrupt skip)'
             ) from error
 
     def _gone(self, path: Path, error: OSError) -> Missing:
@@ -264,13 +273,13 @@ def decode(file: Path | BinaryIO) -> npt.NDArray[np.uint8]:
     OSError
         If there is no file, or the system does not let it be read.
     ValueError
-        If it does not decode, or its pixels are deeper than 8 bits; `TooLarge` if they are so many
-        that Pillow takes the file for a trap.
+        If it does not decode; `TooDeep` if its pixels are deeper than 8 bits, `TooLarge` if they
+        are so many that Pillow takes the file for a trap.
     """
     try:
         with Image.open(file, formats=_FORMATS) as found:
             if found.mode.startswith(("I", "F")):
-                raise ValueError(f"pixels of mode {found.mode}, not of 8 bits")
+                raise TooDeep(f"pixels of mode {found.mode}, not of 8 bits")
             # Pillow warns when it drops a palette's transparency in one step
             see_through = found.mode == "P" and "transparency" in found.info
             image: Image.Image = found.convert("RGBA") if see_through else found
@@ -281,6 +290,11 @@ def decode(file: Path | BinaryIO) -> npt.NDArray[np.uint8]:
             f"an image that is whole but too large, {pixels[0] if pixels else 'too many'} pixels "
             f"where at most {2 * (Image.MAX_IMAGE_PIXELS or 0)} are decoded"
         ) from error
+    except TooDeep:
+        raise
+    except UnidentifiedImageError as error:
+        # Pillow's own words end with the file, which the sentence names, or where it is in memory
+        raise ValueError("UnidentifiedImageError: no image of a kind that is read here") from error
     except Exception as error:
         # only the system sets a number; what decoders raise on broken bytes is of any kind
         if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
@@ -365,25 +379,32 @@ def size_notes(facts: Facts, classes: int, train: int, test: int) -> tuple[str, 
     return (f"the lists hold {mine}; the published ones {theirs}",)
 
 
-def check_items(facts: Facts, part: str, items: Sequence[Item], classes: int) -> None:
-    """Refuse labels without a name, and paths that leave the folder or cannot be shown."""
+def check_items(
+    facts: Facts, part: str, items: Sequence[Item], classes: int, *, rows: bool = False
+) -> None:
+    """Refuse labels without a name, and paths that leave the folder or cannot be shown.
+
+    ``rows``: a person wrote the list as a table, and may say what its paths are relative to.
+    """
+    cure = ": write paths below the folder that root (--root) names" if rows else ""
     for number, (path, label, domain) in enumerate(items):
+        entry = f"row {number + 1}" if rows else f"entry {number}"
         if not 0 <= label < classes or not 0 <= domain < len(facts.domains):
             raise Damaged(
                 f"{facts.op}: labels of the {part} list must lie in [0, {classes}); got "
-                f"{shown(label)} for {tidy(path)}, entry {number}"
+                f"{shown(label)} for {tidy(path)}, {entry}"
             )
         if flaw(path) or "\\" in path:
             raise Damaged(
                 f"{facts.op}: paths of the {part} list must hold no backslash, and nothing that "
-                f"cannot be seen; got {shown(path)} with {flaw(path) or 'a backslash'}, entry "
-                f"{number}: give the file another name"
+                f"cannot be seen; got {shown(path)} with {flaw(path) or 'a backslash'}, {entry}: "
+                "give the file another name"
             )
         outside = path[:1] in ("", "/") or (".." in path and ".." in path.split("/"))
         if outside or _DRIVE.match(path):
             raise Damaged(
                 f"{facts.op}: paths of the {part} list must lead to files below the images' "
-                f"folder; got {shown(path)}, entry {number}"
+                f"folder; got {shown(path)}, {entry}{cure}"
             )
 
 

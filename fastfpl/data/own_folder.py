@@ -10,6 +10,7 @@ from fastfpl.data.catalogue import open_root
 from fastfpl.data.layouts import place, recognise
 from fastfpl.data.names import tidy
 from fastfpl.data.own_lists import Record, assemble, counted, few, own_facts, read_names
+from fastfpl.data.own_manifest import MANIFESTS
 from fastfpl.data.trees import Tree, open_tree
 from fastfpl.errors import Damaged, InputError, shown
 
@@ -65,6 +66,11 @@ def from_folder(
     if digest not in ("time", "content"):
         raise InputError(f'{facts.op}: digest must be "time" or "content"; got {shown(digest)}')
     home = open_root(facts.op, path)
+    if home.suffix.lower() in MANIFESTS and home.is_file():
+        raise Damaged(
+            f"{facts.op}: path must be a folder or a zip file; got {home}, a list: write "
+            f"manifest:{home}"
+        )
     depth = 1 if layout is None else layout.count("/") + 1
     tree = open_tree(facts.op, home, content=digest == "content", depth=depth)
     where = tidy(home)

@@ -125,7 +125,7 @@ def arrange(
     if len(labels) < 2:
         raise Damaged(
             f"{op}: {where} must hold images of at least two classes; got {len(labels)}"
-            + (f", {shown(classnames[0])}" if labels else "")
+            + (f", {shown(classnames[0])}: add images of another one" if labels else "")
         )
     notes = [*notes]
     parts = _split(op, where, records, notes)

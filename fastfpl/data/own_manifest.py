@@ -80,7 +80,8 @@ def from_manifest(
         raise InputError(f'{op}: digest must be "time" or "content"; got {shown(digest)}')
     file = open_root(op, path)
     if kind_of(file) != "a file":
-        raise Missing(f"{op}: path must be a file; got {file} ({kind_of(file)})")
+        cure = f": write folder:{file}" if kind_of(file) == "a folder" else ""
+        raise Missing(f"{op}: path must be a file; got {file} ({kind_of(file)}){cure}")
     base = file.parent if root is None else open_root(op, root)
     named = check_columns(op, columns or {})
     rows = _rows(op, file)
@@ -102,7 +103,7 @@ def from_manifest(
         if len(records) > _ROWS:
             raise Damaged(f"{op}: {file} must list at most {_ROWS} images; got more")
     # outside the folder nothing is looked at, not even whether it is there
-    check_items(facts, "manifest's", [Item(p, 0) for p in records], 1)
+    check_items(facts, "manifest's", [Item(p, 0) for p in records], 1, rows=True)
     found = [
         record._replace(file=_measured(op, file, base, record.path, digest == "content"))
         for record in records.values()
@@ -148,10 +149,24 @@ def _has_columns(op: str, file: Path, named: Mapping[str, str], row: Mapping[str
     for name in COLUMNS:
         asked = named[name] != name
         if named[name] not in row and (name in _NEEDED or asked):
+            cure = "" if asked else f": name yours by columns (--columns {name}=...)"
+            other = _other_delimiter(file, row)
+            if other:
+                cure = f": separate cells by {_DELIMITERS[file.suffix.lower()]!r}, not by {other!r}"
             raise Damaged(
-                f"{op}: {file} must have a column {named[name]!r}; got {few(sorted(row), 12)}"
-                + ("" if asked else f": name yours by columns (--columns {name}=...)")
+                f"{op}: {file} must have a column {named[name]!r}; got {few(sorted(row), 12)}{cure}"
             )
+
+
+def _other_delimiter(file: Path, row: Mapping[str, str]) -> str:
+    """Return what separates the cells of a table in place of what should; empty if nothing does.
+
+    Spreadsheets write semicolons where the comma is the decimal mark.
+    """
+    if file.suffix.lower() not in _DELIMITERS or len(row) > 1:
+        return ""
+    (title,) = row
+    return next((mark for mark in (";", "\t", ",", "|") if mark in title), "")
 
 
 def _record(
@@ -227,7 +242,9 @@ def _of_csv(op: str, file: Path, delimiter: str) -> Iterator[tuple[int, dict[str
                     )
                 yield number, dict(zip(header, row, strict=True))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise Damaged(f"{op}: {file} must be a table in UTF-8; got {tidy(error)}") from error
+        raise Damaged(
+            f"{op}: {file} must be a table in UTF-8; got {tidy(error)}: save it as CSV in UTF-8"
+        ) from error
 
 
 def _of_lines(op: str, file: Path) -> Iterator[tuple[int, dict[str, str]]]:
@@ -261,14 +278,16 @@ def _of_parquet(op: str, file: Path) -> Iterator[tuple[int, dict[str, str]]]:
             continue
         try:
             rows = read(module, file)
+        except ImportError:  # pandas reads by other packages
+            continue
         except Exception as error:  # of any kind, on broken bytes
             raise Damaged(f"{op}: {file} must be parquet; got {tidy(error)}") from error
         for number, row in enumerate(rows, 1):
             yield number, {str(k): _text(op, file, number, v) for k, v in row.items()}
         return
     raise Missing(
-        f"{op}: pyarrow or pandas must be there to read {file.name}; got neither: pip install "
-        "pyarrow, or write the manifest as .csv"
+        f"{op}: pyarrow, or pandas with fastparquet, must be there to read {file.name}; got "
+        "neither: pip install pyarrow, or write the manifest as .csv"
     )
 
 

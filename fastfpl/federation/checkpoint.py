@@ -394,7 +394,9 @@ def _read_head(folder: Path) -> dict[str, Any]:
         raise _damaged(path, f"not JSON: {error}") from None
     if not isinstance(head, dict) or head.get("format") != _FORMAT:
         got = head.get("format") if isinstance(head, dict) else type(head).__name__
-        raise _damaged(path, f"format {got!r} where {_FORMAT!r} is read")
+        other = head.get("library") if isinstance(head, dict) else None
+        whose = f" of fastfpl {shown(other)}, which reads it," if other else ""
+        raise _damaged(path, f"format {shown(got)}{whose} where {_FORMAT!r} is read here")
     if not right:
         raise _damaged(path, "its checksum is not the one that was written")
     try:

@@ -94,6 +94,11 @@ def find_method(name: str) -> type[Method]:
         return KNOWN[name]
     if name in installed_names():
         return installed("fastfpl.run", name)
+    if name.endswith(".py"):
+        raise InputError(
+            f"fastfpl.run: a method in a file must be named with its class; got {shown(name)}: "
+            f"write {cut(name, 200)}:MyMethod"
+        )
     raise InputError(
         f"fastfpl.run: method must be a known one; got {shown(name)}"
         + near(cut(name), method_names())

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,12 +15,13 @@ import torch
 from fastfpl.data import Dataset, Images, Shard, Split, load_dataset, partition
 from fastfpl.data.loader import Workers, choose_workers
 from fastfpl.data.names import readable
-from fastfpl.errors import InputError
+from fastfpl.errors import InputError, shown
 from fastfpl.features import FeatureStore
 from fastfpl.federation.exams import Exam
 from fastfpl.federation.experiment import threads
 from fastfpl.federation.lock import alone_in
 from fastfpl.federation.newcomers import join, stranger
+from fastfpl.federation.preparation import name_dataset
 from fastfpl.federation.server import Round
 from fastfpl.methods import Method
 from fastfpl.ops.precision import without_autocast
@@ -63,10 +64,13 @@ class Adapted:
 
 def adapt(
     folder: str | Path,
-    dataset: str | Dataset,
+    dataset: str | Path | Dataset,
     *,
     name: str | None = None,
     root: str | Path | None = None,
+    layout: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    on_corrupt: Literal["refuse", "skip"] | None = None,
     shots: int | None = AS_THE_RUN,
     participations: int | None = None,
     model: Any = None,
@@ -85,14 +89,15 @@ def adapt(
     ----------
     folder : path
         The ``out`` of `fastfpl.run`.
-    dataset : str or Dataset
-        Its images: the training images are trained on, the test images show what it brought. The
-        classes are those of the run, in any order.
+    dataset : str, Path or Dataset
+        Its images, as `fastfpl.run` takes them: the training images are trained on, the test images
+        show what it brought. The classes are those of the run, in any order.
     name : str, optional
         What it is asked for by; the data set's name if left out, numbered if that is taken.
         Whatever is drawn for it (FedAPT's key) depends on this and the run's seed.
-    root : path, optional
-        Folder of a data set that lives in files.
+    root, layout, columns, on_corrupt
+        How a data set that lives in files is read, as `fastfpl.data.load_dataset` has it; what
+        becomes of images that do not decode is as in the run if left out.
     shots : int or None
         Training images a class, None for all; as in the run if left out.
     participations : int, optional
@@ -114,7 +119,8 @@ def adapt(
     ------
     InputError
         If the classes are not the run's, the name is taken or no file's, the method trains nothing,
-        another process is at work in the folder, or it cannot be written to.
+        another process is at work in the folder, or it cannot be written to; or the data set is of
+        another kind, or has no use for what says how it is read.
     """
     trained = load(folder, model=model, method=method, device=device)
     settings = trained.settings
@@ -133,10 +139,18 @@ def adapt(
             raise InputError(f"{OP}: {what} must be at least 1; got {number}")
     if name is not None:
         check_name(OP, name)
-    if isinstance(dataset, str):
-        place = None if root is None else Path(root)
-        dataset = load_dataset(dataset, place, on_corrupt=settings.on_corrupt)
-    dataset = _with_classes_of(trained, dataset)
+    how: dict[str, Any] = {"root": root, "layout": layout, "columns": columns}
+    how["on_corrupt"] = on_corrupt
+    given = {what: value for what, value in how.items() if value is not None}
+    called, live = name_dataset(OP, dataset)
+    if live is None:
+        live = load_dataset(called, **{"on_corrupt": settings.on_corrupt, **given})
+    elif given:
+        what, value = next(iter(given.items()))
+        raise InputError(
+            f"{OP}: {what} must be left out with a data set at hand; got {shown(value)}"
+        )
+    dataset = _with_classes_of(trained, live)
     chosen = settings.shots if shots == AS_THE_RUN else shots
     with alone_in(Path(folder)) as held, threads(settings.threads), without_autocast():
         # of one that was killed as it joined; what a run has left is the run's to look after

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastfpl.data.folders import SUFFIXES, image_names, kind_of
-from fastfpl.data.listing import TooLarge, decode
+from fastfpl.data.listing import TooDeep, decode
 from fastfpl.errors import Damaged, FastfplError, InputError, KindError, Missing, cut, shown
 
 __all__ = ["Picture", "pictures"]
@@ -134,9 +134,7 @@ def _decoded(file: Path | bytes, name: str) -> Pixels:
     try:
         try:
             return decode(opened())
-        except ValueError as error:
-            if isinstance(error, TooLarge) or "pixels of mode" not in str(error):
-                raise
+        except TooDeep:
             with Image.open(opened()) as image:
                 return _rgb(image, name)
     except OSError as error:
@@ -148,7 +146,9 @@ def _decoded(file: Path | bytes, name: str) -> Pixels:
     except ValueError as error:
         if isinstance(error, FastfplError):
             raise
-        raise Damaged(f"{OP}: {cut(name)} must be an image; got {error}") from None
+        raise Damaged(
+            f"{OP}: {cut(name)} must be an image; got {error}: convert it, or leave it out"
+        ) from None
 
 
 # -- what is in memory ---------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from fastfpl.errors import (
     Damaged,
     FastfplError,
     InputError,
+    KindError,
     Missing,
     NotSupported,
     cut,
@@ -37,6 +38,7 @@ from fastfpl.federation.checkpoint import (
     read_checkpoint,
 )
 from fastfpl.federation.models import answers_with
+from fastfpl.files import read_file
 from fastfpl.methods import (
     Method,
     State,
@@ -218,11 +220,22 @@ class Model:
                 f"where what clients of {self.method.name} keep stays with them; ask there, or use "
                 "a method with one model for all"
             )
-        down, own = answers_with(
-            self.method, kept.server, kept.clients, kept.downloads, number, len(kept.rounds)
-        )
-        if self.method.tune_epochs:
-            own = self._tuned(number)
+        try:
+            down, own = answers_with(
+                self.method, kept.server, kept.clients, kept.downloads, number, len(kept.rounds)
+            )
+            if self.method.tune_epochs:
+                own = self._tuned(number)
+        except FastfplError:
+            # files of clients are read when they are asked for; a run that goes on replaces them
+            now = _rounds_done(self.folder)
+            if now in (None, len(kept.rounds)):
+                raise
+            raise InputError(
+                f"{OP}: the run in {self.folder} must not go on while its clients are read; got "
+                f"{now} rounds where {len(kept.rounds)} were loaded: load it again, or when it has "
+                "ended"
+            ) from None
         return down, own
 
     def global_model(self) -> Client:
@@ -345,6 +358,8 @@ def load(
     """
     if method is not None:
         method_name(method, OP)
+    if not isinstance(folder, str | os.PathLike):
+        raise KindError(f"{OP}: folder must be a path; got {type(folder).__name__}")
     place = Path(folder)
     where = choose_device(str(device))
     kept = _read(place, model.device if isinstance(model, FrozenCLIP) else where)
@@ -384,7 +399,7 @@ def _read(folder: Path, device: torch.device) -> Checkpoint:
         before = path.stat().st_mtime_ns
         try:
             found = read_checkpoint(folder, device)
-        except Damaged:
+        except FastfplError:
             if os.path.lexists(path) and path.stat().st_mtime_ns != before:
                 continue
             raise
@@ -397,6 +412,15 @@ def _read(folder: Path, device: torch.device) -> Checkpoint:
             stacklevel=3,
         )
     return found
+
+
+def _rounds_done(folder: Path) -> int | None:
+    """Return how many rounds a folder holds now; None if it does not say."""
+    try:
+        done = json.loads(read_file(folder / CHECKPOINT).decode("utf-8"))["rounds_done"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return done if isinstance(done, int) else None
 
 
 def _check_method(folder: Path, found: Checkpoint) -> None:
@@ -416,11 +440,11 @@ def _check_method(folder: Path, found: Checkpoint) -> None:
 def _instead(folder: Path) -> str:
     """Say what is there in place of a run."""
     if not folder.is_dir():
-        return "which is no folder"
+        return "which is no folder: name the out (--out) of one"
     below = sorted(path.parent.name for path in folder.glob(f"*/{CHECKPOINT}"))
     if below:
         return f"which holds the runs {', '.join(below[:8])}{', ...' * (len(below) > 8)}: name one"
-    return f"without {CHECKPOINT}, which a run writes after its first round"
+    return f"without {CHECKPOINT}, which a run writes after its first round: name the out of one"
 
 
 def _clip(settings: Settings, model: Any, device: torch.device) -> FrozenCLIP:

@@ -158,8 +158,8 @@ def as_onnx(client: Client) -> bytes:
     lacking = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
     if lacking:
         raise Missing(
-            f"{OP}: {' and '.join(lacking)} must be installed to write onnx; got neither: pip "
-            "install onnx onnxscript"
+            f"{OP}: onnx and onnxscript must be installed to write onnx; got no "
+            f"{' and no '.join(lacking)}: pip install fastfpl[onnx]"
         )
     exported = _exported(client)
     with tempfile.TemporaryDirectory() as folder, _quiet():
