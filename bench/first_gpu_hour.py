@@ -12,7 +12,9 @@ missed. It finds wrong paths, options and names; of kernels it proves nothing.
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -39,6 +41,8 @@ ROOT = Path(__file__).resolve().parent.parent
 #: What the sources of a step are: everything that a result may depend on.
 ROOMS = ("fastfpl", "kernels", "csrc", "tests", "bench")
 TOOLS = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
+#: What a rehearsal imports once.
+SHARED = ("torch", "pytest", "hypothesis.strategies", "open_clip", "fastfpl.testing")
 _PROBE = """
 import json, torch
 cards = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
@@ -141,9 +145,14 @@ def spawned(
 def forked(
     argv: Sequence[str], env: Mapping[str, str], log: Path, seconds: float
 ) -> int | None:
-    """Run ``python argv[1:]`` in a fork of this process, which has imported torch for all steps."""
-    import torch  # noqa: F401
-
+    """Run ``python argv[1:]`` in a fork of this process, which has imported what all steps do."""
+    if "torch" not in sys.modules:
+        # Triton's own library is what it was imported as; only what is interpreted runs here
+        os.environ["TRITON_INTERPRET"] = "1"
+        for name in SHARED:
+            importlib.import_module(name)
+        del os.environ["TRITON_INTERPRET"]
+        gc.freeze()  # pytest collects garbage thrice, and would walk through all of torch
     child = os.fork()
     if child == 0:
         _play(argv, env, log)
@@ -281,7 +290,9 @@ class Hour:
         return ""
 
     def _made(self, step: Step) -> Path | None:
-        return self.out / step.makes.format(card=self.where.slug) if step.makes else None
+        argv = step.rehearsal if self._rehearse else step.argv
+        wanted = any("{made}" in x for x in argv)
+        return self.out / step.makes.replace("{card}", self.where.slug) if wanted else None
 
     def _argv(self, step: Step, part: Path | None) -> list[str]:
         """Fill in a step's command; only its own names are replaced."""

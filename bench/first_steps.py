@@ -12,7 +12,9 @@ __all__ = ["BENCHES", "STEPS", "Step"]
 #: Runs the command line of this installation, wherever its script lies.
 _FASTFPL = ("-c", "from fastfpl.cli import main; main()")
 _PYTEST = ("-m", "pytest", "-q", "-n0", "-x", "-p", "no:cacheprovider")
+# a rehearsal imports once what all steps import, plugins of pytest among it
 _PRETENDED = (*_PYTEST, "-p", "tests.pretended", "--collect-only")
+_PRETENDED += ("-p", "no:anyio", "-W", "ignore:Module already imported")
 _COLLECTED = r"\b[1-9]\d*(/\d+)? tests? collected"
 _NO_CARD = r"got 'cuda' without a CUDA device"
 
