@@ -147,6 +147,7 @@ def forked(
 ) -> int | None:
     """Run ``python argv[1:]`` in a fork of this process, which has imported what all steps do."""
     if "torch" not in sys.modules:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a rehearsal is the same where there is a card
         # Triton's own library is what it was imported as; only what is interpreted runs here
         os.environ["TRITON_INTERPRET"] = "1"
         for name in SHARED:
