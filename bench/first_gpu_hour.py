@@ -124,9 +124,7 @@ def _sources() -> str:
     return digest.hexdigest()[:16]
 
 
-def spawned(
-    argv: Sequence[str], env: Mapping[str, str], log: Path, seconds: float
-) -> int | None:
+def spawned(argv: Sequence[str], env: Mapping[str, str], log: Path, seconds: float) -> int | None:
     """Run a step in a process group of its own, which ends with it."""
     with log.open("wb") as file:
         running = subprocess.Popen(
@@ -142,9 +140,7 @@ def spawned(
             running.wait()
 
 
-def forked(
-    argv: Sequence[str], env: Mapping[str, str], log: Path, seconds: float
-) -> int | None:
+def forked(argv: Sequence[str], env: Mapping[str, str], log: Path, seconds: float) -> int | None:
     """Run ``python argv[1:]`` in a fork of this process, which has imported what all steps do."""
     if "torch" not in sys.modules:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a rehearsal is the same where there is a card

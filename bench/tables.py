@@ -108,7 +108,9 @@ def main(paths: tuple[Path, ...], into: Path | None, out: Path | None) -> None:
     try:
         tables = {path.stem: table(path) for path in paths}
         if out is not None:
-            parts = (f"## {n}\n\n<!-- table {n} -->\n{t}\n<!-- end -->\n" for n, t in tables.items())
+            parts = (
+                f"## {n}\n\n<!-- table {n} -->\n{t}\n<!-- end -->\n" for n, t in tables.items()
+            )
             write_text(out, "\n".join(parts))
         if into is None:
             if out is None:
