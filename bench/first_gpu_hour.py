@@ -12,6 +12,7 @@ missed. It finds wrong paths, options and names; of kernels it proves nothing.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import importlib
@@ -203,10 +204,8 @@ def _play(argv: Sequence[str], env: Mapping[str, str], log: Path) -> None:
 
 def _end(group: int) -> None:
     """End what is left of a step: a bench may have started compilers."""
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(group, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass
 
 
 class Hour:

@@ -15,6 +15,7 @@ _PYTEST = ("-m", "pytest", "-q", "-n0", "-x", "-p", "no:cacheprovider")
 # a rehearsal imports once what all steps import, plugins of pytest among it
 _PRETENDED = (*_PYTEST, "-p", "tests.pretended", "--collect-only")
 _PRETENDED += ("-p", "no:anyio", "-W", "ignore:Module already imported")
+_TABLES = ("-m", "bench.tables", "--out", "{made}")
 _COLLECTED = r"\b[1-9]\d*(/\d+)? tests? collected"
 _NO_CARD = r"got 'cuda' without a CUDA device"
 
@@ -188,7 +189,7 @@ STEPS = (
     _tests(
         "largest-images",
         "transport_logits at P=576, D=768 in every dtype",
-        "OutOfResources: the depth of a tile in kernels/transport.py, and tests/aot.py for the card",
+        "OutOfResources: depth of a tile in kernels/transport.py, and tests/aot.py for the card",
         *("-m", "gpu", "-k", "largest_images", "tests/test_transport_kernels.py"),
     ),
     _tests(
@@ -226,10 +227,8 @@ STEPS = (
         "tables",
         "the tables of all of them, losses shown",
         "bench/tables.py",
-        argv=("-m", "bench.tables", *(f"{{out}}/{n}-{{card}}.json" for n in BENCHES))
-        + ("--out", "{made}"),
-        rehearsal=("-m", "bench.tables", "bench/results/text-cpu-epyc-2-cores.json")
-        + ("--out", "{made}"),
+        argv=(*_TABLES, *(f"{{out}}/{name}-{{card}}.json" for name in BENCHES)),
+        rehearsal=(*_TABLES, "bench/results/text-cpu-epyc-2-cores.json"),
         minutes=1,
         makes="tables-{card}.md",
     ),
