@@ -1,0 +1,163 @@
+"""Every bench puts all that it computes with on its device, shown without a card.
+
+Benches run with DEVICE = "meta" up to their first launch, or to the first number that a host reads:
+there are none. Whatever meets a tensor that was left on the CPU before that is a fault: a mode sees
+every operation, for torch itself lets many pass (products, embeddings, indices). Truths are left
+out; what is timed is not.
+"""
+
+import importlib
+import sys
+import types
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bench.first_steps import BENCHES
+from fastfpl.errors import FastfplError
+
+#: One row of every bench: by file, function and arguments.
+ROWS = [
+    ("attention", "bench_forward_backward", {"classes": 100, "groups": 1, "face": "torch"}),
+    ("entropic", "bench_sinkhorn", {"reg": 0.1, "face": "reference"}),
+    ("transport", "bench_plan", {"face": "triton"}),
+    ("transport", "bench_plan", {"face": "published"}),
+    ("transport", "bench_balanced", {"face": "triton"}),
+    ("transport", "bench_logits_forward_backward", {"face": "triton"}),
+    ("transport", "bench_logits_forward_backward", {"face": "published"}),
+    ("transport", "bench_logits_forward_backward", {"face": "gemms"}),
+    ("gate", "bench_gate", {"direction": "fwd+bwd", "way": "literal"}),
+    ("gate", "bench_gate", {"direction": "fwd+bwd", "way": "torch"}),
+    ("gate", "bench_gate", {"direction": "fwd", "way": "sdpa"}),
+    ("gate", "bench_cohort", {"way": "best"}),
+    ("embedded", "bench_embedded", {"face": "literal"}),
+    ("embedded", "bench_embedded", {"face": "torch"}),
+    ("text", "bench_text", {"direction": "fwd+bwd", "dtype": "bfloat16", "way": "literal"}),
+    ("text", "bench_text", {"direction": "fwd+bwd", "dtype": "float32", "way": "cut"}),
+    ("text", "bench_text", {"direction": "fwd", "dtype": "float32", "way": "torch"}),
+    ("text", "bench_class_specific", {"way": "torch"}),
+    ("text", "bench_deep", {"way": "torch"}),
+    ("text", "bench_memory", {"classes": 100, "limit": None}),
+    ("text", "bench_experts_of_a_round", {"way": "nine literal"}),
+    ("dropin", "bench_dropin", {"name": "CoOp, PromptFL", "way": "as it is"}),
+    *(
+        ("step", "bench_step", {"name": name, "way": way})
+        for name in ("promptfl", "pfedmoap", "fedotp", "fedpgp")
+        for way in ("literal", "ours")
+    ),
+    ("step", "bench_experts_of_a_client_round", {"way": "literal"}),
+    ("round", "bench_round", {"name": "promptfl", "cohort": 4}),
+    ("round", "bench_literal_client", {"name": "promptfl"}),
+    ("round", "bench_round_from_images", {"cohort": 4}),
+    ("round", "bench_thousand_classes", {"name": "fedotp", "limit": "8GiB"}),
+]
+DEFAULTS = {
+    "transport": {"problems": 320, "patches": 49, "prompts": 2, "eps": 0.1},
+    "text": {"classes": 100, "slots": 16, "count": 1},
+}
+#: What is there to judge by, or takes a number from the host: not what is timed.
+TRUTHS = ("exact", "_exact", "exact_step", "tokens_of", "gemm_rate")
+#: A number that is not there was asked for.
+UNREAD = ("meta tensor", "meta device", "nonzero()")
+
+
+class Reached(Exception):
+    """The bench came to its time."""
+
+
+class OnePlace(TorchDispatchMode):
+    """Refuse every operation between the bench's device and the CPU, but for copies."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        name = func.overloadpacket.__name__
+        if name not in ("_to_copy", "copy_", "_copy_from"):
+            there = [x for x in tensors if x.device.type == "meta"]
+            left = [x for x in tensors if x.device.type == "cpu" and x.dim()]
+            self.seen += bool(there)
+            assert not (there and left), f"{name} of {len(left)} tensors on the CPU: {left[0].shape}"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module")
+def benches():
+    """Import the benches anew, for a device that computes nothing."""
+    before = {n: sys.modules.pop(n) for n in list(sys.modules) if n.split(".")[0] == "bench"}
+    clock = importlib.import_module("bench.clock")
+    clock.DEVICE = "meta"
+
+    def checked(benchmark, run, exact, limit, rounds=None, *, result_on="meta", **row):
+        assert row["device"] == "meta"
+        result = run()
+        assert result.device.type == result_on
+        raise Reached
+
+    clock.checked = checked
+    clock.gemm_rate = lambda *_: 1e12
+    clock.peak_bytes = lambda run, device: run() and None
+    found = {name: importlib.import_module(f"bench.bench_{name}") for name in BENCHES}
+    yield found
+    for name in [n for n in sys.modules if n.split(".")[0] == "bench"]:
+        del sys.modules[name]
+    sys.modules.update(before)
+
+
+def arguments(file, function, given):
+    config = types.SimpleNamespace(getoption=lambda name: "")
+    benchmark = types.SimpleNamespace(extra_info={}, stats=None)
+    every = {"benchmark": benchmark, "request": types.SimpleNamespace(config=config)}
+    every |= DEFAULTS.get(file, {}) | given
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    return {name: every[name] for name in names}
+
+
+def said(file, function, given):
+    return "-".join([file, function.removeprefix("bench_"), *map(str, given.values())])
+
+
+@pytest.mark.parametrize(("file", "function", "given"), [pytest.param(*r, id=said(*r)) for r in ROWS])
+def test_what_is_timed_is_on_the_device(benches, monkeypatch, file, function, given):
+    module = benches[file]
+    if file == "gate":
+        given = given | {"size": module.Size(1, 32, 100, 10)}
+    for each in benches.values():
+        for name in TRUTHS:
+            if hasattr(each, name):
+                nothing = torch.empty((), device="meta")
+                pair = (nothing, 1) if (each, name) == (benches["transport"], "exact") else nothing
+                pair = (nothing, ()) if (each, name) == (benches["gate"], "exact") else pair
+                pair = (1, 1) if name == "tokens_of" else 1e12 if name == "gemm_rate" else pair
+                monkeypatch.setattr(each, name, lambda *_, pair=pair: pair)
+    run = getattr(module, function)
+    end = None
+    with OnePlace() as mode:
+        try:
+            run(**arguments(file, run, given))
+        except Reached as reached:
+            end = reached
+        except FastfplError as refusal:  # a launcher asks where its tensors are
+            end = refusal
+            assert "is on meta, not on a CUDA device" in str(refusal)
+            assert "on the CPU" not in str(refusal)
+        except (RuntimeError, NotImplementedError, TypeError) as unread:
+            end = unread
+            assert any(words in str(unread) for words in UNREAD), repr(unread)
+    print(type(end).__name__, str(end)[:150], mode.seen)
+    assert end is not None, "nothing was timed"
+    assert mode.seen > 3
+
+
+def test_every_bench_has_a_row():
+    from bench import bench_attention, bench_text  # noqa: F401
+
+    for name in BENCHES:
+        module = importlib.import_module(f"bench.bench_{name}")
+        found = {n for n in vars(module) if n.startswith("bench_") and callable(getattr(module, n))}
+        here = {n for n in found if getattr(module, n).__module__ == module.__name__}
+        assert here == {function for file, function, _ in ROWS if file == name}
