@@ -52,7 +52,7 @@ class Task(NamedTuple):
 
 
 def labels(logits: Tensor) -> Tensor:
-    return torch.arange(len(logits)) % logits.shape[1]
+    return torch.arange(len(logits), device=logits.device) % logits.shape[1]
 
 
 def entropy(model: Any, image: Tensor) -> Tensor:
