@@ -100,7 +100,7 @@ def down_of(method: Method, members: int) -> State:
     down = {"ctx": ctx.expand(members, *ctx.shape)}
     if method.name == "pfedmoap":
         rows = [[j for j in range(CLIENTS) if j != u] for u in range(members)]
-        others = torch.tensor(rows, device=DEVICE)
+        others = torch.tensor(rows).to(DEVICE)
         down["experts"] = pool(method.task.dtype)[others]
         down["expert_owner"], down["expert_round"] = others, torch.zeros_like(others)
     return down

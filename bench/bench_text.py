@@ -91,7 +91,7 @@ def layout(classes: int = 100, slots: int = SLOTS, device: str = DEVICE) -> Prom
     tokenizer = SimpleTokenizer()
     clip = SimpleNamespace(
         text=tower().to(device, torch.float32),
-        tokenize=lambda texts: [tokenizer.encode(t) for t in texts]
+        tokenize=lambda texts: [tokenizer.encode(t) for t in texts],
     )
     plain = [" ".join(name.split()) for name in NAMES.split(",")]
     names = plain + [f"{word} {name}" for word in BEFORE for name in plain]
