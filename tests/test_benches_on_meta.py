@@ -3,7 +3,8 @@
 Benches run with DEVICE = "meta" up to their first launch, or to the first number that a host reads:
 there are none. Whatever meets a tensor that was left on the CPU before that is a fault: a mode sees
 every operation, for torch itself lets many pass (products, embeddings, indices). Truths are left
-out; what is timed is not.
+out; what is timed is not. What is behind that number, and accelerated models, which are proven by
+numbers before they run, is not shown here.
 """
 
 import importlib
@@ -44,6 +45,7 @@ ROWS = [
     ("text", "bench_memory", {"classes": 100, "limit": None}),
     ("text", "bench_experts_of_a_round", {"way": "nine literal"}),
     ("dropin", "bench_dropin", {"name": "CoOp, PromptFL", "way": "as it is"}),
+    ("dropin", "bench_dropin", {"name": "CLIP-Adapter", "way": "as it is"}),
     *(
         ("step", "bench_step", {"name": name, "way": way})
         for name in ("promptfl", "pfedmoap", "fedotp", "fedpgp")
@@ -53,7 +55,7 @@ ROWS = [
     ("round", "bench_round", {"name": "promptfl", "cohort": 4}),
     ("round", "bench_literal_client", {"name": "promptfl"}),
     ("round", "bench_round_from_images", {"cohort": 4}),
-    ("round", "bench_thousand_classes", {"name": "fedotp", "limit": "8GiB"}),
+    ("round", "bench_thousand_classes", {"name": "promptfl", "limit": "8GiB"}),
 ]
 DEFAULTS = {
     "transport": {"problems": 320, "patches": 49, "prompts": 2, "eps": 0.1},
@@ -161,6 +163,13 @@ def said(file, function, given):
     return "-".join([file, function.removeprefix("bench_"), *map(str, given.values())])
 
 
+def right(end):
+    """Say whether a bench came to its time, to a launch or to a number that is not there."""
+    if isinstance(end, FastfplError):  # a launcher asks where its tensors are
+        return "is on meta, not on a CUDA device" in str(end) and "on the CPU" not in str(end)
+    return isinstance(end, Reached) or any(words in str(end) for words in UNREAD)
+
+
 @pytest.mark.parametrize(
     ("file", "function", "given"), [pytest.param(*r, id=said(*r)) for r in ROWS]
 )
@@ -187,16 +196,9 @@ def test_what_is_timed_is_on_the_device(benches, monkeypatch, file, function, gi
     with mode:
         try:
             run(**arguments(file, run, given))
-        except Reached as reached:
+        except (Reached, FastfplError, RuntimeError, TypeError) as reached:
             end = reached
-        except FastfplError as refusal:  # a launcher asks where its tensors are
-            end = refusal
-            assert "is on meta, not on a CUDA device" in str(refusal)
-            assert "on the CPU" not in str(refusal)
-        except (RuntimeError, NotImplementedError, TypeError) as unread:
-            end = unread
-            assert any(words in str(unread) for words in UNREAD), repr(unread)
-    assert end is not None, "nothing was timed"
+    assert right(end), repr(end)
     assert mode.seen or isinstance(end, FastfplError)
 
 
