@@ -46,6 +46,13 @@ def oldest(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="venv")
+def docs(session: nox.Session) -> None:
+    """Build the site strictly into build/site; `nox -s docs -- serve` shows it and watches."""
+    session.install("-e", ".[docs]")
+    session.run("mkdocs", *(session.posargs or ["build", "--strict"]))
+
+
+@nox.session(venv_backend="venv")
 def card(session: nox.Session) -> None:
     """Run what a machine with a card selects, with torch pretending to see one."""
     session.env["FASTFPL_REQUIRE_NATIVE"] = "1"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -205,6 +206,12 @@ class Settings(BaseModel):
     )
     flip: float = Field(0.5, ge=0, le=1, description="probability of mirroring a random crop")
     evaluate_every: int = Field(1, ge=1, description="rounds between evaluations; the last always")
+    evaluate_clients: float | int | None = Field(
+        None,
+        gt=0,
+        description="clients that are asked: a number, or a share such as 0.1; drawn once for the "
+        "whole run; all if left out",
+    )
     cohort: int | None = Field(
         None,
         ge=1,
@@ -335,6 +342,16 @@ class Settings(BaseModel):
             raise ValueError(
                 f"augment must be none, fresh or views:V with V ≥ 1; got {self.augment!r}"
             )
+        if isinstance(self.evaluate_clients, float) and not self.evaluate_clients < 1:
+            raise ValueError(
+                "evaluate_clients must be a whole number of clients, or a share below 1; got "
+                f"{self.evaluate_clients}"
+            )
+        if self.evaluate_clients is not None and self.scenario == "unseen-clients":
+            raise ValueError(
+                "evaluate_clients must be left out with scenario='unseen-clients', which says who "
+                "is asked"
+            )
         for name, default in (("crop", 0.08), ("flip", 0.5)):
             if self.augment == "none" and getattr(self, name) != default:
                 raise ValueError(f"{name} must be left out with augment=none, which crops nothing")
@@ -379,6 +396,8 @@ def make_settings(values: Mapping[str, Any]) -> Settings:
     for key, on, off in (("cuda_graphs", "on", "off"), ("quick_gelu", "yes", "no")):
         if isinstance(clean.get(key), bool):
             clean[key] = on if clean[key] else off
+    if isinstance(clean.get("evaluate_clients"), str):
+        clean["evaluate_clients"] = _number(clean["evaluate_clients"])
     if isinstance(clean.get("columns"), str):
         clean["columns"] = column_names(clean["columns"])
     clean["as_released"] = quirk_names(clean.get("as_released", []))
@@ -389,7 +408,8 @@ def make_settings(values: Mapping[str, Any]) -> Settings:
         return Settings(**clean)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
+        # of a field that takes two kinds of numbers the kind is no part of its name
+        key = ".".join(str(part) for part in first["loc"] if part not in ("int", "float"))
         rule = first["msg"].removeprefix("Value error, ")
         if not key:
             raise InputError(f"fastfpl.Settings: {rule}") from None
@@ -397,6 +417,14 @@ def make_settings(values: Mapping[str, Any]) -> Settings:
             f"fastfpl.Settings: {key} is refused: {rule[0].lower() + rule[1:]}; "
             f"got {shown(first['input'])}"
         ) from None
+
+
+def _number(text: str) -> int | float | str:
+    """Read a whole number or a share; what is neither comes back as it is."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def column_names(text: str) -> dict[str, str]:

@@ -13,8 +13,10 @@ from collections.abc import Iterable
 from typing import Any
 
 __all__ = [
+    "Busy",
     "Damaged",
     "Differs",
+    "Disconnected",
     "FastfplError",
     "InputError",
     "KindError",
@@ -36,6 +38,10 @@ class InputError(FastfplError, ValueError):
     """A value, shape or combination that is refused."""
 
 
+class Busy(InputError):
+    """A folder in which another run is going on."""
+
+
 class KindError(FastfplError, TypeError):
     """A dtype or a kind of object that is refused."""
 
@@ -53,6 +59,10 @@ class Damaged(FastfplError, RuntimeError):
 
 class Differs(FastfplError, ArithmeticError):
     """A fast pass and the original gave different numbers; the message names the module."""
+
+
+class Disconnected(FastfplError, ConnectionError):
+    """Another process of a run that is gone, or that was never met."""
 
 
 class NotBuilt(FastfplError, ImportError):

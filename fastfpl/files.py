@@ -22,11 +22,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from fastfpl import system
 from fastfpl.errors import FastfplError, InputError
 
 __all__ = [
     "Growing",
     "announce",
+    "digest_of",
     "growing_elsewhere",
     "on_disk",
     "own_folder",
@@ -44,8 +46,6 @@ __all__ = [
 _JOURNAL = "fastfpl-journal-1"
 _PRIVATE = re.compile(r"-\d+-[0-9a-f]{8}$")
 _TEMPORARY = b"fastfpl-temporary-1"
-# other systems lack these flags, and the locks that go with them
-_NOT_LINKED = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 _CURES = {
     errno.ENOSPC: "free some room there",
     errno.EDQUOT: "free some of your quota there",
@@ -116,7 +116,7 @@ def write_new(path: Path, content: bytes) -> None:
     if os.path.lexists(path):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
     announce(path)
-    number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NOT_LINKED, 0o666)
+    number = system.open_plain(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     try:
         try:
             rest = memoryview(content)
@@ -130,9 +130,14 @@ def write_new(path: Path, content: bytes) -> None:
         raise
 
 
+def digest_of(content: bytes) -> str:
+    """Return the checksum that is kept of a file's content."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
 def read_file(path: Path) -> bytes:
     """Read a regular file; a link, a folder or a pipe is an OSError."""
-    number = os.open(path, os.O_RDONLY | _NOT_LINKED)
+    number = system.open_plain(path, os.O_RDONLY)
     with os.fdopen(number, "rb") as file:
         if not stat.S_ISREG(os.fstat(number).st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(path))
@@ -164,9 +169,8 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         write_new(part, b"")
         try:
             write(part)
-            with part.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(part, path)
+            system.flush(part)
+            system.rename(part, path)
         finally:
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
@@ -202,17 +206,19 @@ def temporary_folder() -> Path:
             where = Path(tempfile.gettempdir())
             _sweep_temporary(where)
             folder = Path(tempfile.mkdtemp(prefix="fastfpl-"))
-            number = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+            number = system.open_plain(folder / ".lock", flags, 0o600)
             if _lock(number):
                 os.write(number, _TEMPORARY + b"\n")
             _mine = os.getpid(), folder, number
-            atexit.register(_leave, os.getpid(), folder)
+            atexit.register(_leave, os.getpid(), folder, number)
         return Path(tempfile.mkdtemp(dir=_mine[1]))
 
 
-def _leave(process: int, folder: Path) -> None:
+def _leave(process: int, folder: Path, number: int) -> None:
     # a forked child leaves its parent's alone
     if os.getpid() == process:
+        os.close(number)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -221,29 +227,24 @@ def _sweep_temporary(where: Path) -> None:
     for folder in where.glob("fastfpl-*"):
         with contextlib.suppress(OSError):
             status = folder.lstat()
-            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+            if not stat.S_ISDIR(status.st_mode) or not system.is_ours(status):
                 continue
-            number = os.open(folder / ".lock", os.O_RDWR | _NOT_LINKED)
+            number = system.open_plain(folder / ".lock", os.O_RDWR)
             try:
                 regular = stat.S_ISREG(os.fstat(number).st_mode)
                 ours = regular and _lock(number) and os.read(number, 99).startswith(_TEMPORARY)
-                if ours:
-                    shutil.rmtree(folder, ignore_errors=True)
             finally:
                 os.close(number)
+            if ours:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _lock(number: int) -> bool:
     """Lock an open file, if that is possible at once."""
-    if os.name != "posix":
-        return False
-    import fcntl
-
     try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return system.lock(number)
     except OSError:
         return False
-    return True
 
 
 def write_all(contents: Mapping[Path, bytes]) -> None:
@@ -258,14 +259,13 @@ def write_all(contents: Mapping[Path, bytes]) -> None:
             part = _part_of(path)
             write_new(part, content)
             parts[path] = part
-            with part.open("rb") as file:
-                os.fsync(file.fileno())
+            system.flush(part)
         for path in parts:
             # a rename onto a folder fails, and would leave the files before it new
             if path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         for path, part in parts.items():
-            os.replace(part, path)
+            system.rename(part, path)
     finally:
         for part in parts.values():
             # a disk that is read-only again says so here too
@@ -277,14 +277,17 @@ def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text."""
 
     def write(part: Path) -> None:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8", newline="\n")
 
     write_whole(path, write)
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write indented JSON; NaN and infinity are refused."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+def write_json(path: Path, value: Mapping[str, Any], *, indent: int | None = 1) -> None:
+    """Write JSON; NaN and infinity are refused.
+
+    Indented JSON of many numbers takes many times as long as that of one line.
+    """
+    write_text(path, json.dumps(value, indent=indent, allow_nan=False) + "\n")
 
 
 class Growing:
@@ -314,8 +317,8 @@ class Growing:
 
     Notes
     -----
-    For POSIX. Elsewhere, and on a file system without ``flock``, every file is private. Chunks
-    are not forced to the disk one by one: what the machine itself loses is found by the checksums.
+    On a file system without locks every file is private. Chunks are not forced to the disk one by
+    one: what the machine itself loses is found by the checksums.
     """
 
     def __init__(self, path: Path, facts: Mapping[str, Any]) -> None:
@@ -353,10 +356,16 @@ class Growing:
         trace: TracebackType | None,
     ) -> None:
         kept = self._journal is not None and self._chunks > 0 and not self._named
+        # removed while they are held, where the system removes what is open
+        if system.WINDOWS:
+            self._close()
         if not self._named and not kept:
             self._part.unlink(missing_ok=True)
         if self._journal is not None and not kept:
             _journal_of(self._part).unlink(missing_ok=True)
+        self._close()
+
+    def _close(self) -> None:
         for file in (self._journal, self._file):
             if file is not None:
                 # of a full disk was told when it was written to
@@ -434,7 +443,14 @@ class Growing:
         self._file.write(head)
         self._file.flush()
         os.fsync(self._file.fileno())
-        os.replace(self._part, self._path)
+        if system.WINDOWS:
+            self._close()
+        try:
+            system.rename(self._part, self._path)
+        except OSError:
+            # whoever took it since it was closed has given it the same name
+            if not system.WINDOWS or not self._path.exists():
+                raise
         self._named = True
 
 
@@ -468,8 +484,6 @@ def _journal_of(part: Path) -> Path:
 
 def _hold(part: Path) -> BinaryIO | None:
     """Open and lock a file, made if it is not there; None if it cannot be locked at once."""
-    if os.name != "posix":
-        return None
     while True:
         try:
             file = _opened(part)
@@ -490,7 +504,7 @@ def _hold(part: Path) -> BinaryIO | None:
 def _opened(path: Path) -> BinaryIO | None:
     """Open a file to read and write, made if it is not there; None for a link, pipe or folder."""
     try:
-        number = os.open(path, os.O_RDWR | os.O_CREAT | _NOT_LINKED, 0o666)
+        number = system.open_plain(path, os.O_RDWR | os.O_CREAT)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
             return None
@@ -535,4 +549,7 @@ def sweep_parts(
             file = _hold(path)
             if file is not None:
                 with file:
+                    if not system.WINDOWS:
+                        path.unlink()
+                if system.WINDOWS:
                     path.unlink()

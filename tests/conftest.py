@@ -51,7 +51,9 @@ torch.utils.deterministic.fill_uninitialized_memory = True
 # xdist's workers share the cores.
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-torch.set_num_threads(max(1, _CORES // _WORKERS))
+_THREADS = max(1, _CORES // _WORKERS)
+torch.set_num_threads(_THREADS)
+os.environ.setdefault("OMP_NUM_THREADS", str(_THREADS))  # of processes that tests start
 
 hypothesis.settings.register_profile(
     "house",

@@ -5,6 +5,7 @@ import fcntl
 import json
 import math
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -577,7 +578,7 @@ def test_a_folder_in_another_process_is_refused_until_that_one_dies(play, whole,
         finally:
             holder.send_signal(signal.SIGKILL)
     # what it left is a file, and nobody holds it
-    assert (halted / LOCK).read_text() == f"fastfpl-run-1 {holder.pid}\n"
+    assert (halted / LOCK).read_text() == f"fastfpl-run-1 {holder.pid} {platform.node()}\n"
     play(halted, resume=True)
     assert_ended_alike(halted, whole())
 
@@ -625,7 +626,7 @@ def test_a_lock_that_was_removed_after_it_was_opened_is_taken_again(tmp_path, mo
     monkeypatch.setattr(fcntl, "flock", late)
     with alone_in(tmp_path):
         assert len(opened) == 2
-        assert (tmp_path / LOCK).read_text() == f"fastfpl-run-1 {os.getpid()}\n"
+        assert (tmp_path / LOCK).read_text() == f"fastfpl-run-1 {os.getpid()} {platform.node()}\n"
         # somebody removes it by hand, and another run takes the folder: its lock stays
         (tmp_path / LOCK).unlink()
         (tmp_path / LOCK).write_text("7\n")

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,8 @@ import yaml
 import fastfpl.ops
 from fastfpl.cli import main
 from fastfpl.cli.compare import _swept
-from fastfpl.cli.flags import GROUPS, settings_of
+from fastfpl.cli.entry import group
+from fastfpl.cli.flags import GROUPS, Grouped, settings_of
 from fastfpl.config import (
     PROFILED,
     Settings,
@@ -416,7 +418,7 @@ def test_profile_writes_a_trace_and_prints_where_the_time_goes(
     method: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    quick = ["--dataset", "glyphs", "--clients", "2", "--shots", "4", "--n-ctx", "2"]
+    quick = ["--dataset", "digits", "--clients", "2", "--shots", "4", "--n-ctx", "2"]
     quick += ["--batch-size", "4", "--threads", "1", "--cache", str(tmp_path / "cache")]
     quick += ["--steps", "2", "--top", "7", "--out", str(tmp_path / "p")]
     if method == "pfedmoap":
@@ -453,11 +455,23 @@ def test_profile_takes_the_settings_of_a_run_but_those_it_sets(
 ) -> None:
     code, out, _ = call(capsys, "profile", "--help")
     assert code == 0
+    out += call(capsys, "profile", "--settings", "all")[1]
     taken = set(re.findall(r"^  .*?--([a-z-]+)", out.partition("Options:")[2], re.MULTILINE))
     taken |= set(re.findall(r"^  --[a-z-]+, --([a-z-]+)", out, re.MULTILINE))
     mine = {name.replace("_", "-") for name in Settings.model_fields}
     mine -= {"method", "options"} | {name.replace("_", "-") for name in PROFILED}
-    more = {"memory", "preset", "config", "option", "out", "cache", "steps", "top", "help"}
+    more = {
+        "memory",
+        "preset",
+        "config",
+        "option",
+        "out",
+        "cache",
+        "steps",
+        "top",
+        "help",
+        "settings",
+    }
     assert taken == mine | more
     code, _, err = call(capsys, "profile", "promptfl", "--steps", "0")
     assert (code, err) == (2, "error: fastfpl.profile: steps must be at least 1; got 0\n")
@@ -734,14 +748,65 @@ def test_every_setting_is_in_one_group_of_the_help(capsys: pytest.CaptureFixture
     grouped = [name for names in GROUPS.values() for name in names]
     assert sorted(grouped) == sorted(set(Settings.model_fields) - {"method", "options"})
     for command in ("run", "compare", "profile"):
-        code, out, _ = call(capsys, command, "--help")
+        code, out, _ = call(capsys, command, "--settings", "all")
         assert code == 0
         titles = [line for line in out.splitlines() if re.fullmatch(r"[A-Z][a-zA-Z, ]+:", line)]
-        assert titles == ["Options:", *(f"{title}:" for title in GROUPS), "Methods:"]
+        assert titles == [f"{title}:" for title in GROUPS]
         for inner in ("_COUNT", "INTEGER", "FLOAT", "BOOLEAN", "TEXT", "handbook"):
             assert inner not in out
         assert "--shots N|all " in out
         assert "--transductive yes|no " in out
+
+
+def test_every_help_fits_a_screen(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The settings are named there in groups, and explained a group at a time."""
+    import click
+
+    def helps(command: click.Command, path: list[str]) -> Iterator[list[str]]:
+        yield path
+        if isinstance(command, click.Group):
+            for name, inner in command.commands.items():
+                yield from helps(inner, [*path, name])
+
+    seen = list(helps(group, []))
+    assert ["flower", "up"] in seen
+    for path in seen:
+        code, out, _ = call(capsys, *path, "--help")
+        assert code == 0
+        assert len(out.splitlines()) <= 55, path
+        assert max(map(len, out.splitlines())) <= 80, path
+    code, out, _ = call(capsys, "run", "--help")
+    assert "  clients   --partition --partition-seed " in out
+    assert " --memory " in out
+    keys = re.findall(r"^  (\w+) +--", out.partition("Settings, explained")[2], re.MULTILINE)
+    explained = []
+    for key in keys:
+        code, one, _ = call(capsys, "run", "--settings", key)
+        assert code == 0
+        assert len(one.splitlines()) <= 55
+        explained += re.findall(r"^  .*?(--[a-z-]+)", one, re.MULTILINE)
+    for name in set(Settings.model_fields) - {"method", "options"}:
+        assert f"--{name.replace('_', '-')}" in explained
+    code, _, err = call(capsys, "run", "--settings", "cliens")
+    assert code == 2
+    assert "is not one of 'data', 'clients', 'privacy'" in err
+
+    # a command may have none of a group
+    @click.command(cls=Grouped)
+    @click.option("--lr")
+    def one(lr: str | None) -> None:
+        """Do one thing."""
+
+    monkeypatch.setitem(group.commands, "one", one)
+    code, out, _ = call(capsys, "one", "--help")
+    assert re.findall(r"^  (\w+) +--", out.partition("Settings, explained")[2], re.MULTILINE) == [
+        "training"
+    ]
+    code, _, err = call(capsys, "one", "--settings", "clients")
+    assert code == 2
+    assert "fastfpl one has no settings of clients" in err
 
 
 def test_methods_are_listed_with_everything_that_is_asked(

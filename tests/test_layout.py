@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # A room imports only from lower floors, or from its own. The ground floor is open to all.
-GROUND = {"errors", "installed", "shapes", "seeds", "files", "terminal", "plain_yaml"}
+GROUND = {"errors", "installed", "shapes", "seeds", "files", "system", "terminal", "plain_yaml"}
 FLOORS = (
     GROUND,
     {"reference", "kernels", "_C", "data", "tracking"},
@@ -25,6 +25,7 @@ FLOORS = (
     {"report", "flower", "dropin", "testing", "templates", "trained"},
     {"serving"},
     {"cli"},
+    {"__main__"},
 )
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 # Rooms of one floor that may use each other; anywhere else only a room's own files may.

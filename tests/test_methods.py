@@ -104,9 +104,11 @@ def assert_same_rounds(world, federation, outcomes, selected=SELECTED):
                     )
         if "pool" in federation.server:
             present = [c for c in range(len(world.clients)) if c in exact.kept]
-            assert (federation.server["pool_round"] >= 0).nonzero()[:, 0].tolist() == present
+            owner = federation.server["pool_owner"].tolist()
+            assert sorted(owner) == present
             for c in present:
-                assert_near(federation.server["pool"][c], exact.kept[c], dtype, f"pool, {c}")
+                mine = federation.server["pool"][owner.index(c)]
+                assert_near(mine, exact.kept[c], dtype, f"pool, {c}")
         losses = [exact.losses[c] for c in sorted(exact.losses)]
         assert row["selected"] == selected[t]
         assert row["loss"] == pytest.approx(sum(losses) / len(losses), rel=RELATIVE[dtype])
@@ -450,11 +452,11 @@ def test_local_weight_zero_still_trains_the_prompt(parts):
 
 def pool_of(values, n_ctx=3, width=32):
     """A server whose client c has uploaded a context that is constant, None if it has not."""
-    pool = torch.zeros(len(values), n_ctx, width)
-    for c, value in enumerate(values):
-        pool[c] = 0 if value is None else value
-    uploaded = torch.tensor([-1 if value is None else c for c, value in enumerate(values)])
-    return {"ctx": torch.zeros(n_ctx, width), "pool": pool, "pool_round": uploaded}
+    # who uploaded first has no small number
+    owner = [c for c in reversed(range(len(values))) if values[c] is not None]
+    pool = torch.stack([torch.full((n_ctx, width), values[c]) for c in owner])
+    there = {"pool": pool, "pool_owner": torch.tensor(owner), "pool_round": torch.tensor(owner)}
+    return {"ctx": torch.zeros(n_ctx, width), **there}
 
 
 def chosen_by(method, server, client, round_=5):
@@ -463,8 +465,9 @@ def chosen_by(method, server, client, round_=5):
         assert set(down) == {"ctx"}
         return []
     owner = down["expert_owner"].tolist()
-    assert torch.equal(down["experts"], server["pool"][owner])
-    assert down["expert_round"].tolist() == server["pool_round"][owner].tolist()
+    rows = [server["pool_owner"].tolist().index(c) for c in owner]
+    assert torch.equal(down["experts"], server["pool"][rows])
+    assert down["expert_round"].tolist() == server["pool_round"][rows].tolist()
     return owner
 
 
@@ -494,7 +497,7 @@ def test_nearest_agrees_with_the_reference_on_random_pools():
     for seed in range(20):
         server = pool_of([0.0] * 9)
         server["pool"] = drawn(9, 3, 32, seed=seed, dtype=F32)
-        entries = dict(enumerate(server["pool"]))
+        entries = dict(zip(server["pool_owner"].tolist(), server["pool"], strict=True))
         for client in range(9):
             assert chosen_by(method, server, client) == sorted(pick(0, client, entries))
 
@@ -523,7 +526,9 @@ def test_a_random_federation_equals_the_reference():
     def pick(round_, client, pool):
         # the reference does not know how draws are made: it asks the method for their outcome
         server = dict(federation.server)
-        server["pool_round"] = torch.tensor([0 if c in pool else -1 for c in range(len(SIZES))])
+        server["pool"] = torch.stack(list(pool.values()))
+        server["pool_owner"] = torch.tensor(list(pool))
+        server["pool_round"] = torch.zeros(len(pool), dtype=torch.int64)
         down = federation.method.download(server, client, round_)
         asked[round_, client] = down["expert_owner"].tolist()
         return asked[round_, client]

@@ -523,12 +523,12 @@ def test_what_a_kill_leaves_behind_goes_at_the_next_start(
 
 KILLED_AT_FILES = """
 import json, os, shutil, signal, sys
-from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import fastfpl
 import fastfpl.federation.preparation as preparation
 from fastfpl.data import load_dataset
+from tests.kills import killed_at
 from tests.worlds import figures, small_clip
 
 base, cache, settings, step = json.loads(sys.argv[1])
@@ -537,35 +537,12 @@ preparation.load_dataset = lambda name, root, **more: digits
 
 
 def play(out, at=0):
-    # forked: play, and die before the at-th change of a file below out
-    child = os.fork()
-    if child:
-        return os.waitpid(child, 0)[1]
-    count = [0]
-
-    def before(function, place=0):
-        def counted(*values, **named):
-            path = values[place]
-            if isinstance(path, int) and place == 0:
-                path = os.readlink(f"/proc/self/fd/{path}")
-            opening = function is os_open and not values[1] & os.O_CREAT
-            if str(path).startswith(out) and not opening:
-                count[0] += 1
-                if count[0] == at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-            return function(*values, **named)
-        return counted
-
-    os_open = os.open
-    for name in ("open", "write", "ftruncate", "fsync", "mkdir", "rmdir", "unlink"):
-        setattr(os, name, before(getattr(os, name)))
-    os.replace = before(os.replace, 1)
-    Path.write_bytes = before(Path.write_bytes)
-    more = {"cache": cache, "model": clip, "out": out, "resume": True}
-    found = figures(fastfpl.run("pfedmoap", **more, **settings))
-    with open(out + ".json", "w") as file:
-        json.dump([repr(found), count[0], sorted(os.listdir(out))], file)
-    os._exit(0)
+    def run(count):
+        more = {"cache": cache, "model": clip, "out": out, "resume": True}
+        found = figures(fastfpl.run("pfedmoap", **more, **settings))
+        with open(out + ".json", "w") as file:
+            json.dump([repr(found), count(), sorted(os.listdir(out))], file)
+    return killed_at(out, at, run)
 
 
 def told(out):

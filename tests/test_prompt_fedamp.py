@@ -7,6 +7,7 @@ import torch
 
 from fastfpl.errors import InputError
 from fastfpl.methods import check_options
+from fastfpl.methods.pool import refreshed
 from fastfpl.reference import prompt_fedamp as reference
 from fastfpl.reference import rounds
 from fastfpl.training.gathering import stack
@@ -48,14 +49,12 @@ def played(world, federation, selected):
 
 def assert_proven(world, selected=SELECTED):
     federation = world.federation()
-    count = len(world.clients)
     outcomes = played(world, federation, selected)
 
     def server(outcome):
-        pool = torch.zeros(count, 3, 32, dtype=F64)
-        for c, ctx in outcome.kept.items():
-            pool[c] = ctx
-        return {"pool": pool}
+        owner = federation.server["pool_owner"].tolist()
+        assert sorted(owner) == sorted(outcome.kept)
+        return {"pool": torch.stack([outcome.kept[c] for c in owner])}
 
     begin = federation.server["ctx"].clone()
     downs = {}
@@ -75,7 +74,7 @@ def assert_proven(world, selected=SELECTED):
         kept=lambda o: {c: {"ctx": t} for c, t in o.kept.items()},
     )
     assert torch.equal(federation.server["ctx"], begin)
-    assert federation.server["uploaded"].nonzero()[:, 0].tolist() == sorted(outcomes[-1].kept)
+    assert sorted(federation.server["pool_owner"].tolist()) == sorted(outcomes[-1].kept)
     for t, outcome in enumerate(outcomes):
         for c, cloud in outcome.clouds.items():
             assert set(downs[t, c]) == {"cloud"}
@@ -116,11 +115,12 @@ def test_loss_and_gradients_equal_the_reference(dtype):
 
 def server_of(method, values):
     """A server to which client c has uploaded a constant context, or nothing (None)."""
-    held = method.server_init()
-    for c, value in enumerate(values):
-        if value is not None:
-            held["pool"][c] = value
-            held["uploaded"][c] = True
+    uploads = {
+        c: {"ctx": torch.full((3, 32), value)}
+        for c, value in enumerate(values)
+        if value is not None
+    }
+    held = refreshed(method.server_init(), uploads, {})
     return {**held, "ctx": torch.zeros(3, 32)}
 
 
@@ -148,7 +148,7 @@ def test_a_message_is_a_step_down_the_attention():
     """u_i = w_i - (alpha / 2) d/dw_i sum_j A(|w_i - w_j|^2), equation 3 up to the half."""
     method = world_of(F64).federation().method
     contexts = 0.1 * drawn(5, 3, 32, seed=1)
-    server = {"ctx": contexts[0], "pool": contexts, "uploaded": torch.ones(5, dtype=torch.bool)}
+    server = {"ctx": contexts[0], "pool": contexts, "pool_owner": torch.arange(5)}
     for c in range(5):
         mine = contexts[c].clone().requires_grad_()
         away = (contexts - mine).square().sum(dim=(-2, -1))
@@ -165,7 +165,7 @@ def test_by_default_a_cloud_prompt_is_a_mean():
     contexts = torch.zeros(5, 3, 32, dtype=F64)
     for c in range(5):
         contexts[c, 0, c] = 0.3 + c
-    server = {"ctx": contexts[0], "pool": contexts, "uploaded": torch.ones(5, dtype=torch.bool)}
+    server = {"ctx": contexts[0], "pool": contexts, "pool_owner": torch.arange(5)}
     for c in range(5):
         # the coordinates of c's cloud prompt are the weights times the numbers
         weight = method.download(server, c, 0)["cloud"][0, :5] / contexts[:, 0, :5].sum(0)
@@ -183,7 +183,7 @@ def test_by_default_a_cloud_prompt_is_a_mean():
 def test_far_prompts_are_not_heard():
     method = world_of(F64, sigma=0.01).federation().method
     contexts = 0.2 * drawn(5, 3, 32, seed=1)
-    server = {"ctx": contexts[0], "pool": contexts, "uploaded": torch.ones(5, dtype=torch.bool)}
+    server = {"ctx": contexts[0], "pool": contexts, "pool_owner": torch.arange(5)}
     for c in range(5):
         assert torch.equal(method.download(server, c, 0)["cloud"], contexts[c])
 

@@ -17,6 +17,7 @@ import fastfpl.methods.fedtpg
 from fastfpl.errors import NotConverged
 from fastfpl.features import Features
 from fastfpl.methods import METHODS, FedOTP, PromptFL
+from fastfpl.methods.pool import refreshed
 from fastfpl.ops import all_faces
 from fastfpl.released import as_released
 from fastfpl.training import cohort
@@ -250,7 +251,8 @@ def test_what_an_epoch_moves_is_moved_ahead(method, round_, monkeypatch):
         options |= {"gate_width": 8}
     federation = World(method, options=options).federation()
     if "pool_round" in federation.server:
-        federation.server["pool_round"] = torch.zeros(len(SIZES), dtype=torch.int64)
+        uploads = {c: {"ctx": federation.server["ctx"]} for c in range(len(SIZES))}
+        federation.server.update(refreshed(federation.server, uploads, {"pool_round": 0}))
     body, feed, members = numberless(federation.method, federation, round_)
     images = {c: np.arange(sum(SIZES[:c]), sum(SIZES[: c + 1])) for c in members}
     members = sorted(members, key=lambda c: -SIZES[c])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
-from fastfpl.cli.flags import Grouped, gather, run_options
+from fastfpl.cli.flags import Count, Grouped, Place, gather, run_options
 from fastfpl.cli.names import Name
 from fastfpl.cli.screen import print_sweep, print_tables
 from fastfpl.config import load_preset
@@ -28,11 +29,28 @@ from fastfpl.tracking import progress
     metavar="SETTING=V1,V2,...",
     help="compare at each value of one setting, e.g. shots=1,2,4,8,16",
 )
+@click.option(
+    "--plan",
+    type=Place(),
+    metavar="FILE",
+    help="write one command a run, for other machines",
+)
+@click.option(
+    "--jobs", type=Count(), metavar="N", help="runs that are played at a time, by processes"
+)
+@click.option(
+    "--devices",
+    metavar="DEVICE,...",
+    help="of --plan or --jobs, as cuda:0,cuda:1",
+)
 @run_options
 def compare(
     methods: tuple[str, ...],
     seeds: str,
     sweep: str | None,
+    plan: Path | None,
+    jobs: int | None,
+    devices: str | None,
     preset: str | None,
     config: Path | None,
     options: Sequence[str],
@@ -50,6 +68,7 @@ def compare(
     from fastfpl.data import short_name
     from fastfpl.federation import compare as play
     from fastfpl.federation import sweep as play_each
+    from fastfpl.federation.ranks import elsewhere
     from fastfpl.methods import method_name
     from fastfpl.report import write_report
     from fastfpl.tracking import make_trackers
@@ -71,6 +90,14 @@ def compare(
     chosen = _swept(sweep, whole)
     if chosen is not None and chosen[0] == "dataset":
         values.pop("dataset", None)
+    if plan is not None or jobs is not None or devices is not None:
+        if trackers:
+            raise InputError(
+                "fastfpl compare: track must be left out with plan, jobs or devices, whose runs "
+                f"are processes of their own; got {', '.join(track)}"
+            )
+        grid = _Grid(plan, jobs, devices, preset, cache, folder)
+        return _parted(grid, methods, chosen, numbers, resume, values)
     with progress() as (observer, on_round):
         shared = {
             "seeds": numbers,
@@ -87,6 +114,8 @@ def compare(
             comparison = play(methods, **shared)
         else:
             swept = play_each(methods, *chosen, **shared)
+    if elsewhere():
+        return  # the first of several ranks writes
     if chosen is not None:
         print_sweep(swept, folder)
         return
@@ -98,6 +127,77 @@ def compare(
         print_tables(comparison)
     for path in written:
         say(str(path))
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """How runs are played apart from each other, and where."""
+
+    plan: Path | None
+    jobs: int | None
+    devices: str | None
+    preset: str | None
+    cache: Path | None
+    out: Path
+
+
+def _parted(
+    grid: _Grid,
+    methods: Sequence[str],
+    chosen: tuple[str, list[Any]] | None,
+    seeds: Sequence[int],
+    resume: bool,
+    values: dict[str, Any],
+) -> None:
+    """Write down the runs of a comparison as commands, or play them by processes of their own."""
+    from fastfpl.cli.grid import devices_of, play_here, write_plan
+    from fastfpl.cli.report import put_together
+    from fastfpl.federation.comparison import listed, say_what_belongs, say_what_sweeps
+    from fastfpl.federation.ranks import ranks_asked
+    from fastfpl.federation.result import RESULT
+
+    op = "fastfpl compare"
+    devices = devices_of(grid.devices)
+    if grid.plan is not None and grid.jobs is not None:
+        raise InputError(f"{op}: jobs must be left out with plan, which plays nothing")
+    if devices and values.get("device") is not None:
+        raise InputError(f"{op}: device must be left out with devices; got {values['device']!r}")
+    if grid.jobs is not None and grid.jobs < 1:
+        raise InputError(f"{op}: jobs must be at least 1; got {grid.jobs}")
+    if ranks_asked() > 1:
+        raise InputError(f"{op}: ranks must be one with plan, jobs or devices; got {ranks_asked()}")
+    parted = listed(
+        methods,
+        swept=chosen,
+        seeds=seeds,
+        preset=grid.preset,
+        out=grid.out,
+        resume=resume or grid.plan is not None,
+        **values,
+    )
+    jobs = [job for mine in parted.values() for job in mine]
+    if grid.plan is not None:
+        write_plan(grid.plan, jobs, grid.preset, grid.cache, devices)
+    for mine in parted.values():
+        say_what_belongs(methods, mine)
+    if chosen is not None:
+        say_what_sweeps(grid.out, chosen[0], methods, parted)
+    if grid.plan is not None:
+        say(
+            f"{grid.plan}: {len(jobs)} run{'s' * (len(jobs) != 1)}; then: fastfpl report {grid.out}"
+        )
+        return
+    failed = play_here(jobs, grid.preset, grid.cache, grid.jobs, devices)
+    if any((job.folder / RESULT).is_file() for job in jobs if job.folder is not None):
+        put_together((grid.out,), grid.out)
+    for name, why in failed.items():
+        say(f"{name}: {why or 'played elsewhere'}", err=True)
+    lost = [name for name, why in failed.items() if why is not None]
+    if lost:
+        raise InputError(
+            f"{op}: every run must end; got {len(lost)} of {len(jobs)} that failed: "
+            f"{cut(', '.join(lost), 300)}; go on with the same command and --resume"
+        )
 
 
 def _swept(text: str | None, values: Mapping[str, Any]) -> tuple[str, list[Any]] | None:

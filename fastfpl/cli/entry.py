@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import click
 
@@ -25,7 +26,7 @@ from fastfpl.cli.quirks import quirks
 from fastfpl.cli.report import report
 from fastfpl.cli.run import run
 from fastfpl.cli.serve import serve
-from fastfpl.errors import FastfplError, cut
+from fastfpl.errors import FastfplError, InputError, cut
 from fastfpl.terminal import say, sayable
 
 __all__ = ["group", "main"]
@@ -36,8 +37,20 @@ _MOST = 1500
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake ends with one sentence and exit code 2."""
-    with sayable():
+    with sayable(), _first_alone():
         _run(arguments)
+
+
+@contextlib.contextmanager
+def _first_alone() -> Iterator[None]:
+    """Let the first of several ranks speak, and the others be quiet."""
+    if "WORLD_SIZE" not in os.environ:  # which spares everybody else torch
+        yield
+        return
+    from fastfpl.federation.ranks import quietly
+
+    with quietly():
+        yield
 
 
 def _run(arguments: Sequence[str] | None) -> None:
@@ -68,8 +81,21 @@ def _run(arguments: Sequence[str] | None) -> None:
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="fastfpl")
-def group() -> None:
+@click.pass_context
+def group(context: click.Context) -> None:
     """Federated prompt learning of CLIP: exact, tested, fast."""
+    if "WORLD_SIZE" in os.environ and context.invoked_subcommand not in _RANKED:
+        from fastfpl.federation.ranks import ranks_asked
+
+        if ranks_asked() > 1:
+            raise InputError(
+                f"fastfpl {context.invoked_subcommand}: ranks must be one; got {ranks_asked()}: "
+                "run and compare can be started by torchrun"
+            )
+
+
+# what several ranks play together
+_RANKED = ("run", "compare")
 
 
 _COMMANDS = (run, compare, report, encode, predict, export, adapt, serve, flower)

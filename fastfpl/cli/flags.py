@@ -57,32 +57,85 @@ GROUPS = {
     ),
     "Training": (
         *("rounds", "local_epochs", "batch_size", "lr", "momentum", "weight_decay", "schedule"),
-        *("augment", "crop", "flip", "evaluate_every", "as_released", "seed"),
+        *("augment", "crop", "flip", "evaluate_every", "evaluate_clients"),
+        *("as_released", "seed"),
     ),
     "Device, speed and memory": (
         *("device", "threads", "workers", "max_memory", "resident", "cohort", "cuda_graphs"),
     ),
 }
 _GROUP = {name: title for title, names in GROUPS.items() for name in names}
+# what --settings calls the groups
+_KEYS = {title.split()[0].rstrip(",").lower(): title for title in GROUPS}
 # shorter flags beside a setting's own name
 _SHORTER = {"max_memory": ("--memory",)}
 
 
 class Grouped(click.Command):
-    """A command whose help shows its settings under the titles of `GROUPS`."""
+    """A command whose help names its settings by `GROUPS`, and whose ``--settings`` explains them.
+
+    The help fits a screen, which the explanations of some sixty settings do not.
+    """
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self.params.append(
+            click.Option(
+                ["--settings"],
+                type=click.Choice([*_KEYS, "all"]),
+                metavar="GROUP",
+                is_eager=True,
+                expose_value=False,
+                callback=self._explain,
+                help="explain the settings of a group below, or of all",
+            )
+        )
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write a section a group; first what is no setting."""
-        sections: dict[str, list[tuple[str, str]]] = {"Options": [], **{t: [] for t in GROUPS}}
+        """Explain what is no setting; name the settings, a paragraph a group."""
+        flags: dict[str, list[str]] = {title: [] for title in GROUPS}
+        records = []
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
-            if record is not None and isinstance(parameter, click.Option):
-                sections[_GROUP.get(parameter.name or "", "Options")].append(record)
-        for title, records in sections.items():
-            if not records:  # a command may have none of a group
+            title = _GROUP.get(parameter.name or "")
+            if title is not None:
+                flags[title].append(min(parameter.opts, key=len))
+            elif record is not None and isinstance(parameter, click.Option):
+                records.append(record)
+        with formatter.section("Options"):
+            formatter.write_dl(records)
+        wide = max(map(len, _KEYS)) + 4
+        with formatter.section("Settings, explained by --settings GROUP"):
+            for key, title in _KEYS.items():
+                if not flags[title]:  # a command may have none of a group
+                    continue
+                lines = textwrap.wrap(
+                    " ".join(flags[title]),
+                    formatter.width,
+                    initial_indent=f"  {key}".ljust(wide),
+                    subsequent_indent=" " * wide,
+                    break_on_hyphens=False,
+                )
+                formatter.write("".join(f"{line}\n" for line in lines))
+
+    def format_settings(self, ctx: click.Context, formatter: click.HelpFormatter, key: str) -> None:
+        """Write what the settings of a group are, or of all."""
+        for title in GROUPS if key == "all" else (_KEYS[key],):
+            mine = [p for p in self.get_params(ctx) if _GROUP.get(p.name or "") == title]
+            if not mine:
                 continue
             with formatter.section(title):
-                formatter.write_dl(records)
+                formatter.write_dl([r for r in (p.get_help_record(ctx) for p in mine) if r])
+
+    def _explain(self, ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+        if value is None or ctx.resilient_parsing:
+            return
+        formatter = ctx.make_formatter()
+        self.format_settings(ctx, formatter, value)
+        if not formatter.getvalue():
+            raise click.BadParameter(f"{ctx.command_path} has no settings of {value}", ctx, param)
+        click.echo(formatter.getvalue().strip("\n"))
+        ctx.exit()
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the methods, those of installed packages too."""
@@ -146,6 +199,7 @@ _METAVARS = {
     "ctx_init": "WORDS",
     "augment": "none|views:V|fresh",
     "device": "auto|cpu|cuda",
+    "evaluate_clients": "N|SHARE",
 }
 _NAMES = {
     "dataset": "dataset",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -25,6 +26,11 @@ def report(folders: tuple[Path, ...], out: Path | None) -> None:
     set, scenario, CLIP, partition, shots, views) get tables of their own; runs that are not
     finished are named.
     """
+    put_together(folders, out)
+
+
+def put_together(folders: Sequence[Path], out: Path | None) -> None:
+    """Write and print the report of finished runs, and say which are missing."""
     from fastfpl.report import load_comparisons, load_sweep, write_report
     from fastfpl.report.runs import group_names
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,6 +32,7 @@ from fastfpl.clip.tiny import TINY, build_tiny
 from fastfpl.data import glyphs
 from fastfpl.errors import InputError
 from fastfpl.seeds import seed_for
+from fastfpl.system import rename
 
 __all__ = ["HELD_OUT", "LOOK_ALIKES", "RENAMED", "caption", "main"]
 
@@ -275,7 +275,7 @@ def draw_images(recipe: Recipe, path: Path, progress: Progress) -> Album:
         for start in progress.track(range(0, len(rows), 512), description="drawing"):
             pixels[start : start + 512] = stream.images(rows[start : start + 512])
         pixels.flush()
-        os.replace(part, path)
+        rename(part, path)
     said = [stream.attributes(int(i)) for i in rows]
     answers = {}
     for question in ("classname", "domain", "colour", "size", "position"):
@@ -469,7 +469,7 @@ def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str
     """Write to a temporary name and rename."""
     part = path.with_suffix(".part")
     save_file(tensors, part, metadata=metadata)
-    os.replace(part, path)
+    rename(part, path)
 
 
 def save(path: Path, model: Any, optimiser: torch.optim.Optimizer, step: int) -> None:

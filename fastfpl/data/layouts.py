@@ -28,6 +28,8 @@ SPLITS = {
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
+# the layout whose test images may be of all clients
+_SHARED = "split/client/class"
 
 
 class Place(NamedTuple):
@@ -47,8 +49,9 @@ def part_of(name: str) -> str | None:
 def place(layout: str, folders: Sequence[str]) -> Place:
     """Read the folders above an image, of which `recognise` has seen that they fit."""
     names = (unicodedata.normalize("NFC", name) for name in folders)
+    parts = ("split", "class") if _of_all(layout, folders) else layout.split("/")
     # below a class may be more
-    found = dict(zip(layout.split("/"), names, strict=False))
+    found = dict(zip(parts, names, strict=False))
     return Place(
         found["class"],
         part_of(found.get("split", "")) or "",
@@ -77,7 +80,8 @@ def recognise(
     Returns
     -------
     str
-        One of `LAYOUTS`.
+        One of `LAYOUTS`. With ``split/client/class`` the images of ``test/class`` and ``val/class``
+        are of all clients.
 
     Raises
     ------
@@ -103,11 +107,16 @@ def recognise(
     if len(depths) > 1:
         few = next(f for f in images if len(f) == depths[0])
         many = next(f for f in images if len(f) == depths[-1])
+        choices = ["class"] if part_of(few[0]) is None else []
+        if all(_of_all(_SHARED, f) or (len(f) == 3 and part_of(f[0])) for f in images):
+            if given:
+                return _SHARED
+            choices = [_SHARED]
         raise _unclear(
             op,
             where,
             f"images {depths[0]} and {depths[-1]} folders deep, in {_path(few)} and {_path(many)}",
-            ["class"] if part_of(few[0]) is None else [],
+            choices,
         )
     depth = depths[0]
     columns = [sorted({folders[at] for folders in images}) for at in range(depth)]
@@ -123,12 +132,18 @@ def recognise(
     some = [name for name in columns[0] if part_of(name)]
     if 0 not in splits and some:
         others = [name for name in columns[0] if not part_of(name)]
-        raise _unclear(
+        unclear = _unclear(
             op,
             where,
             f"{shown(some[0])}, as a split is called, beside {shown(others[0])}",
             [f"{group}/class", "class"] if depth == 2 else ["class"],
         )
+        if given and depth == 2 and {part_of(name) for name in some} <= {"test", "val"}:
+            raise InputError(
+                f"{unclear}, or move the folders of clients into train/, and {shown(some[0])} is "
+                "asked of all of them"
+            )
+        raise unclear
     if depth == 2:
         if 0 in splits:
             return "split/class"
@@ -158,6 +173,11 @@ def recognise(
     raise _unclear(op, where, f"images {depth} folders deep, as in {_path(images[0])}", ["class"])
 
 
+def _of_all(layout: str, folders: Sequence[str]) -> bool:
+    """Whether images in these folders are asked of all clients, being in no client's folder."""
+    return layout == _SHARED and len(folders) == 2 and part_of(folders[0]) in ("test", "val")
+
+
 def _shared(images: Sequence[Sequence[str]], outer: int, inner: int) -> bool:
     """Whether a class folder stands in more than one of the folders around."""
     around: dict[str, set[str]] = defaultdict(set)
@@ -174,6 +194,7 @@ def _check(op: str, where: str, images: Sequence[Sequence[str]], layout: str) ->
     parts = layout.split("/")
     for folders in images:
         deep = len(folders) == len(parts) or (layout == "class" and len(folders) > 1)
+        deep = deep or _of_all(layout, folders)
         if not deep:
             raise Damaged(
                 f"{op}: images of {where} must lie in {layout}/ with that layout; got one in "

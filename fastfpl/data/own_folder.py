@@ -34,7 +34,8 @@ def from_folder(
         ``class``, ``split/class``, ``domain/class``, ``client/class``, ``split/domain/class``,
         ``split/client/class``, ``domain/split/class`` or ``client/split/class``; without it the
         tree says it, or is refused with the choices. Below a ``class`` that is asked for may be
-        further folders.
+        further folders. With ``split/client/class`` the images of ``test/class`` and ``val/class``
+        are asked of all clients.
     given : bool
         Whether folders of class folders are clients; else they are visual domains.
     digest : "time" or "content"

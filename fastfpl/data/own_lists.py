@@ -132,6 +132,9 @@ def arrange(
     domains = tuple(sorted({record.domain for record in records}))
     clients = _in_order({record.client for record in records} - {""})
     _only_in_test(op, where, parts, clients)
+    everyones = sum(not record.client for record in parts["test"]) if clients else 0
+    if everyones:
+        notes.append(f"{counted(everyones, 'test image')} of no client: asked of all of them")
     for what, group in (("domains", domains), ("clients", clients)):
         two = alike(group)
         if two is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
@@ -20,8 +20,9 @@ from fastfpl.config import Settings
 from fastfpl.data import scheme_of
 from fastfpl.errors import Damaged, InputError, cut, shown
 from fastfpl.federation.result_schema import Row
+from fastfpl.federation.segments import read_segments, segment_files
 from fastfpl.federation.shared import DOWNLOADS, TUNED, SharedStates
-from fastfpl.federation.states import CLIENTS, StateFiles
+from fastfpl.federation.states import CLIENTS, StateFiles, state_path
 from fastfpl.files import announce, on_disk, read_file, write_json, write_whole
 from fastfpl.methods import State, method_source
 
@@ -42,7 +43,7 @@ __all__ = [
 CHECKPOINT = "checkpoint.json"
 #: Under this name facts say where a method from outside came from.
 METHOD_SOURCE = "method_source"
-_FORMAT = "fastfpl-checkpoint-3"
+_FORMAT = "fastfpl-checkpoint-4"
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,8 @@ class _Volumes(_Strict):
     clients: dict[_Number, _Part]
 
 
+_CLIENTS = TypeAdapter(dict[_Number, _Client])
+_PARTS = TypeAdapter(dict[_Number, _Part])
 _Three = Annotated[list[float], Field(min_length=3, max_length=3)]
 
 
@@ -150,12 +153,24 @@ class _Task(_Strict):
     names: list[str] = []
 
 
+class _Segment(_Strict):
+    number: _Count
+    blake2b: _Hash
+
+
+class _Segments(_Strict):
+    clients: list[_Segment] = []
+    downloads: list[_Segment] = []
+    tuned: list[_Segment] = []
+
+
 class _Head(_Strict):
-    format: Literal["fastfpl-checkpoint-3"]
+    format: Literal["fastfpl-checkpoint-4"]
     library: str
     rounds_done: _Count
     tensors: Annotated[str, Field(pattern=r"^checkpoint-\d{5}(-\d+)?\.safetensors$")]
     blake2b: Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
+    segments: _Segments
     clients: dict[_Number, _Client]
     downloads: _Volumes
     tuned: _Volumes
@@ -235,13 +250,15 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         "clients": checkpoint.clients.settle(),
         "downloads": checkpoint.downloads.settle(),
         "tuned": checkpoint.tuned.settle(),
+        # what is said of clients that have not changed lately
+        "segments": {name: states.named for name, states in places.items()},
         "settings": dict(checkpoint.settings),
         "task": dict(checkpoint.task),
         "facts": dict(checkpoint.facts),
         "faces": dict(checkpoint.faces),
         "rounds": checkpoint.rounds,
     }
-    write_json(folder / CHECKPOINT, {**head, "checksum": _checksum(head)})
+    write_json(folder / CHECKPOINT, {**head, "checksum": _checksum(head)}, indent=None)
     with on_disk("fastfpl.run", "out", folder, "or name another out"):
         if former is not None:
             former.unlink(missing_ok=True)
@@ -345,14 +362,20 @@ def files_of(folder: Path) -> set[Path] | None:
         return set()
     try:
         head = _read_head(folder)
+        said, _ = _said(folder, head, CLIENTS)
     except Damaged:
         return None
     volumes = [(part, v) for part in (DOWNLOADS, TUNED) for v in head[part]["volumes"]]
     return {
         folder / head["tensors"],
         *(
-            folder / CLIENTS / f"{int(client):05d}-{entry['version']:05d}.safetensors"
-            for client, entry in head["clients"].items()
+            state_path(folder / CLIENTS, int(client), entry["version"])
+            for client, entry in said.items()
+        ),
+        *(
+            f
+            for name, named in head["segments"].items()
+            for f in segment_files(folder / name, named)
         ),
         *(folder / part / f"{int(volume):05d}.safetensors" for part, volume in volumes),
     }
@@ -412,10 +435,14 @@ def _restored(folder: Path, head: dict[str, Any], device: torch.device | str) ->
             raise _damaged(path, f"the tensor {key!r}")
         sides[side][name] = tensor.to(device)
     clients = StateFiles(folder / CLIENTS, device)
-    clients.restore(head["clients"])
+    said, older = _said(folder, head, CLIENTS)
+    clients.restore(said)
+    clients.segments.restore(head["clients"], head["segments"].get(CLIENTS, []), older)
     shared = {name: SharedStates(folder / name, device) for name in (DOWNLOADS, TUNED)}
     for name, states in shared.items():
-        states.restore(head[name])
+        said, older = _said(folder, head, name)
+        states.restore({"volumes": head[name]["volumes"], "clients": said})
+        states.segments.restore(head[name]["clients"], head["segments"].get(name, []), older)
     return Checkpoint(
         head["facts"],
         head["rounds"],
@@ -429,6 +456,26 @@ def _restored(folder: Path, head: dict[str, Any], device: torch.device | str) ->
         head["task"],
         head["library"],
     )
+
+
+def _said(
+    folder: Path, head: Mapping[str, Any], name: str
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Say where the states of all clients are, and what of that each segment says."""
+    younger = head[name] if name == CLIENTS else head[name]["clients"]
+    older = read_segments(folder / name, head["segments"].get(name, []))
+    said: dict[str, Any] = {}
+    most = head["task"]["clients"] + head["task"].get("newcomers", 0)
+    for segment in older:
+        try:
+            (_CLIENTS if name == CLIENTS else _PARTS).validate_python(segment)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise _damaged(folder / name, f"a segment: {first['msg']}") from None
+        if any(int(client) >= most for client in segment):
+            raise _damaged(folder / name, f"a client that is not one of {most}")
+        said |= segment
+    return {**said, **younger}, older
 
 
 def _named(folder: Path) -> Path | None:

@@ -24,6 +24,7 @@ from fastfpl.federation.preparation import (
     plan,
     weigh,
 )
+from fastfpl.federation.ranks import elsewhere
 from fastfpl.federation.result import Result
 from fastfpl.files import write_json
 from fastfpl.methods import Method, check_options, find_method, method_name
@@ -35,7 +36,19 @@ from fastfpl.training.preparation import load_model
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["PLAN", "SWEEP", "Comparison", "Sweep", "compare", "sweep", "value_folders"]
+__all__ = [
+    "PLAN",
+    "SWEEP",
+    "Comparison",
+    "Job",
+    "Sweep",
+    "compare",
+    "listed",
+    "say_what_belongs",
+    "say_what_sweeps",
+    "sweep",
+    "value_folders",
+]
 
 #: Names the methods, seeds and rounds that a comparison was asked for.
 PLAN = "comparison.json"
@@ -164,8 +177,16 @@ def value_folders(key: str, values: Sequence[Any]) -> dict[Any, str]:
 
 
 @dataclass(frozen=True)
-class _Job:
-    """One run of a comparison."""
+class Job:
+    """One run of a comparison.
+
+    Attributes
+    ----------
+    settings : Settings
+    folder : Path or None
+    label : str
+        What it is called among the others.
+    """
 
     settings: Settings
     folder: Path | None
@@ -228,7 +249,7 @@ def _jobs(
     out: str | Path | None,
     options: Mapping[str, Mapping[str, Any]] | None,
     settings: Mapping[str, Any],
-) -> list[_Job]:
+) -> list[Job]:
     """List the runs of a comparison, each with complete settings."""
     op = "fastfpl.compare"
     if not methods or len(set(methods)) != len(methods):
@@ -241,7 +262,7 @@ def _jobs(
                 f"{op}: options must belong to one of {', '.join(methods)}; got {name!r}"
             )
     origin = None if preset is None else load_preset(preset)
-    jobs: list[_Job] = []
+    jobs: list[Job] = []
     asked = found = False
     for name in methods:
         find_method(name)
@@ -254,7 +275,7 @@ def _jobs(
             quirks = share_quirks(one.as_released, name, methods, one.model_dump(), filled)
             asked, found = asked or bool(one.as_released), found or bool(quirks)
             label = name if len(seeds) == 1 else f"{name}, seed {one.seed}"
-            jobs.append(_Job(one.model_copy(update={"as_released": quirks}), folder, label))
+            jobs.append(Job(one.model_copy(update={"as_released": quirks}), folder, label))
     if asked and not found:
         raise InputError(
             f"{op}: as_released must be left out where no quirk of {', '.join(methods)} would "
@@ -264,7 +285,7 @@ def _jobs(
 
 
 def _check(
-    jobs: Sequence[_Job], live: Dataset | None, resume: bool, model: FrozenCLIP | None
+    jobs: Sequence[Job], live: Dataset | None, resume: bool, model: FrozenCLIP | None
 ) -> None:
     """Refuse what can be refused in any run before the first one is played.
 
@@ -277,7 +298,8 @@ def _check(
     plans: dict[str, Plan] = {}
     datasets: dict[Place, Dataset] = {}
     for job in jobs:
-        if job.folder is not None:
+        # of several ranks the first one looks, before it writes
+        if job.folder is not None and not elsewhere():
             refuse_held(job.folder, resume)
         datasets |= {
             place: known
@@ -301,9 +323,21 @@ def _check(
             weigh(planned, clip)
 
 
+def say_what_belongs(methods: Sequence[str], jobs: Sequence[Job]) -> None:
+    """Write down beside the folders of a comparison's runs what belongs to it."""
+    if jobs[0].folder is None:
+        return
+    whole = {
+        "methods": list(methods),
+        "seeds": list(dict.fromkeys(job.settings.seed for job in jobs)),
+        "rounds": jobs[0].settings.rounds,
+    }
+    write_json(jobs[0].folder.parent / PLAN, whole)
+
+
 def _play(
     methods: Sequence[str],
-    jobs: Sequence[_Job],
+    jobs: Sequence[Job],
     live: Dataset | None,
     preset: str | None,
     resume: bool,
@@ -313,17 +347,11 @@ def _play(
     on_round: RoundObserver,
     callbacks: Sequence[Callback],
 ) -> Comparison:
-    whole = {
-        "methods": list(methods),
-        "seeds": list(dict.fromkeys(job.settings.seed for job in jobs)),
-        "rounds": jobs[0].settings.rounds,
-    }
-
     @lru_cache(maxsize=1)
     def begin() -> None:
         """Say what belongs to the comparison as soon as a round of it is there."""
-        if jobs[0].folder is not None:
-            write_json(jobs[0].folder.parent / PLAN, whole)
+        if not elsewhere():
+            say_what_belongs(methods, jobs)
 
     results: dict[str, list[Result]] = {name: [] for name in methods}
     for job in jobs:
@@ -385,6 +413,53 @@ def sweep(
     seeds, preset, resume, model, cache, observer, on_round, callbacks, options, dataset, **settings
         As for `compare`.
     """
+    live = _named("fastfpl.sweep", dataset, settings)
+    names = [method_name(method, "fastfpl.sweep") for method in methods]
+    jobs = _sweep_jobs(names, key, values, seeds, preset, out, options, settings)
+    _check([job for mine in jobs.values() for job in mine], live, resume, model)
+
+    @lru_cache(maxsize=1)
+    def begin() -> None:
+        """Say what belongs to the sweep as soon as a round of it is there."""
+        if out is not None and not elsewhere():
+            say_what_sweeps(Path(out), key, names, jobs)
+
+    def tell(label: str, row: Mapping[str, Any]) -> None:
+        begin()
+        on_round(label, row)
+
+    how = (live, preset, resume, model, cache, observer, tell, callbacks)
+    return Sweep(key, {value: _play(names, mine, *how) for value, mine in jobs.items()})
+
+
+def say_what_sweeps(
+    out: Path, key: str, methods: Sequence[str], jobs: Mapping[Any, Sequence[Job]]
+) -> None:
+    """Write down in the folder of a sweep what belongs to it."""
+    first = next(iter(jobs.values()))
+    write_json(
+        out / SWEEP,
+        {
+            "key": key,
+            "values": list(jobs),
+            "methods": list(methods),
+            "seeds": list(dict.fromkeys(job.settings.seed for job in first)),
+            "rounds": first[0].settings.rounds,
+        },
+    )
+
+
+def _sweep_jobs(
+    methods: Sequence[str],
+    key: str,
+    values: Sequence[Any],
+    seeds: Sequence[int],
+    preset: str | None,
+    out: str | Path | None,
+    options: Mapping[str, Mapping[str, Any]] | None,
+    settings: Mapping[str, Any],
+) -> dict[Any, list[Job]]:
+    """List the runs of a sweep by value."""
     op = "fastfpl.sweep"
     known = [name for name in Settings.model_fields if name not in ("method", "seed", "options")]
     if key not in known:
@@ -398,12 +473,10 @@ def sweep(
     for value in values:
         if not isinstance(value, str | int | float | None):
             raise InputError(f"{op}: values must be numbers or texts; got {shown(value)}")
-    live = _named(op, dataset, settings)
-    names = [method_name(method, op) for method in methods]
     places = value_folders(key, values)
-    jobs = {
+    return {
         value: _jobs(
-            names,
+            methods,
             seeds,
             preset,
             None if out is None else Path(out) / places[value],
@@ -412,19 +485,26 @@ def sweep(
         )
         for value in values
     }
-    _check([job for mine in jobs.values() for job in mine], live, resume, model)
-    whole = {"key": key, "values": list(values), "methods": names, "seeds": list(seeds)}
-    first = next(iter(jobs.values()))[0]
 
-    @lru_cache(maxsize=1)
-    def begin() -> None:
-        """Say what belongs to the sweep as soon as a round of it is there."""
-        if out is not None:
-            write_json(Path(out) / SWEEP, {**whole, "rounds": first.settings.rounds})
 
-    def tell(label: str, row: Mapping[str, Any]) -> None:
-        begin()
-        on_round(label, row)
+def listed(
+    methods: Sequence[str],
+    *,
+    swept: tuple[str, Sequence[Any]] | None = None,
+    seeds: Sequence[int] = (0,),
+    preset: str | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    **settings: Any,
+) -> dict[Any, list[Job]]:
+    """List the runs that `compare` or, at each value of a setting, `sweep` would play.
 
-    how = (live, preset, resume, model, cache, observer, tell, callbacks)
-    return Sweep(key, {value: _play(names, mine, *how) for value, mine in jobs.items()})
+    They are checked as these check them. One list a value; of a comparison that of None.
+    """
+    if swept is None:
+        jobs: dict[Any, list[Job]] = {None: _jobs(methods, seeds, preset, out, options, settings)}
+    else:
+        jobs = _sweep_jobs(methods, *swept, seeds, preset, out, options, settings)
+    _check([job for mine in jobs.values() for job in mine], None, resume, None)
+    return jobs

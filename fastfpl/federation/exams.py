@@ -68,11 +68,17 @@ class Examiner:
     clients: int
     members: Sequence[int] | None = None
 
+    @property
+    def asked(self) -> Sequence[int]:
+        """Clients that are asked here."""
+        return range(self.clients) if self.members is None else self.members
+
     def ask(
         self,
         round_: int,
         states: Callable[[int], tuple[State, State]],
         keep: Callable[[int, State], None] | None = None,
+        clients: Sequence[int] | None = None,
     ) -> list[list[Scores]]:
         """Put every exam to every client's model after a round; one list of scores an exam.
 
@@ -84,9 +90,13 @@ class Examiner:
             ``states(client)`` returns what the client answers with, its download and its own.
         keep : callable, optional
             ``keep(client, own)`` is told what a client would keep of the fine-tuning before.
+        clients : sequence of int, optional
+            Those that are asked now, all who are asked here if left out.
         """
         trainer, method = self.trainer, self.trainer.method
-        everyone = list(range(self.clients) if self.members is None else self.members)
+        everyone = list(self.asked if clients is None else clients)
+        if not everyone:
+            return [[] for _ in self.exams]
         if not method.personal:
             # one global model serves every client
             one, _ = states(0)
@@ -130,8 +140,7 @@ class Examiner:
 
         def ask(members: list[int], downs: State, owns: State) -> None:
             for exam in self.exams:
-                here = range(self.clients) if self.members is None else self.members
-                longest = max((exam.images[c] for c in here), key=len)
+                longest = max((exam.images[c] for c in self.asked), key=len)
                 images = dict.fromkeys(members, longest)
                 score(exam.method, members, downs, owns, exam.feed, images, trial=True)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from fastfpl.clip import FrozenCLIP
 from fastfpl.config import Settings, load_preset, make_settings
 from fastfpl.data import Dataset, short_name
 from fastfpl.errors import Damaged, InputError, cut, shown
+from fastfpl.federation.agreement import agree, agree_on_weights, share_folder
 from fastfpl.federation.checkpoint import (
     CHECKPOINT,
     Checkpoint,
@@ -28,6 +29,7 @@ from fastfpl.federation.lock import Held, alone_in
 from fastfpl.federation.models import task_of
 from fastfpl.federation.preparation import known_as, name_dataset, plan, prepare
 from fastfpl.federation.provenance import provenance
+from fastfpl.federation.ranks import Ranks, elsewhere, together
 from fastfpl.federation.result import (
     RESULT,
     Result,
@@ -42,6 +44,7 @@ from fastfpl.federation.server import Round
 from fastfpl.federation.shared import DOWNLOADS, TUNED, SharedStates
 from fastfpl.federation.states import CLIENTS, StateFiles
 from fastfpl.methods import Method, method_name, method_source
+from fastfpl.methods.contract import may_follow
 from fastfpl.ops.faces import recorded_faces
 from fastfpl.ops.memory import memory_limit
 from fastfpl.ops.precision import without_autocast
@@ -51,6 +54,7 @@ from fastfpl.tracking.lines import METRICS, Lines
 from fastfpl.training.budget import uncapped
 from fastfpl.training.feeds import Observer, silent
 from fastfpl.training.graphs import against
+from fastfpl.training.preparation import load_model
 
 __all__ = [
     "RoundObserver",
@@ -136,6 +140,9 @@ def run(
 
     Notes
     -----
+    Under torchrun all ranks play one run together (docs/ranks.md): each calls this function with
+    the same arguments, and each gets the result.
+
     What a run computes in is in its settings: the caller's autocast is off meanwhile, and torch's
     default dtype decides nothing.
     """
@@ -156,32 +163,65 @@ def run(
     folder = None if out is None else Path(out)
     if folder is None and resume:
         raise InputError("fastfpl.run: out must name the folder to resume; got none")
-    holding: contextlib.AbstractContextManager[Held | None] = contextlib.nullcontext()
-    if folder is not None:
-        refuse_held(folder, resume=True)  # what holds a run may be another process's
-        holding = alone_in(folder)
-    with holding as held, threads(chosen.threads), without_autocast():
-        if folder is not None:
-            refuse_held(folder, resume)
-        store = None if cache is None else Path(cache)
-        told = Told(callbacks)
+    with together() as ranks:
+        if ranks is not None and folder is None:
+            raise InputError(
+                "fastfpl.run: out must name a folder that all ranks share; got none with "
+                f"{ranks.size} ranks"
+            )
+        holding: contextlib.AbstractContextManager[Held | None] = contextlib.nullcontext()
+        if folder is not None and not elsewhere():
+            refuse_held(folder, resume=True)  # what holds a run may be another process's
+            holding = alone_in(folder)
+        with holding as held, threads(chosen.threads), without_autocast():
+            if held is not None:
+                refuse_held(held.folder, resume)
+            store = None if cache is None else Path(cache)
+            # of several ranks the first one speaks
+            told = Told(() if elsewhere() else callbacks)
 
-        def step(what: str, done: int, total: int) -> None:
-            observer(what, done, total)
-            told.step(what, done, total)
+            def step(what: str, done: int, total: int) -> None:
+                observer(what, done, total)
+                told.step(what, done, total)
 
-        try:
-            with stoppable(chosen, folder):
-                result = _play(chosen, live, held, resume, model, store, step, on_round, told)
-        except BaseException:
-            told.stop()
-            raise
-        if origin is not None:
-            result = replace(result, preset=provenance(origin, result, model is not None))
-        if folder is not None:
-            result.save(folder)
-        told.end(result.final)
+            how = _Run(folder, held, resume, model, store, step, on_round, told, ranks)
+            try:
+                with stoppable(chosen, folder):
+                    result = _play(chosen, live, how)
+            except BaseException:
+                told.stop()
+                raise
+            if result is not None:
+                if origin is not None:
+                    result = replace(result, preset=provenance(origin, result, model is not None))
+                if held is not None:
+                    result.save(held.folder)
+                told.end(result.final)
+        if ranks is not None:
+            result = Result(**ranks.say({} if result is None else result.to_json()))
+    assert result is not None
     return result
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """How a run is played and what it leaves, whatever its settings.
+
+    Attributes
+    ----------
+    held : Held or None
+        The folder, of whoever writes into it: one process, or the first of several ranks.
+    """
+
+    folder: Path | None
+    held: Held | None
+    resume: bool
+    model: FrozenCLIP | None
+    cache: Path | None
+    observer: Observer
+    on_round: RoundObserver
+    told: Told
+    ranks: Ranks | None
 
 
 @contextlib.contextmanager
@@ -245,24 +285,19 @@ def threads(count: int | None) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-def _play(
-    chosen: Settings,
-    live: Dataset | None,
-    held: Held | None,
-    resume: bool,
-    model: FrozenCLIP | None,
-    cache: Path | None,
-    observer: Observer,
-    on_round: RoundObserver,
-    told: Told,
-) -> Result:
-    """Play the rounds that are left and save after each."""
+def _play(chosen: Settings, live: Dataset | None, how: _Run) -> Result | None:
+    """Play the rounds that are left and save after each; only the first rank has the result."""
     forget_peak_memory()
+    ranks, held, folder, model = how.ranks, how.held, how.folder, how.model
+    local = None if ranks is None else ranks.local
     # a limit around a run is for passes of the caller
     with recorded_faces() as faces, memory_limit(None), uncapped():
-        planned = plan(chosen, model=model, datasets=known_as(chosen, live))
+        planned = plan(chosen, model=model, datasets=known_as(chosen, live), local=local)
+        if ranks is not None and folder is not None:
+            share_folder(ranks, folder)
+            agree(ranks, planned, resume=how.resume)
         head = None
-        if held is not None and resume:
+        if held is not None and how.resume:
             # other settings show before any weights are read
             head = check_checkpoint(held.folder, planned.facts)
             if head is not None and planned.kind.trains and head["rounds_done"] > chosen.rounds:
@@ -270,7 +305,10 @@ def _play(
                     f"fastfpl.run: rounds must be at least the {head['rounds_done']} that "
                     f"{held.folder} has played; got {chosen.rounds}"
                 )
-        told.begin(
+        if ranks is not None:
+            model = model or load_model(planned.settings, planned.device)
+            agree_on_weights(ranks, model)
+        how.told.begin(
             RunInfo(
                 run_name(planned.settings),
                 {**planned.settings.model_dump(), "options": dict(planned.options)},
@@ -279,9 +317,14 @@ def _play(
                 planned.scenario.names,
             )
         )
-        federation = prepare(planned, model=model, cache=cache, observer=observer)
+        federation = prepare(
+            planned, model=model, cache=how.cache, observer=how.observer, ranks=ranks
+        )
+        if folder is not None:
+            _take_up(federation, folder, how.resume, faces)
+        if ranks is not None:
+            ranks.say(None)  # nothing changes in the folder before all have read it
         if held is not None:
-            _take_up(federation, held.folder, resume, faces)
             held.sweep(files_of(held.folder) or set())
         lines = None if held is None else Lines(held.folder, federation.rounds)
         while not federation.finished:
@@ -294,9 +337,20 @@ def _play(
                 held.settle()
             if lines is not None:
                 lines.append(row)
-            on_round(chosen.method, row)
-            told.round(row)
-    return _result(federation, {op: sorted(names) for op, names in faces.items()})
+            if ranks is None or ranks.first:
+                how.on_round(chosen.method, row)
+                how.told.round(row)
+    peak = peak_memory(federation.clip.device)
+    said = {op: sorted(names) for op, names in faces.items()}
+    if ranks is not None:
+        # the largest of any rank, and the faces of all
+        for other in ranks.gathered({"peak": peak, "faces": said}):
+            peak = max(peak, other["peak"])
+            for op, names in other["faces"].items():
+                said[op] = sorted({*said.get(op, ()), *names})
+        if not ranks.first:
+            return None
+    return _result(federation, said, peak, 1 if ranks is None else ranks.size)
 
 
 def run_name(settings: Settings) -> str:
@@ -330,7 +384,7 @@ def _take_up(
         return
     for name, tensor in {**federation.server, **found.server}.items():
         mine = [state.get(name, tensor.new_empty(0)) for state in (federation.server, found.server)]
-        if mine[0].shape != mine[1].shape or mine[0].dtype != mine[1].dtype:
+        if not may_follow(federation.method, name, *mine):
             raise Damaged(
                 f"fastfpl.run: {folder / CHECKPOINT} must hold the server of "
                 f"{federation.method.name}; got another {name!r}; start again with another out"
@@ -392,12 +446,19 @@ def _unreplayed(federation: Federation) -> list[str]:
     return against(federation.settings, federation.method, federation.clip.device)
 
 
-def _result(federation: Federation, faces: dict[str, list[str]]) -> Result:
+def _result(federation: Federation, faces: dict[str, list[str]], peak: int, ranks: int) -> Result:
     exams, budget = federation.exams, federation.trainer.budget
     images = federation.trainer.images
     together = len(federation.shards)
     newcomers = range(together, len(images))
-    names = federation.names[together:] if newcomers else federation.names
+    asked = newcomers or federation.examiner.asked
+    some = not newcomers and len(asked) < together
+    names = [federation.names[c] for c in asked] if federation.names else []
+    # an exam of newcomers has places of its own
+    places = range(len(newcomers)) if newcomers else asked
+    notes = list(federation.dataset.notes)
+    if some:
+        notes.append(f"asked are {len(asked)} of {together} clients, drawn once")
     source = method_source(federation.settings.method)
     return Result(
         method=federation.settings.method,
@@ -405,23 +466,25 @@ def _result(federation: Federation, faces: dict[str, list[str]]) -> Result:
         environment={
             **environment(federation.clip.device),
             "cuda_graphs": "; ".join(_unreplayed(federation)) or "steps are replayed",
+            "ranks": ranks,
         },
         faces=faces,
         rounds=federation.rounds,
         final=summarise(federation.rounds),
-        peak_memory_bytes=peak_memory(federation.clip.device),
+        peak_memory_bytes=peak,
         memory=None if budget is None else budget.to_json(),
         data={
             "name": federation.dataset.name,
             "classes": list(federation.dataset.classnames),
             # of the clients that the headline is about
-            "train_images": [len(images[c]) for c in newcomers or range(together)],
+            "train_images": [len(images[c]) for c in asked],
             **({"others": together} if newcomers else {}),
-            "test_images": [len(images) for images in exams[0].images],
+            "test_images": [len(exams[0].images[c]) for c in places],
+            **({"asked": list(asked), "population": together} if some else {}),
             "exams": {exam.name: exam.about for exam in exams},
             "transductive": federation.settings.transductive,
             "skipped": federation.dataset.skipped,
-            "notes": list(federation.dataset.notes),
+            "notes": notes,
             "weights": federation.clip.weights_digest,
             "activation": federation.clip.text.activation,
             "deal": deal(federation.shards),
@@ -429,7 +492,7 @@ def _result(federation: Federation, faces: dict[str, list[str]]) -> Result:
                 "used": len(np.unique(np.concatenate([s.train for s in federation.shards]))),
                 "there": len(federation.dataset.train),
             },
-            **({"clients": list(names)} if names else {}),
+            **({"clients": names} if names else {}),
             **({} if source is None else {"method_source": source}),
         },
     )

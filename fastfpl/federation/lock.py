@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
+import platform
 import re
 import shutil
 import stat
@@ -14,7 +14,8 @@ import warnings
 from collections.abc import Iterator, Set
 from pathlib import Path
 
-from fastfpl.errors import InputError
+from fastfpl import system
+from fastfpl.errors import Busy, InputError
 from fastfpl.files import on_disk, watched
 
 __all__ = ["LOCK", "Held", "alone_in"]
@@ -28,7 +29,10 @@ _OURS = re.compile(
     r"|\.uploads-[0-9a-f]{8}"
     r"|clients|downloads|tuned|joined"
     r"|joined/\.[\w.-]+\.\d+-[0-9a-f]{8}\.part"
-    r"|clients/\d{5}-\d{5}\.safetensors"
+    # of many clients each thousand has a folder of its own
+    r"|clients/\d{3,}"
+    r"|clients/(\d{3,}/)?\d{5,}-\d{5,}\.safetensors"
+    r"|(clients|downloads|tuned)/index-\d{5,}\.json"
     r"|(downloads|tuned)/\d{5}\.safetensors"
 )
 
@@ -62,14 +66,24 @@ class Held:
                 os.lseek(self._lock, 0, os.SEEK_END)
                 os.write(self._lock, line.encode())
 
-    def sweep(self, named: Set[Path]) -> None:
-        """Remove what the lock names and ``named`` does not, then forget the names."""
+    def sweep(self, named: Set[Path], below: str = "") -> None:
+        """Remove what the lock names and ``named`` does not, then forget the names.
+
+        Parameters
+        ----------
+        named : set of Path
+            What a checkpoint names.
+        below : str
+            Only a folder of this name and what lies in it; what else the lock names stays named.
+        """
         folders = []
-        for name in self._names:
+        mine = [n for n in self._names if not below or n.split("/")[0] == below]
+        for name in mine:
             path = self.folder / name
             with contextlib.suppress(OSError):
                 # nothing below a link is ours
-                if path in named or path.parent.is_symlink():
+                above = [p for p in path.parents if self.folder in p.parents]
+                if path in named or any(p.is_symlink() for p in above):
                     continue
                 mode = path.lstat().st_mode
                 if stat.S_ISREG(mode):
@@ -78,10 +92,12 @@ class Held:
                     shutil.rmtree(path)
                 elif stat.S_ISDIR(mode):
                     folders.append(path)
-        for path in folders:
+        for path in sorted(folders, key=lambda p: -len(p.parts)):
             with contextlib.suppress(OSError):  # somebody else's files are in it
                 path.rmdir()
-        self.settle()
+        for name in mine:
+            del self._names[name]
+        self._begin()
 
     def settle(self) -> None:
         """Forget the names: a checkpoint has them."""
@@ -90,18 +106,24 @@ class Held:
 
     def release(self, made: list[Path]) -> None:
         """Let go; the lock's file stays if it still names files."""
+        mine = False
         with contextlib.suppress(OSError):
             left = any(os.path.lexists(self.folder / name) for name in self._names)
+            mine = not left and _in_place(self._lock, self.folder)
             # removed while it is held: who opened it before finds that it is no longer there
-            if not left and _in_place(self._lock, self.folder):
+            if mine and not system.WINDOWS:
+                (self.folder / LOCK).unlink()
+        os.close(self._lock)
+        with contextlib.suppress(OSError):
+            # there nobody can remove what another one has opened
+            if mine and system.WINDOWS:
                 (self.folder / LOCK).unlink()
             for path in made:
                 path.rmdir()
-        os.close(self._lock)
 
     def _begin(self) -> None:
         """Write the first line, and the names that are left."""
-        lines = [f"{_FORMAT} {os.getpid()}", *map(json.dumps, self._names)]
+        lines = [f"{_FORMAT} {os.getpid()} {platform.node()}", *map(json.dumps, self._names)]
         with contextlib.suppress(OSError):  # claims are refused where nothing can be written
             content = "".join(f"{line}\n" for line in lines).encode()
             os.lseek(self._lock, 0, os.SEEK_SET)
@@ -113,10 +135,10 @@ class Held:
 def alone_in(folder: Path) -> Iterator[Held]:
     """Hold a folder, made if it is not there, against every other run.
 
-    The lock is the operating system's (``flock``), not the file's being there: a process that is
-    killed leaves ``.lock`` behind but holds nothing. The file names its process and the files that
-    no checkpoint names yet (`Held`); it is removed at the end, and with it the folders that were
-    made and stayed empty.
+    The lock is the operating system's (`fastfpl.system.lock`), not the file's being there: a
+    process that is killed leaves ``.lock`` behind but holds nothing. The file names its process,
+    its machine and the files that no checkpoint names yet (`Held`); it is removed at the end, and
+    with it the folders that were made and stayed empty.
 
     Raises
     ------
@@ -126,8 +148,8 @@ def alone_in(folder: Path) -> Iterator[Held]:
 
     Notes
     -----
-    POSIX only, as `fastfpl.federation` is, which measures memory by ``resource``. A file system
-    without ``flock`` gets a warning and no lock.
+    On a network file system the lock holds against other machines where its server has locks. A
+    file system without locks gets a warning and none.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     held = Held(folder, _take(folder))
@@ -143,8 +165,7 @@ def _take(folder: Path) -> int:
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-            lock = os.open(folder / LOCK, flags, 0o666)
+            lock = system.open_plain(folder / LOCK, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
                 raise _foreign(folder) from None
@@ -156,15 +177,16 @@ def _take(folder: Path) -> int:
             if not stat.S_ISREG(os.fstat(lock).st_mode):
                 raise _foreign(folder)
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise _taken(folder, lock) from None
+                free = system.lock(lock)
             except OSError as error:
                 warnings.warn(
                     f"fastfpl.run: {folder} cannot be locked ({error.strerror}); start no other "
                     "run there",
                     stacklevel=2,
                 )
+                free = True
+            if not free:
+                raise _taken(folder, lock)
             if _in_place(lock, folder):
                 # one that is empty was made by a process that did not get any further
                 first = os.read(lock, len(_FORMAT))
@@ -191,12 +213,15 @@ def _names(lock: int) -> dict[str, None]:
     return found
 
 
-def _taken(folder: Path, lock: int) -> InputError:
-    # empty if the other process has only just taken it
-    first = os.read(lock, 64).split(b"\n")[0].decode("ascii", "replace")
-    number = first.removeprefix(_FORMAT).strip()
+def _taken(folder: Path, lock: int) -> Busy:
+    # empty if the other process has only just taken it; the first byte may be its holder's alone
+    os.lseek(lock, 1, os.SEEK_SET)
+    first = os.read(lock, 400).split(b"\n")[0].decode("utf-8", "replace")
+    number, _, machine = first.removeprefix(_FORMAT[1:]).strip().partition(" ")
     holder = f"process {number}" if number.isdigit() else "another process"
-    return InputError(
+    if machine not in ("", platform.node()):
+        holder += f" on {machine}"
+    return Busy(
         f"fastfpl.run: out must be used by one run at a time; got {folder}, where {holder} "
         "is running; wait for it or name another folder"
     )

@@ -145,17 +145,21 @@ class Newcomers:
         return [self.adapted, self.before]
 
     def ask(
-        self, trainer: Trainer, now: Round, keep: Callable[[int, State], None] | None
+        self,
+        trainer: Trainer,
+        now: Round,
+        keep: Callable[[int, State], None] | None,
+        places: Sequence[int] | None = None,
     ) -> list[list[Scores]]:
         """Let each client join, and put both exams to it; one list of scores an exam.
 
         ``keep(number, state)`` is told what each answers with, names begin with ``down.`` or
-        ``own.``.
+        ``own.``. ``places`` are those that join here, all if left out.
         """
         first = trainer.method.task.clients
         found: Sequence[list[Scores]] = ([], [])
-        for place, domain in enumerate(self.domains):
-            number = first + place
+        for place in range(len(self.domains)) if places is None else places:
+            number, domain = first + place, self.domains[place]
             one = join(trainer, now, number, str(number), domain)
             other = stranger(trainer.method, now, str(number), domain)
             found[0].append(one.answers(self.adapted, number, place))

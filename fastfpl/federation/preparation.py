@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,12 @@ from fastfpl.federation.checkpoint import settings_facts
 from fastfpl.federation.exams import Exam, Examiner
 from fastfpl.federation.merging import privacy_of
 from fastfpl.federation.newcomers import Newcomers
+from fastfpl.federation.ranked import RankedFederation
+from fastfpl.federation.ranked_store import RankedStore
+from fastfpl.federation.ranks import Ranks
 from fastfpl.federation.rehearsal import rehearse
 from fastfpl.federation.rounds import Federation
-from fastfpl.federation.sampling import Sampling
+from fastfpl.federation.sampling import Sampling, asked_clients
 from fastfpl.federation.scenarios import Question, Scenario, arrange, personal
 from fastfpl.federation.server import Round
 from fastfpl.federation.turns import InTurn, Together
@@ -97,6 +101,7 @@ def plan(
     *,
     model: FrozenCLIP | None = None,
     datasets: dict[Place, Dataset] | None = None,
+    local: int | None = None,
 ) -> Plan:
     """Refuse what can be refused without weights, and deal the data to clients.
 
@@ -107,10 +112,12 @@ def plan(
         A CLIP that is already loaded, in place of ``settings.clip``.
     datasets : dict, optional
         What was loaded for other plans; gets what is loaded for this one.
+    local : int, optional
+        Which rank of its machine this process is, where there are several.
     """
     settings, kind, options = settled(settings, model)
     quirks = settings.as_released
-    device = choose_device(settings.device)
+    device = choose_device(settings.device, local)
     if model is None and settings.clip != "tiny":
         known(settings.clip)
     datasets = {} if datasets is None else datasets
@@ -131,6 +138,7 @@ def plan(
     if settings.transductive:
         scenario = scenario.transductive()
     scenario = scenario.noted(settings)
+    asked_clients(settings, len(scenario.shards))
     if scenario.newcomers and visits_of(quirks, settings.schedule, settings.lr) is not None:
         raise InputError(
             "fastfpl.run: as_released must leave out quirks by which clients follow one another in "
@@ -284,6 +292,7 @@ def prepare(
     cache: Path | None = None,
     observer: Observer = silent,
     members: Sequence[int] | None = None,
+    ranks: Ranks | None = None,
 ) -> Federation:
     """Load, partition and encode what the settings name.
 
@@ -299,18 +308,23 @@ def prepare(
     members : sequence of int, optional
         Clients that train and are asked here, all of them if left out; of others no image is
         encoded.
+    ranks : Ranks, optional
+        The other processes that play the run, which encode images and train clients with this one.
     """
     planned = settings if isinstance(settings, Plan) else plan(settings, model=model)
     settings, kind, options = planned.settings, planned.kind, planned.options
     dataset, scenario = planned.dataset, planned.scenario
-    store = FeatureStore(cache)
+    store = FeatureStore(cache) if ranks is None else RankedStore(ranks, cache)
     store.check()
     clip = model or load_model(settings, planned.device)
     budget = None if settings.max_memory is None else Budget(settings.max_memory, clip.device)
     eye = make_eye(settings, clip, dataset, kind.image_kind, store, observer, budget)
     if budget is not None:
         chunk = budget.images(eye.encode, clip.image_size, store.chunk)
-        eye = replace(eye, store=FeatureStore(cache, chunk=chunk))
+        store = FeatureStore(cache, chunk=chunk)
+        if ranks is not None:
+            store = RankedStore(ranks, cache, chunk=ranks.least(chunk))
+        eye = replace(eye, store=store)
     method = as_released(kind, settings.as_released)(
         _task(settings, clip, scenario, budget), options
     )
@@ -360,11 +374,17 @@ def prepare(
 
     def ready(question: Question, asked: Method, of: Sequence[int]) -> Exam:
         rows = np.unique(np.concatenate([question.images[c] for c in of]))
+        if not len(rows):
+            raise InputError(
+                f"fastfpl.run: evaluate_clients must draw a client with test images; got "
+                f"{settings.evaluate_clients}; take more, or another seed"
+            )
         feed = evaluation_feed(eye, question.split, "test", rows)
         name, about = question.name, question.about
         return Exam(name, about, asked, feed, question.images, question.domains)
 
-    examiner = Examiner(trainer, [ready(*exam, here) for exam in exams], len(scenario.shards), here)
+    of = here if members is not None else asked_clients(settings, len(scenario.shards))
+    examiner = Examiner(trainer, [ready(*exam, of) for exam in exams], len(scenario.shards), of)
     newcomers = None
     if scenario.newcomers:
         later = range(len(scenario.newcomers))
@@ -373,7 +393,8 @@ def prepare(
     if budget is not None:
         budget.settle()
         rehearse(examiner, now)
-    return Federation(
+    kind_of = Federation if ranks is None else partial(RankedFederation, ranks=ranks)
+    return kind_of(
         clip=clip,
         dataset=scenario.dataset,
         shards=scenario.shards,

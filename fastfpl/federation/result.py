@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
 import platform
-import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -15,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastfpl import __version__
+from fastfpl import __version__, system
 from fastfpl.data import Shard
 from fastfpl.errors import Damaged, Missing
 from fastfpl.federation.frames import frame_of
@@ -74,6 +72,8 @@ class Result:
         Data set, class names, test and training images of each client, exams, whether the clients
         trained on their test images, weights digest, activation of the CLIP's text tower;
         ``others``: where the headline is about clients that came later, how many trained together;
+        ``asked`` and ``population``: with ``evaluate_clients``, the numbers of those that the
+        lists and every row's ``clients`` are about, and how many there are in all;
         ``deal``: digests of who has which training and test images, equal where two runs deal
         alike; ``training``: how many training images are there and how many are used;
         ``clients``: what the data set calls them, where it does; ``method_source``: class, module
@@ -258,20 +258,11 @@ def forget_peak_memory() -> None:
     """Let `peak_memory` count from now on, where the system can: CUDA and Linux."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    # some containers forbid it; the figure is then that of the process so far
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    system.forget_peak()
 
 
 def peak_memory(device: torch.device) -> int:
     """Largest memory in bytes: allocations on a GPU, the process' resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # macOS counts bytes, Linux kibibytes
-    return peak if platform.system() == "Darwin" else peak * 1024
+    return system.peak_resident()

@@ -100,6 +100,8 @@ class _Data(_Part):
     training: _Training | None = None
     clients: list[_Name] | None = None
     others: _Count | None = None
+    asked: list[_Count] | None = None
+    population: _Count | None = None
 
 
 class _Published(_Part):
@@ -156,7 +158,9 @@ class _Result(_Part):
             raise ValueError(f"rounds must be {wanted} where a run is finished; not {len(rows)}")
         exams = list(self.data.exams)
         # where clients came later, the headline is about these, and the others trained
-        others = self.data.others or clients
+        others = self.data.others or self.data.population or clients
+        if self.data.asked is not None and len(self.data.asked) != clients:
+            raise ValueError(f"data must name the {clients} clients that were asked")
         for row in rows:
             evaluated = exams if row.accuracy is not None else []
             if list(row.exams) != evaluated or bool(row.clients) != bool(evaluated):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import torch
+from torch import Tensor
 from torch.profiler import record_function
 
 from fastfpl.clip import FrozenCLIP
@@ -19,7 +21,7 @@ from fastfpl.federation.merging import Privacy
 from fastfpl.federation.models import answers_with
 from fastfpl.federation.newcomers import Newcomers
 from fastfpl.federation.result import empty_row
-from fastfpl.federation.sampling import Sampling
+from fastfpl.federation.sampling import Call, Sampling
 from fastfpl.federation.server import Round
 from fastfpl.federation.shared import SharedStates
 from fastfpl.federation.states import StateFiles
@@ -31,7 +33,35 @@ from fastfpl.training.scoring import Scores
 from fastfpl.training.steps import PHASE
 from fastfpl.training.trainer import Trainer
 
-__all__ = ["Federation"]
+__all__ = ["Federation", "Played", "StateKeeper"]
+
+
+class StateKeeper(Protocol):
+    """What takes up states of clients."""
+
+    def put(self, client: int, state: Mapping[str, Tensor], /) -> None:
+        """Take up the state of a client."""
+
+
+@dataclass
+class Played:
+    """What the local training of a round was.
+
+    Attributes
+    ----------
+    losses : dict from client to float
+        Of the last local epoch.
+    images, bytes_up, bytes_down : int
+        That were trained on, sent and received, of all clients together.
+    handed : State
+        What the last client hands on.
+    """
+
+    losses: dict[int, float] = field(default_factory=dict)
+    images: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    handed: State = field(default_factory=dict)
 
 
 @dataclass
@@ -134,12 +164,7 @@ class Federation:
         last = round_ == settings.rounds - 1 or not method.trains
         if last or (round_ + 1) % settings.evaluate_every == 0:
             with record_function(PHASE + "evaluation"):
-                asked = self.ask()
-            exams = self.exams
-            for exam, scores in zip(exams, asked, strict=True):
-                line["exams"][exam.name] = marks(scores, exam.domains)
-            headline = line["exams"][exams[0].name]
-            line["clients"], line["accuracy"] = headline["clients"], headline["accuracy"]
+                self._evaluate(line)
         line["seconds"] = time.perf_counter() - begin
         self.rounds.append(line)
         return line
@@ -147,52 +172,92 @@ class Federation:
     def _train(self, line: dict[str, Any]) -> None:
         """Let the clients of the round train, merge what arrives, and note both in its row."""
         begin = time.perf_counter()
-        method, now = self.method, self.now
-        device = method.task.classes.tower.device
-        call = self.sampling.call(now.number)
+        call = self.sampling.call(self.now.number)
         # a thousand clients' worth does not fit into memory
-        uploads = StateFiles(device=device, beside=self.folder)
-        losses: dict[int, float] = {}
-        seen, handed = 0, now.handed
-        for turn in self.order.turns(self.trainer, now, call, self.clients):
-            outcome, handed = turn.outcome, turn.handed
-            seen += outcome.images
+        uploads = StateFiles(device=self._device, beside=self.folder)
+        played = self._play(call, uploads, self.downloads)
+        self._merge(call, played, uploads, line)
+        self._note(call, played, line, begin)
+
+    def _play(self, call: Call, uploads: StateFiles, downloads: StateKeeper) -> Played:
+        """Let clients train: what they send goes to ``uploads``, what they keep to its files."""
+        method = self.method
+        played = Played(handed=self.now.handed)
+        for turn in self.order.turns(self.trainer, self.now, call, self.clients):
+            outcome, played.handed = turn.outcome, turn.handed
+            played.images += outcome.images
             for u, client in enumerate(turn.members):
                 down = row(turn.down, u)
-                losses[client] = outcome.losses[u].item()
-                line["bytes_down"] += _size(down)
+                played.losses[client] = outcome.losses[u].item()
+                played.bytes_down += _size(down)
                 self.clients.put(client, row(outcome.own, u))
                 if client not in call.lost:
                     upload = row(outcome.upload, u)
-                    line["bytes_up"] += _size(upload)
+                    played.bytes_up += _size(upload)
                     uploads.put(client, upload)
                 if method.evaluates_download == "trained":
-                    self.downloads.put(client, down)
+                    downloads.put(client, down)
+        return played
+
+    def _merge(self, call: Call, played: Played, uploads: StateFiles, line: dict[str, Any]) -> None:
+        """Merge what arrived into the next `Round`."""
+        method, now = self.method, self.now
         sent: Mapping[int, Upload] = uploads
         counts = {c: len(self.trainer.images[c]) for c in uploads}
         if self.privacy is not None:
             down = now.download(method, call.selected[0])
             sent, counts = self.privacy.merged(down, uploads, len(call.selected))
             line["epsilon"] = self.privacy.epsilon(now.number + 1)
-        self.now = now.after(method, sent, counts, handed)
+        self.now = now.after(method, sent, counts, played.handed)
+
+    def _note(self, call: Call, played: Played, line: dict[str, Any], begin: float) -> None:
+        """Note in a round's row who trained and how it went."""
         line["selected"] = call.selected
         line["lost"] = sorted(call.lost)
-        line["loss"] = sum(losses[c] for c in call.selected) / len(losses)
-        line["images_per_second"] = seen / (time.perf_counter() - begin)
+        line["bytes_up"], line["bytes_down"] = played.bytes_up, played.bytes_down
+        line["loss"] = sum(played.losses[c] for c in call.selected) / len(played.losses)
+        line["images_per_second"] = played.images / (time.perf_counter() - begin)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.method.task.classes.tower.device
+
+    def _evaluate(self, line: dict[str, Any]) -> None:
+        """Put every exam to the clients' models and note their marks in the round's row."""
+        exams = self.exams
+        self._mark(
+            line,
+            [marks(s, exam.domains) for s, exam in zip(self.ask(), exams, strict=True)],
+        )
+
+    def _mark(self, line: dict[str, Any], all_marks: Sequence[dict[str, Any]]) -> None:
+        """Note the marks of every exam; the first one's are the headline."""
+        for exam, mine in zip(self.exams, all_marks, strict=True):
+            line["exams"][exam.name] = mine
+        line["clients"], line["accuracy"] = all_marks[0]["clients"], all_marks[0]["accuracy"]
 
     def ask(self) -> list[list[Scores]]:
         """Put every exam to the clients' models as they are now; one list of scores an exam."""
-        now, keep = self.now, None if self.folder is None else self.tuned.put
+        return self._ask(None, None, None if self.folder is None else self.tuned.put)
+
+    def _ask(
+        self,
+        clients: Sequence[int] | None,
+        places: Sequence[int] | None,
+        keep: Callable[[int, State], None] | None,
+    ) -> list[list[Scores]]:
+        """Ask these clients, and newcomers of these places; all where there is None."""
+        now = self.now
 
         def states(client: int) -> tuple[State, State]:
             return answers_with(
                 self.method, now.server, self.clients, self.downloads, client, now.number
             )
 
-        asked = self.examiner.ask(now.number - 1, states, keep)
+        asked = self.examiner.ask(now.number - 1, states, keep, clients)
         if self.newcomers is None:
             return asked
-        return [*self.newcomers.ask(self.trainer, now, keep), *asked]
+        return [*self.newcomers.ask(self.trainer, now, keep, places), *asked]
 
     @property
     def finished(self) -> bool:

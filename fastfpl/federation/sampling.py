@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from fastfpl.config import Settings
+from fastfpl.errors import InputError
 from fastfpl.seeds import generator
 
-__all__ = ["Call", "Sampling"]
+__all__ = ["Call", "Sampling", "asked_clients"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,35 @@ class Call:
     selected: Sequence[int]
     drawn: Sequence[int]
     lost: Set[int]
+
+    def of(self, clients: Set[int]) -> Call:
+        """Return what of the call is for some of the clients."""
+        return Call(
+            [c for c in self.selected if c in clients],
+            [c for c in self.drawn if c in clients],
+            self.lost & clients,
+        )
+
+
+def asked_clients(settings: Settings, clients: int) -> Sequence[int]:
+    """Draw once who of so many clients is asked in a run, ascending; all unless settings say so.
+
+    Raises
+    ------
+    InputError
+        If more are wanted than there are.
+    """
+    wanted = settings.evaluate_clients
+    if wanted is None:
+        return range(clients)
+    count = wanted if isinstance(wanted, int) else max(int(wanted * clients + 1e-9), 1)
+    if count > clients:
+        raise InputError(
+            f"fastfpl.run: evaluate_clients must be at most the {clients} clients; got {wanted}"
+        )
+    draw = generator(settings.seed, "evaluate")
+    found: list[int] = torch.randperm(clients, generator=draw)[:count].tolist()
+    return sorted(found)
 
 
 @dataclass
@@ -70,16 +100,17 @@ class Sampling:
         if round_ == 0 and self.all_first:
             return list(range(self.clients))
         draw = generator(self.settings.seed, "sample", round_)
-        order = torch.randperm(self.clients, generator=draw).tolist()
+        order = torch.randperm(self.clients, generator=draw)
         if self.settings.sampling == "domain":
             assert self.client_domains is not None
             first: dict[int, int] = {}
-            for client in order:
+            for client in order.tolist():
                 first.setdefault(self.client_domains[client], client)
             return list(first.values())
         # the small addend keeps 0.29 · 100 = 28.999999999999996 from losing a client
         count = max(int(self.settings.participation * self.clients + 1e-9), 1)
-        return order[:count]
+        chosen: list[int] = order[:count].tolist()
+        return chosen
 
     def lost(self, round_: int, selected: Sequence[int]) -> set[int]:
         """Draw whose uploads never arrive."""

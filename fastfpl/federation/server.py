@@ -58,7 +58,8 @@ class Round:
         method : Method
         uploads : mapping from client to state
         images : mapping from client to int
-            Training images of each client that sent an upload.
+            Training images of each client that sent an upload. Whoever trained first, the method
+            sees uploads in the order of client numbers.
         handed : State
             What the last client handed on.
 
@@ -67,6 +68,7 @@ class Round:
         NotConverged
             If no client could go on from what was merged.
         """
+        uploads = {client: uploads[client] for client in sorted(uploads)}
         sent = dict.fromkeys(n for state in uploads.values() for n in state)
         with asked(method, "merge", upload=sent, server=self.server):
             merged = method.merge(self.server, uploads, images, self.number)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fastfpl.errors import Damaged
-from fastfpl.federation.states import Intact, digest_of, flush, scratch
-from fastfpl.files import announce, on_disk, own_folder, read_file, write_new
+from fastfpl.federation.segments import Segments
+from fastfpl.federation.states import Intact, scratch
+from fastfpl.files import announce, digest_of, on_disk, own_folder, read_file, write_new
 from fastfpl.methods import State
+from fastfpl.system import flush
 
 __all__ = ["DOWNLOADS", "TUNED", "SharedStates"]
 
@@ -69,6 +71,8 @@ class SharedStates(Mapping[int, State]):
         self._bytes = 0
         self._unsettled: list[int] = []
         self._next = 0
+        self.segments = Segments()
+        self.named: list[dict[str, Any]] = []
         self._temporary: Path | None = None
 
     def __getitem__(self, client: int) -> State:
@@ -130,6 +134,7 @@ class SharedStates(Mapping[int, State]):
     def clear(self) -> None:
         """Forget all states; `sweep` removes their files."""
         self._entries.clear()
+        self.segments.clear()
         self._forget()
 
     def _forget(self) -> None:
@@ -155,11 +160,32 @@ class SharedStates(Mapping[int, State]):
         self._next += 1
         for client, tensors in self._waiting.items():
             self._entries[client] = _Entry(volume, tensors)
+            self.segments.touch(client)
         self._forget()
         if self.folder is None:
             self.sweep()
         else:
             self._unsettled.append(volume)
+
+    # -- between processes that share the folder -------------------------------------------------
+
+    def told(self, clients: Iterable[int]) -> dict[str, Any]:
+        """Write what waits and say of clients' states where they are, for `adopt`."""
+        self._write()
+        entries = {c: self._entries[c] for c in clients if c in self._entries}
+        used = {entry.volume for entry in entries.values()}
+        return {
+            "volumes": {str(volume): self._files[volume].digest for volume in sorted(used)},
+            "clients": {str(client): _written(entry) for client, entry in entries.items()},
+        }
+
+    def adopt(self, written: Mapping[str, Any]) -> None:
+        """Take up states that another process has written; their bytes are verified when read."""
+        for volume, digest in written["volumes"].items():
+            self._files[int(volume)] = Intact(self._path(int(volume)), digest, seen=False)
+        self._entries |= {int(client): _read(e) for client, e in written["clients"].items()}
+        used = self._used()
+        self._files = {volume: file for volume, file in self._files.items() if volume in used}
 
     # -- for checkpoints -----------------------------------------------------------------------
 
@@ -174,18 +200,10 @@ class SharedStates(Mapping[int, State]):
         self._unsettled.clear()
         for volume in set(self._files) - used:
             announce(self._path(volume))
+        young, self.named = self.segments.settle(self.folder, lambda c: _written(self._entries[c]))
         return {
             "volumes": {str(volume): self._files[volume].digest for volume in sorted(used)},
-            "clients": {
-                str(client): {
-                    "volume": entry.volume,
-                    "tensors": {
-                        name: {"dtype": t.dtype, "shape": list(t.shape), "pieces": list(t.pieces)}
-                        for name, t in entry.tensors.items()
-                    },
-                }
-                for client, entry in self._entries.items()
-            },
+            "clients": young,
         }
 
     @property
@@ -202,16 +220,9 @@ class SharedStates(Mapping[int, State]):
             If a file is missing, truncated or changed.
         """
         self._files = {}
-        self._entries = {
-            int(client): _Entry(
-                entry["volume"],
-                {
-                    name: _Tensor(t["dtype"], tuple(t["shape"]), tuple(t["pieces"]))
-                    for name, t in entry["tensors"].items()
-                },
-            )
-            for client, entry in written["clients"].items()
-        }
+        self._entries = {int(client): _read(e) for client, e in written["clients"].items()}
+        for client in self._entries:
+            self.segments.touch(client)
         self._next = max(map(int, written["volumes"]), default=-1) + 1
         for volume, digest in written["volumes"].items():
             path = self._path(int(volume))
@@ -238,6 +249,7 @@ class SharedStates(Mapping[int, State]):
 
     def sweep(self) -> None:
         """Remove the volumes in which no client has its state."""
+        self.segments.sweep(self.folder)
         used = self._used()
         for volume in set(self._files) - used:
             self._path(volume).unlink(missing_ok=True)
@@ -263,6 +275,22 @@ class SharedStates(Mapping[int, State]):
 
 # dimensions from which on a tensor is a list of pieces
 _CUT = 3
+
+
+def _written(entry: _Entry) -> dict[str, Any]:
+    tensors = {
+        name: {"dtype": t.dtype, "shape": list(t.shape), "pieces": list(t.pieces)}
+        for name, t in entry.tensors.items()
+    }
+    return {"volume": entry.volume, "tensors": tensors}
+
+
+def _read(written: Mapping[str, Any]) -> _Entry:
+    tensors = {
+        name: _Tensor(t["dtype"], tuple(t["shape"]), tuple(t["pieces"]))
+        for name, t in written["tensors"].items()
+    }
+    return _Entry(written["volume"], tensors)
 
 
 def _damaged(path: Path, reason: str) -> Damaged:

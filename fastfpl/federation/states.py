@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import secrets
 import shutil
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,27 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fastfpl.errors import Damaged
-from fastfpl.files import announce, on_disk, own_folder, read_file, temporary_folder, write_new
+from fastfpl.federation.segments import Segments
+from fastfpl.files import (
+    announce,
+    digest_of,
+    on_disk,
+    own_folder,
+    read_file,
+    temporary_folder,
+    write_new,
+)
+from fastfpl.system import flush
 
-__all__ = ["CLIENTS", "Intact", "StateFiles", "StoredState", "digest_of", "flush", "scratch"]
+__all__ = ["CLIENTS", "Intact", "StateFiles", "StoredState", "scratch", "state_path"]
 
 #: Folder of the clients' states beside a run's checkpoint.
 CLIENTS = "clients"
 
 
+# clients whose states lie in one folder
+_TOGETHER = 1000
+_SEEN: dict[tuple[str, ...], tuple[str, ...]] = {}
 _READABLE = "be readable and as it was written"
 
 
@@ -94,12 +106,14 @@ class Intact:
         Written or read a moment ago.
     digest : str
         Of its content, by `digest_of`.
+    seen : bool
+        False of a file that another process has written: its bytes are read at the first look.
     """
 
-    def __init__(self, path: Path, digest: str) -> None:
+    def __init__(self, path: Path, digest: str, *, seen: bool = True) -> None:
         self.digest = digest
         self._path = path
-        self._identity = _identity(path)
+        self._identity = _identity(path) if seen else None
 
     def is_as_written(self) -> bool:
         """Look at the file's place, size and times, and at its bytes if one of these moved."""
@@ -145,6 +159,10 @@ class StateFiles(Mapping[int, StoredState]):
     Attributes
     ----------
     folder : Path or None
+    segments : Segments
+        How a checkpoint says where the states are.
+    named : list of dict
+        The segments that `settle` has told of.
     """
 
     def __init__(
@@ -160,7 +178,11 @@ class StateFiles(Mapping[int, StoredState]):
         self._entries: dict[int, _Entry] = {}
         self._former: list[Path] = []
         self._unsettled: list[Path] = []
+        self._handed: list[Path] = []
+        self.segments = Segments()
+        self._reserved: dict[int, int] = {}
         self._temporary: Path | None = None
+        self.named: list[dict[str, Any]] = []
 
     def __getitem__(self, client: int) -> StoredState:
         entry = self._entries[client]
@@ -185,7 +207,6 @@ class StateFiles(Mapping[int, StoredState]):
         if not state:
             return
         old = self._entries.get(client)
-        version = 0 if old is None else old.version + 1
         content = save({name: t.detach().cpu().contiguous() for name, t in state.items()})
         where = self._where()
         what = "the folder of the clients' states"
@@ -193,12 +214,15 @@ class StateFiles(Mapping[int, StoredState]):
             if self.folder is not None:
                 where.parent.mkdir(parents=True, exist_ok=True)
                 own_folder(where)
-            while os.path.lexists(self._path(client, version)):  # somebody else's
-                version += 1
+            version = self._reserved.pop(client, None)
+            if version is None:
+                version = self._free(client)
             path = self._path(client, version)
+            own_folder(path.parent)
             write_new(path, content)
             written = Intact(path, digest_of(content))
-        self._entries[client] = _Entry(version, tuple(state), written)
+        self._entries[client] = _Entry(version, _names(state), written)
+        self.segments.touch(client)
         if old is not None:
             self._former.append(self._path(client, old.version))
         if self.folder is None:
@@ -206,10 +230,76 @@ class StateFiles(Mapping[int, StoredState]):
         else:
             self._unsettled.append(path)
 
+    def _free(self, client: int) -> int:
+        """Return the version of a client's next state, whose name nobody has."""
+        old = self._entries.get(client)
+        version = 0 if old is None else old.version + 1
+        while os.path.lexists(self._path(client, version)):  # somebody else's
+            version += 1
+        return version
+
+    # -- between processes that share the folder -------------------------------------------------
+
+    @property
+    def place(self) -> Path:
+        """Where the files lie."""
+        return self._where()
+
+    def reserve(self, clients: Iterable[int]) -> dict[str, int]:
+        """Announce the names of clients' next states, which other processes may write; JSON."""
+        found = {str(client): self._free(client) for client in clients}
+        announce(self._where())
+        for client, version in found.items():
+            announce(self._path(int(client), version))
+        return found
+
+    def promise(self, reserved: Mapping[str, int]) -> None:
+        """Give the next state of each client the name that `reserve` has announced."""
+        self._reserved = {int(client): version for client, version in reserved.items()}
+
+    def told(self, clients: Iterable[int]) -> dict[str, Any]:
+        """Say of clients' states where they are, for `adopt`; those written here are flushed."""
+        with on_disk("fastfpl.run", "the clients' states", self._where(), self._cure):
+            for path in self._unsettled:
+                flush(path)
+        self._handed, self._unsettled = self._unsettled, []
+        self._reserved.clear()
+        there = {c: self._entries[c] for c in clients if c in self._entries}
+        return {str(client): _written(entry) for client, entry in there.items()}
+
+    def adopt(self, written: Mapping[str, Any]) -> None:
+        """Take up states that another process has written; their bytes are verified when read."""
+        for client, e in written.items():
+            number, version = int(client), int(e["version"])
+            old = self._entries.get(number)
+            if old is not None and old.version == version:
+                continue
+            path = self._path(number, version)
+            file = Intact(path, str(e["blake2b"]), seen=False)
+            self._entries[number] = _Entry(version, _names(e["names"]), file)
+            self.segments.touch(number)
+            if old is not None:
+                self._former.append(self._path(number, old.version))
+
+    def leave(self) -> None:
+        """Leave files, former ones too, to the process that writes checkpoints."""
+        self._former.clear()
+        self._handed.clear()
+
+    def discard(self) -> None:
+        """Remove what was written here since `leave`: nobody goes on with it."""
+        for path in (*self._unsettled, *self._handed):
+            path.unlink(missing_ok=True)
+        self._unsettled.clear()
+        self._handed.clear()
+
     # -- for checkpoints -----------------------------------------------------------------------
 
     def settle(self) -> dict[str, Any]:
-        """Flush new files to the disk and say what must be written down to find them again."""
+        """Flush new files to the disk and say what must be written down to find them again.
+
+        Of many clients it is what has changed lately; ``named`` then names the files with the rest.
+        """
         what = "the folder of the clients' states"
         with on_disk("fastfpl.run", what, self._where(), self._cure):
             for path in self._unsettled:
@@ -218,10 +308,10 @@ class StateFiles(Mapping[int, StoredState]):
         self._unsettled.clear()
         for path in self._former:
             announce(path)
-        return {
-            str(client): {"version": e.version, "names": list(e.names), "blake2b": e.file.digest}
-            for client, e in self._entries.items()
-        }
+        young, self.named = self.segments.settle(
+            self.folder, lambda client: _written(self._entries[client])
+        )
+        return young
 
     @property
     def files(self) -> set[Path]:
@@ -238,7 +328,7 @@ class StateFiles(Mapping[int, StoredState]):
         """
         self._entries = {}
         for client, e in written.items():
-            version, names = int(e["version"]), tuple(e["names"])
+            version, names = int(e["version"]), _names(e["names"])
             path = self._path(int(client), version)
             try:
                 own_folder(path.parent)
@@ -256,9 +346,11 @@ class StateFiles(Mapping[int, StoredState]):
             if found != set(names):
                 raise _damaged(path, f"the tensors {', '.join(sorted(found))}")
             self._entries[int(client)] = _Entry(version, names, file)
+            self.segments.touch(int(client))
 
     def sweep(self) -> None:
         """Remove the files of former states."""
+        self.segments.sweep(self.folder)
         for path in self._former:
             path.unlink(missing_ok=True)
         self._former.clear()
@@ -277,18 +369,27 @@ class StateFiles(Mapping[int, StoredState]):
         return self._temporary
 
     def _path(self, client: int, version: int) -> Path:
-        return self._where() / f"{client:05d}-{version:05d}.safetensors"
+        return state_path(self._where(), client, version)
 
 
-def flush(path: Path) -> None:
-    """Let a file reach the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def state_path(folder: Path, client: int, version: int) -> Path:
+    """Name the file of a client's state; no folder holds more than a thousand clients' files."""
+    place = folder if client < _TOGETHER else folder / f"{client // _TOGETHER:03d}"
+    return place / f"{client:05d}-{version:05d}.safetensors"
 
 
-def digest_of(content: bytes) -> str:
-    """Return the checksum that a checkpoint holds of a file."""
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
+def _names(state: Iterable[str]) -> tuple[str, ...]:
+    """Return the names of a state, one tuple for all clients that have the same."""
+    names = tuple(state)
+    return _SEEN.setdefault(names, names)
+
+
+def _written(entry: _Entry) -> dict[str, Any]:
+    return {
+        "version": entry.version,
+        "names": list(entry.names),
+        "blake2b": entry.file.digest,
+    }
 
 
 def _damaged(path: Path, reason: str) -> Damaged:

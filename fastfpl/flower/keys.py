@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastfpl import system
 from fastfpl.errors import InputError
 from fastfpl.files import on_disk
 
@@ -145,6 +146,6 @@ def _host(host: str) -> Any:
 
 
 def _write(path: Path, content: bytes, mode: int) -> None:
-    number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    number = system.open_plain(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     with os.fdopen(number, "wb") as file:
         file.write(content)

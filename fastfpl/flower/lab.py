@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastfpl import system
 from fastfpl.config import Settings
 from fastfpl.errors import Damaged, InputError, Missing, cut
 from fastfpl.federation import Result
@@ -161,8 +162,7 @@ class Lab:
     def kill(self, name: str) -> None:
         """Kill a process and all that it started, without a word."""
         process = self._running.pop(name)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        system.end_tree(process, kill=True)
         process.wait()
 
     def flwr(self, *arguments: str) -> Any:
@@ -207,16 +207,13 @@ class Lab:
         """Take everything down: nodes first, then the SuperLink."""
         names = sorted(self._running, key=lambda name: name == "superlink")
         for name in names:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._running[name].pid, signal.SIGTERM)
+            system.end_tree(self._running[name], kill=False)
         end = time.monotonic() + 10
         for name in names:
             process = self._running.pop(name)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.1, end - time.monotonic()))
-            # what it started has its group, and may outlive it
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
+            system.end_tree(process, kill=True)
             process.wait()
 
     def _start(self, name: str, command: Sequence[str]) -> None:
@@ -367,7 +364,7 @@ def _stamp(out: Path) -> float:
 
 def _tool(name: str) -> str:
     """Find a command of Flower's beside this Python, or on the path."""
-    beside = Path(sys.executable).parent / name
+    beside = Path(sys.executable).parent / (f"{name}.exe" if system.WINDOWS else name)
     found = str(beside) if beside.is_file() else shutil.which(name)
     if found is None:
         raise Missing(
@@ -391,7 +388,9 @@ def _free(count: int) -> list[int]:
 def _refuse_taken(port: int) -> None:
     try:
         with socket.socket() as one:
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            # elsewhere it would let two processes share the port
+            if not system.WINDOWS:
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             one.bind((_HOST, port))
     except (OSError, OverflowError) as error:
         raise InputError(

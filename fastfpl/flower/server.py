@@ -57,6 +57,7 @@ from fastfpl.flower.merging import check_merging, robust
 from fastfpl.flower.post import Outcome, Post, exchange
 from fastfpl.flower.rules import Rules
 from fastfpl.methods import Method, State, method_source
+from fastfpl.methods.contract import may_follow
 from fastfpl.ops.memory import memory_limit
 from fastfpl.ops.precision import without_autocast
 from fastfpl.released import as_released, visits_of
@@ -158,6 +159,11 @@ def checked(
         raise InputError(
             "fastfpl.flower: scenario must not be 'unseen-clients', whose newcomers are adapted on "
             "a copy of the server; play it in one process, by fastfpl run, or let clients join late"
+        )
+    if settings.evaluate_clients is not None:
+        raise InputError(
+            "fastfpl.flower: evaluate_clients must be left out, since every client answers for "
+            f"itself; got {settings.evaluate_clients}; play it in one process, by fastfpl run"
         )
     if visits_of(settings.as_released, settings.schedule, settings.lr):
         raise InputError(
@@ -324,11 +330,9 @@ class Server:
         self.held.sweep(files_of(self.folder) or set())
         if found is None:
             return method, now
-        shapes = [
-            {name: (t.shape, t.dtype) for name, t in side.items()}
-            for side in (now.server, found.server)
-        ]
-        if shapes[0] != shapes[1]:
+        sides = (now.server, found.server)
+        same = set(sides[0]) == set(sides[1])
+        if not same or not all(may_follow(method, n, *(s[n] for s in sides)) for n in sides[0]):
             raise Damaged(
                 f"fastfpl.flower: {self.folder} must hold the server of {method.name}; got other "
                 "tensors; start again with another out"

@@ -190,6 +190,9 @@ class Method(ABC):
         begins with its name.
     joins : int
         How often a client that comes later takes part until it has everything of its own.
+    grows : set of str
+        Names of the server's tensors to whose first dimension a merge may add rows, as for clients
+        that upload for the first time.
     """
 
     name: ClassVar[str]
@@ -206,6 +209,7 @@ class Method(ABC):
     scored_together: ClassVar[int] = 1
     scores: ClassVar[str] = "scores images in a way of its own"
     joins: ClassVar[int] = 1
+    grows: ClassVar[frozenset[str]] = frozenset()
     Options: ClassVar[type[Options]] = Options
 
     def __init__(self, task: Task, options: Mapping[str, Any] | None = None) -> None:

@@ -26,6 +26,7 @@ __all__ = [
     "check_states",
     "check_text",
     "furthest",
+    "may_follow",
     "started",
 ]
 
@@ -128,7 +129,7 @@ def check_merged(method: Method, server: State, merged: object) -> State:
         raise refusal(method, "merge", rule, ", ".join(sorted(new)) or "none")
     for name, tensor in new.items():
         old = server[name]
-        if (tensor.shape, tensor.dtype) != (old.shape, old.dtype):
+        if not may_follow(method, name, old, tensor):
             raise refusal(
                 method,
                 "merge",
@@ -136,6 +137,15 @@ def check_merged(method: Method, server: State, merged: object) -> State:
                 f"{tuple(tensor.shape)} and {tensor.dtype}",
             )
     return new
+
+
+def may_follow(method: Method, name: str, old: Tensor, new: Tensor) -> bool:
+    """Whether a tensor of the server may take the place of another one."""
+    if new.dtype != old.dtype:
+        return False
+    if name not in method.grows:
+        return new.shape == old.shape
+    return new.shape[1:] == old.shape[1:] and len(new) >= len(old)
 
 
 def furthest(states: Mapping[str, State], rows: int) -> tuple[str, str, int, float] | None:

@@ -137,7 +137,7 @@ def page() -> str:
         "",
         "An option is given by `-o KEY=VALUE` (`-o METHOD.KEY=VALUE` where several methods run) or",
         "under `options` in a file of settings. The settings that all methods share are in",
-        "`fastfpl run --help`.",
+        "`fastfpl run --settings all`.",
         "",
         "| method | | answers with | sees of an image |",
         "|---|---|---|---|",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastfpl.errors import InputError
 from fastfpl.features import TextKey
+from fastfpl.methods import pool
 from fastfpl.methods.base import Method, State, Task, Upload, weighted_mean
 from fastfpl.methods.base import Options as _Options
 from fastfpl.ops.gate import Gate, gate_experts
@@ -18,9 +19,6 @@ from fastfpl.reference import gate as reference
 from fastfpl.seeds import generator
 
 __all__ = ["PFedMoAP"]
-
-# prompts whose distances are computed at once
-_ROWS = 64
 
 
 class PFedMoAP(Method):
@@ -55,6 +53,7 @@ class PFedMoAP(Method):
     personal = True
     evaluates_download = "trained"
     scores = "mixes experts behind a gate anew for every image"
+    grows = pool.GROWS
     joins = 2  # the gate trains from the second time on
 
     class Options(_Options):
@@ -82,42 +81,28 @@ class PFedMoAP(Method):
             )
         self._stride = dim // width
 
-    def admit(self, server: State, name: str, domain: int | None) -> tuple[Method, State]:
-        """Give the pool a place more, from which nobody has uploaded."""
-        pool, when = server["pool"], server["pool_round"]
-        room = {
-            "pool": torch.cat((pool, torch.zeros_like(pool[:1]))),
-            "pool_round": torch.cat((when, torch.full_like(when[:1], -1))),
-        }
-        return self, {**server, **room}
-
     def server_init(self) -> State:
         """Hold the global prompt and an empty pool."""
         ctx = self.task.initial_ctx()
-        return {
-            "ctx": ctx,
-            "pool": ctx.new_zeros(self.task.clients, *ctx.shape),
-            # round of the upload, -1 where the client has not uploaded yet
-            "pool_round": torch.full((self.task.clients,), -1, dtype=torch.int64),
-        }
+        # round of the upload
+        return {"ctx": ctx, **pool.empty(ctx), "pool_round": torch.zeros(0, dtype=torch.int64)}
 
     def download(self, server: State, client: int, round_: int) -> State:
         """Send the global prompt and, from the second participation on, the chosen experts."""
         down = {"ctx": server["ctx"]}
-        present = server["pool_round"] >= 0
-        others = present.clone()
-        others[client] = False
-        candidates = others.nonzero()[:, 0]
+        owner = server["pool_owner"]
+        candidates = owner[owner != client].sort().values
         count = min(self.options.experts - 1, len(candidates))
-        if not present[client] or count == 0:
+        if pool.row_of(server, client) is None or count == 0:
             return down
         order = self._preference(server, client, candidates, round_)
         chosen = candidates[order[:count]].sort().values
+        rows = pool.rows_of(server, chosen)
         return {
             **down,
-            "experts": server["pool"][chosen],
+            "experts": server["pool"][rows.to(server["pool"].device)],
             "expert_owner": chosen,
-            "expert_round": server["pool_round"][chosen],
+            "expert_round": server["pool_round"][rows],
         }
 
     def apart(self, down: State, number: int) -> State:
@@ -127,16 +112,13 @@ class PFedMoAP(Method):
         return {**down, "expert_owner": down["expert_owner"] + number * self.task.clients}
 
     def _preference(self, server: State, client: int, candidates: Tensor, round_: int) -> Tensor:
-        """Order the candidates (n,), the first choice first: positions (n,)."""
+        """Order clients of the pool (n,), the first choice first: positions (n,)."""
         if self.options.selection == "nearest":
-            pool = server["pool"].flatten(1)
-            mine = pool[client].double()
-            # a few rows at a time: copies of a pool of a thousand would tear holes into the heap
+            held = server["pool"].flatten(1)
+            mine = held[pool.row_of(server, client)].double()
+            rows = pool.rows_of(server, candidates).to(held.device)
             away = torch.cat(
-                [
-                    torch.linalg.vector_norm(pool[part].double() - mine, dim=-1)
-                    for part in candidates.split(_ROWS)
-                ]
+                [torch.linalg.vector_norm(b - mine, dim=-1) for b in pool.blocks(held, rows)]
             )
             order: Tensor = away.argsort(stable=True).cpu()
             return order
@@ -245,12 +227,7 @@ class PFedMoAP(Method):
         self, server: State, uploads: Mapping[int, Upload], images: Mapping[int, int], round_: int
     ) -> State:
         """Average the prompts and refresh the pool with them."""
-        pool, pool_round = server["pool"].clone(), server["pool_round"].clone()
-        for client, upload in uploads.items():
-            pool[client] = upload["ctx"]
-            pool_round[client] = round_
         return {
             "ctx": weighted_mean(uploads, images, "ctx", server["ctx"]),
-            "pool": pool,
-            "pool_round": pool_round,
+            **pool.refreshed(server, uploads, {"pool_round": round_}),
         }

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from fastfpl.methods import pool
 from fastfpl.methods.base import Batch, Method, State, Task, Upload
 from fastfpl.methods.base import Options as _Options
 
@@ -36,6 +37,7 @@ class PromptFedAMP(Method):
     sends = "its prompt"
     receives = "a cloud prompt of its own, mixed from those of all clients"
     personal = True
+    grows = pool.GROWS
 
     class Options(_Options):
         """Options of prompts with FedAMP.
@@ -64,33 +66,23 @@ class PromptFedAMP(Method):
         self._alpha = o.sigma / task.clients if o.alpha is None else o.alpha
         self._weight = 1.0 if o.lam is None else o.lam / self._alpha
 
-    def admit(self, server: State, name: str, domain: int | None) -> tuple[Method, State]:
-        """Give the pool a place more; alpha stays that of the clients that trained together."""
-        pool, uploaded = server["pool"], server["uploaded"]
-        room = {
-            "pool": torch.cat((pool, torch.zeros_like(pool[:1]))),
-            "uploaded": torch.cat((uploaded, torch.zeros_like(uploaded[:1]))),
-        }
-        return self, {**server, **room}
-
     def server_init(self) -> State:
         """Hold the initial prompt and an empty pool of uploads."""
         ctx = self.task.initial_ctx()
-        return {
-            "ctx": ctx,
-            "pool": ctx.new_zeros(self.task.clients, *ctx.shape),
-            "uploaded": torch.zeros(self.task.clients, dtype=torch.bool),
-        }
+        return {"ctx": ctx, **pool.empty(ctx)}
 
     def download(self, server: State, client: int, round_: int) -> State:
         """Pass the messages: send the client's cloud prompt."""
-        present, pool = server["uploaded"], server["pool"]
-        mine = pool[client] if present[client] else server["ctx"]
-        # a client's message to itself is zero
-        away = pool[present.to(pool.device)].double() - mine.double()
+        held, row = server["pool"], pool.row_of(server, client)
+        mine = server["ctx"] if row is None else held[row]
         sigma = self.options.sigma
-        weight = self._alpha / sigma * torch.exp(-away.square().sum(dim=(-2, -1)) / sigma)
-        return {"cloud": (mine + torch.einsum("j,jtw->tw", weight, away)).to(mine.dtype)}
+        cloud = mine.double()
+        # a client's message to itself is zero
+        for part in pool.blocks(held):
+            away = part - mine.double()
+            weight = self._alpha / sigma * torch.exp(-away.square().sum(dim=(-2, -1)) / sigma)
+            cloud = cloud + torch.einsum("j,jtw->tw", weight, away)
+        return {"cloud": cloud.to(mine.dtype)}
 
     def start(self, down: State, own: State, *, training: bool) -> tuple[State, State]:
         """Start from the own prompt, or the cloud prompt, and remember the latter."""
@@ -115,8 +107,4 @@ class PromptFedAMP(Method):
         self, server: State, uploads: Mapping[int, Upload], images: Mapping[int, int], round_: int
     ) -> State:
         """Refresh the pool; nothing is averaged."""
-        pool, uploaded = server["pool"].clone(), server["uploaded"].clone()
-        for client, upload in uploads.items():
-            pool[client] = upload["ctx"]
-            uploaded[client] = True
-        return {"ctx": server["ctx"], "pool": pool, "uploaded": uploaded}
+        return {"ctx": server["ctx"], **pool.refreshed(server, uploads, {})}

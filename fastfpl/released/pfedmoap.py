@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastfpl.methods import PFedMoAP, State
+from fastfpl.methods.pool import refreshed
 from fastfpl.released.visits import Relayed
 from fastfpl.seeds import generator
 
@@ -31,10 +32,7 @@ class PoolInRound(Relayed, PFedMoAP):
     def relay(self, server: State, client: int, upload: State, round_: int) -> State:
         """Put the prompt into the pool."""
         server = super().relay(server, client, upload, round_)
-        pool, pool_round = server["pool"].clone(), server["pool_round"].clone()
-        pool[client] = upload["ctx"]
-        pool_round[client] = round_
-        return {**server, "pool": pool, "pool_round": pool_round}
+        return {**server, **refreshed(server, {client: upload}, {"pool_round": round_})}
 
 
 class InheritedGate(Relayed, PFedMoAP):

@@ -27,7 +27,7 @@ __all__ = [
 TASK = (
     *("dataset", "scenario", "target", "on_corrupt", "statistics", "clip", "pretrained"),
     *("partition", "partition_seed", "beta", "classes_per_client", "repeat_rate", "split_test"),
-    *("clients", "unseen", "shots", "augment", "crop", "flip"),
+    *("clients", "unseen", "evaluate_clients", "shots", "augment", "crop", "flip"),
 )
 
 

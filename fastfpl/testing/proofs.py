@@ -27,7 +27,8 @@ __all__ = [
 ]
 
 #: The two that a method is proven in.
-F32, F64 = torch.float32, torch.float64
+F32 = torch.float32
+F64 = torch.float64
 #: Of the largest number: the float32 of the requirements, and rounding of float64.
 RELATIVE = {F32: 1e-5, F64: 1e-12}
 #: Clients of four rounds: first-timers, returning clients, clients that sit rounds out, and one
@@ -155,12 +156,19 @@ def assert_same_rounds(
         mean = math.fsum(exact.accuracy) / len(exact.accuracy)
         assert math.isclose(row["accuracy"], mean, rel_tol=1e-6), f"round {t}, accuracy"
     # the proof is worth nothing if nothing moved
-    moved = [federation.server[name] - begin[name] for name in server(outcomes[-1])]
+    moved = [_moved(begin[name], federation.server[name]) for name in server(outcomes[-1])]
     states = [*kept(outcomes[0]).values()], [*kept(outcomes[-1]).values()]
     moved += [b[name] - a[name] for a, b in zip(*states, strict=False) for name in a]
     name, share = moved_by
     assert max(m.norm() for m in moved) > share * begin[name].norm()
     assert len({tuple(o.accuracy) for o in outcomes}) > 1
+
+
+def _moved(then: Tensor, now: Tensor) -> Tensor:
+    """Return how far a server's tensor came; rows that it did not have came from nothing."""
+    if then.shape == now.shape:
+        return now - then
+    return now - torch.cat((then, now.new_zeros(len(now) - len(then), *now.shape[1:])))
 
 
 def whole_rows(world: World, template: str) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from fastfpl.federation.server import Round
 from fastfpl.methods import Method
 from fastfpl.ops.precision import without_autocast
 from fastfpl.released import visits_of
-from fastfpl.trained.joined import Joined, check_name, joined_names, write_joined
+from fastfpl.trained.joined import JOINED, Joined, check_name, joined_names, write_joined
 from fastfpl.trained.models import Model, load
 from fastfpl.training.feeds import Observer, evaluation_feed, silent, training_feed
 from fastfpl.training.trainer import Trainer
@@ -139,6 +139,8 @@ def adapt(
     dataset = _with_classes_of(trained, dataset)
     chosen = settings.shots if shots == AS_THE_RUN else shots
     with alone_in(Path(folder)) as held, threads(settings.threads), without_autocast():
+        # of one that was killed as it joined; what a run has left is the run's to look after
+        held.sweep(set(), below=JOINED)
         name = _free(trained, dataset.name) if name is None else name
         if name in (*trained.joined, *trained.names):
             whose = "which has joined" if name in trained.joined else "a client of the run itself"
@@ -156,7 +158,7 @@ def adapt(
             _shard(trained, dataset, chosen),
         )
         write_joined(Path(folder), one)
-        held.settle()
+        held.sweep(set(), below=JOINED)  # names no file that is there
     return found
 
 

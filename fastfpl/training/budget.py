@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import resource
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastfpl import system
 from fastfpl.errors import InputError
 from fastfpl.features import TextFeatures
 from fastfpl.methods import State
@@ -299,14 +298,7 @@ def _taken(device: torch.device) -> int:
     """Bytes that the process has now: allocations on a GPU, resident memory on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.memory_allocated(device))
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmRSS:"):
-                return int(line.split()[1]) * 1024
-    # elsewhere the largest so far, which is no less; macOS counts bytes
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if torch.backends.mps.is_built() else peak * 1024
+    return system.resident()
 
 
 def _readable(size: int) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from fastfpl.clip import FrozenCLIP, load_clip
@@ -18,10 +20,16 @@ from fastfpl.training.feeds import RESIDENT, Eye, Observer
 __all__ = ["choose_device", "load_model", "make_eye", "make_task"]
 
 
-def choose_device(name: str) -> torch.device:
-    """Turn a setting into a device, and refuse one that is not there."""
+def choose_device(name: str, local: int | None = None) -> torch.device:
+    """Turn a setting into a device, and refuse one that is not there.
+
+    Of the ranks of one machine each takes the card of its own number ``local``, or the only one
+    that it sees; one that is named by number is every rank's.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" or local is None:
+            return torch.device(name)
     known = ("auto", "cpu", "cuda")
     try:
         device = torch.device(name)
@@ -38,6 +46,16 @@ def choose_device(name: str) -> torch.device:
             raise InputError(
                 f"fastfpl.run: device must be there; got {name!r} without a CUDA device; use cpu"
             )
+        if local is not None and device.index is None:
+            # who starts ranks may show each of them one card alone
+            alone = cards == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
+            if local >= cards and not alone:
+                raise InputError(
+                    f"fastfpl.run: device must be there for every rank; got {name!r} for rank "
+                    f"{local} of a machine with {cards} CUDA device{'s' * (cards > 1)}; start as "
+                    "many ranks as there are devices, or use cpu"
+                )
+            return torch.device("cuda", 0 if alone else local)
         if (device.index or 0) >= cards:
             cure = "cuda:0" if cards == 1 else f"cuda:0 to cuda:{cards - 1}"
             raise InputError(
