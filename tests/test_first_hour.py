@@ -39,6 +39,7 @@ def row_of(out, name):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a rehearsal forks")
+@pytest.mark.slow
 def test_the_list_can_be_rehearsed(tmp_path):
     """Every path, option and name of a test in it is there: 10 s, for it is all of them."""
     asked = [sys.executable, "-m", "bench.first_gpu_hour", "--rehearse", "--out", str(tmp_path)]
@@ -179,3 +180,21 @@ def test_a_change_that_nobody_committed_is_another_state(tmp_path, monkeypatch):
     before = first_gpu_hour._sources()
     (tmp_path / "bench" / "a.py").write_text("2")
     assert first_gpu_hour._sources() != before
+
+
+def test_tools_run_what_the_list_says(tmp_path, monkeypatch):
+    """With scripts in place of the driver's and of the sanitizer, which say what they were given."""
+    for tool in ("nvidia-smi", "compute-sanitizer"):
+        script = tmp_path / tool
+        script.write_text('#!/bin/sh\necho "given $*; $PYTORCH_NO_CUDA_MEMORY_CACHING"\n')
+        script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    steps = [replace(one, proves="given") for one in STEPS if one.before]
+    assert hour(steps, tmp_path / "out")[0].play()
+    logs = [p.read_text() for p in sorted((tmp_path / "out" / "logs").iterdir())]
+    python = f"{sys.executable} -m bench.small_cases --device cuda; 1\n"
+    assert logs == [
+        "given ; \n",
+        f"given --tool memcheck --error-exitcode 1 {python}",
+        f"given --tool racecheck --error-exitcode 1 {python}",
+    ]
