@@ -183,7 +183,7 @@ def test_a_change_that_nobody_committed_is_another_state(tmp_path, monkeypatch):
 
 
 def test_tools_run_what_the_list_says(tmp_path, monkeypatch):
-    """With scripts in place of the driver's and of the sanitizer, which say what they were given."""
+    """Scripts in place of the driver's tool and of the sanitizer say what they were given."""
     for tool in ("nvidia-smi", "compute-sanitizer"):
         script = tmp_path / tool
         script.write_text('#!/bin/sh\necho "given $*; $PYTORCH_NO_CUDA_MEMORY_CACHING"\n')
