@@ -27,7 +27,7 @@ def tests(session: nox.Session, torch: str) -> None:
     session.env["FASTFPL_REQUIRE_NATIVE"] = "1"
     pins = [f"torch=={torch}.*"] if torch else []
     session.install("-e", ".[test]", *pins)
-    session.run("pytest", "-n", "2", *session.posargs)
+    session.run("pytest", "-n", "2", "-m", "", *session.posargs)
 
 
 @nox.session(venv_backend="venv", python="3.10")
@@ -42,7 +42,7 @@ def oldest(session: nox.Session) -> None:
     session.install("-r", str(pins))
     session.env["FASTFPL_REQUIRE_NATIVE"] = "1"
     session.install("--no-deps", "--no-build-isolation", "-e", ".")
-    session.run("pytest", "-n", "2", *session.posargs)
+    session.run("pytest", "-n", "2", "-m", "", *session.posargs)
 
 
 @nox.session(venv_backend="venv")
@@ -57,7 +57,8 @@ def card(session: nox.Session) -> None:
     """Run what a machine with a card selects, with torch pretending to see one."""
     session.env["FASTFPL_REQUIRE_NATIVE"] = "1"
     session.install("-e", ".[test]")
-    session.run("pytest", "-n", "2", "-p", "tests.pretended", "-m", "not gpu", *session.posargs)
+    chosen = ("-p", "tests.pretended", "-m", "not gpu and not slow")
+    session.run("pytest", "-n", "2", *chosen, *session.posargs)
 
 
 @nox.session(venv_backend="venv")

@@ -361,6 +361,7 @@ def check(seed: int) -> int:
     return sum(n for c in calls for how, n in c.items() if how.startswith("fast"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(-(-STRUCTURES // PART)))
 def test_random_structures_are_exact_or_left(part):
     seeds = range(part * PART, min(STRUCTURES, (part + 1) * PART))

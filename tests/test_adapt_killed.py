@@ -83,6 +83,7 @@ print(json.dumps([total, said]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks at files as Linux does")
 def test_killed_before_any_change_of_a_file_a_client_joins_again(tmp_path: Path) -> None:
     """Every third here, FASTFPL_KILLS=1 for all."""

@@ -110,6 +110,7 @@ def test_a_budget_that_binds_nothing_changes_no_bit(method, play):
     assert figures(play(method, max_memory="1 TiB")) == figures(play(method))
 
 
+@pytest.mark.slow
 def test_experts_of_many_clients_stay_within_the_limit(play, nothing_taken, watched):
     """One client stands for many in a trial, but its experts are only its own."""
     options = {"experts": 12, "heads": 2, "gate_width": 16}
@@ -367,6 +368,7 @@ def test_a_full_disk_gets_a_sentence(tmp_path, monkeypatch):
     assert torch.equal(files[1]["a"], torch.zeros(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["pfedmoap", "fedotp", "fedpgp", "promptfl-ft"])
 def test_the_memory_of_a_round_does_not_grow_with_its_clients(method, clip, cache, monkeypatch):
     """Cohorts of two, of 8 clients or of 24: what lives at a time is the same but for the pool."""

@@ -230,6 +230,7 @@ def shapes(folder):
     return f"folder:{folder}"
 
 
+@pytest.mark.slow
 def test_compare_over_data_sets_resumes_and_reports_what_is_missing(tmp_path, capsys):
     out, own = tmp_path / "o", shapes(tmp_path / "shapes")
     cache = ["--cache", str(tmp_path / "cache"), "--partition", "iid"]

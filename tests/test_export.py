@@ -96,6 +96,7 @@ for path in sorted(pathlib.Path(sys.argv[2]).glob("*.pt2")):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # load of torch 2.11
 def test_programs_answer_as_the_clients(client, pixels, tmp_path):
     """All methods, read in one process; FedOTP as near to the optimum as its tolerance says."""

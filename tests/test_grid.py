@@ -96,6 +96,7 @@ def test_what_no_flag_says_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         grid.run_arguments(jobs[0], name, None, None)
 
 
+@pytest.mark.slow
 def test_a_plan_is_one_command_a_run_and_the_report_says_what_is_missing(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

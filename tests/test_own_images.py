@@ -632,6 +632,7 @@ def test_a_domain_without_test_images_is_said_too(tmp_path):
 # -- from the command line -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_vendor_is_a_client_of_a_federation(tmp_path):
     folder = vendors(tmp_path / "emoji")
     code, out, err = told(
@@ -672,6 +673,7 @@ def test_a_run_goes_on_where_its_images_moved_to_but_not_with_others(tmp_path):
         fastfpl.run("promptfl", dataset=moved, out=out, rounds=3, resume=True, **same)
 
 
+@pytest.mark.slow
 def test_a_manifest_becomes_a_federation(tmp_path):
     folder = vendors(tmp_path / "emoji", each=4)
     rows = [

@@ -317,6 +317,7 @@ def test_names_of_the_library_are_its_own(tmp_path, monkeypatch):
 # -- the template ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_template_passes_as_it_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     from click.testing import CliRunner

@@ -92,6 +92,7 @@ def heads(head: str, client) -> None:
 
 
 # six commands and a process of another program
+@pytest.mark.slow
 def test_the_readme_s_commands_lead_to_a_classifier(folder: Path) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     section = readme.split("\n## Your own images\n")[1].split("\n## ")[0]
@@ -119,6 +120,7 @@ def test_the_readme_s_commands_lead_to_a_classifier(folder: Path) -> None:
     assert "more/red_heart/0.png" in late
 
 
+@pytest.mark.slow
 def test_the_same_for_a_manifest(folder: Path) -> None:
     rows = [
         {
@@ -142,6 +144,7 @@ def test_the_same_for_a_manifest(folder: Path) -> None:
     heads("list.safetensors", fastfpl.load("runs/list").global_model())
 
 
+@pytest.mark.slow
 def test_the_same_for_a_method_in_a_file(folder: Path) -> None:
     """Run, resume, report, predict and adapt; the file lies outside the package."""
     write_method("fed-half", folder / "fed-half")

@@ -496,6 +496,7 @@ def python(code, job):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_what_a_kill_leaves_behind_goes_at_the_next_start(
     play, wanted, cache, tmp_path, monkeypatch
 ):
@@ -564,6 +565,7 @@ print(total)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks at files as Linux does")
 def test_killed_before_any_change_of_a_file_a_run_goes_on(cache, play, wanted, tmp_path):
     """Every seventh here, FASTFPL_KILLS=1 for all: the figures, and no file is left over."""

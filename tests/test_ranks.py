@@ -160,6 +160,7 @@ def played(request, cache, tmp_path_factory):
     return here, size, spawn(here, [*jobs, *more], size)
 
 
+@pytest.mark.slow
 def test_ranks_give_the_figures_of_one_process_bit_for_bit(played, alone, cache):
     """One start for all methods: two or three processes import the library in seconds."""
     here, size, said = played
@@ -191,12 +192,14 @@ def test_ranks_give_the_figures_of_one_process_bit_for_bit(played, alone, cache)
                 assert sum(count > 0 for count in row["images"]) > 1 or name == "some"
 
 
+@pytest.mark.slow
 def test_every_rank_has_the_result(played):
     _, _, said = played
     for name, told in said[0].items():
         assert all(other[name]["figures"] == told["figures"] for other in said[1:]), name
 
 
+@pytest.mark.slow
 def test_ranks_encode_the_file_of_one_process(played, alone, cache):
     here, _, said = played
     for name in {**SETTINGS, **LOOSE}:
@@ -208,6 +211,7 @@ def test_ranks_encode_the_file_of_one_process(played, alone, cache):
         assert (here / "cache" / name).read_bytes() == (cache / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_cohorts_of_ranks_are_equal_to_rounding(played, alone):
     _, size, said = played
     for name in LOOSE if size == 2 else ():
@@ -261,6 +265,7 @@ def failed(tmp_path_factory):
     return here, spawn(here, jobs, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SENTENCES)
 def test_what_ranks_do_not_share_is_refused_in_a_sentence(failed, name):
     """One start for all: after a failure ranks meet anew."""
@@ -274,6 +279,7 @@ def test_what_ranks_do_not_share_is_refused_in_a_sentence(failed, name):
         assert "error" in said[1][name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["diverges", "bug", "sleeps", "dies"])
 def test_a_round_that_a_rank_left_can_be_resumed(failed, alone, cache, name):
     here, _ = failed
@@ -289,12 +295,14 @@ def test_a_round_that_a_rank_left_can_be_resumed(failed, alone, cache, name):
     assert bare(figures(result)) == rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["settings", "weights", "data", "version", "folder"])
 def test_what_is_refused_at_the_start_leaves_nothing(failed, name):
     here, _ = failed
     assert not (here / name).exists()
 
 
+@pytest.mark.slow
 def test_several_ranks_go_on_with_what_one_began(played, alone):
     _, size, said = played
     if size == 3:
@@ -305,6 +313,7 @@ def test_several_ranks_go_on_with_what_one_began(played, alone):
 # -- the command line -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_port_in_use_and_no_rank_0(tmp_path):
     """Rank 0 says a sentence; rank 1, which meets somebody else, gives up quietly."""
     with socket.socket() as other:
@@ -337,6 +346,7 @@ def test_a_port_in_use_and_no_rank_0(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.slow
 def test_torchrun_ends_with_a_sentence_when_a_rank_dies(tmp_path, cache):
     """The whole way, with torchrun: it ends rank 0, which says how to go on, and speaks alone."""
     settings = {**WHOLE, "rounds": 400}

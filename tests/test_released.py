@@ -596,6 +596,7 @@ def test_names_stand_in_any_order():
     assert {tuple(sorted(order)) for order in orders} == {dataset.classnames}
 
 
+@pytest.mark.slow
 def test_a_run_on_released_domains(play, monkeypatch):
     glyphs = replace(load_dataset("glyphs"), name="office_caltech10")
     monkeypatch.setattr(

@@ -328,6 +328,7 @@ def kill(process):
     process.stderr.close()
 
 
+@pytest.mark.slow
 def test_sigkill_loses_no_whole_chunk(store, whole, tmp_path):
     for stop in (16, 32):  # the second one goes on after the first
         kill(started(store, tmp_path / f"at {stop}", stop))

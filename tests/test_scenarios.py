@@ -540,6 +540,7 @@ SCENARIOS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SCENARIOS)
 def test_every_system_plays_every_scenario(case, tmp_path, store, monkeypatch, capsys):
     """On a thinned-out `glyphs`, through the command line."""
@@ -564,6 +565,7 @@ def test_every_system_plays_every_scenario(case, tmp_path, store, monkeypatch, c
     assert (tmp_path / "index.html").is_file()
 
 
+@pytest.mark.slow
 def test_leaving_one_domain_out_without_a_target_leaves_out_each(tmp_path, monkeypatch, capsys):
     from fastfpl.cli import main
     from fastfpl.data.glyphs import DOMAINS, stream

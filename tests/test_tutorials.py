@@ -30,6 +30,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # its ten commands and scripts are a reader's: some ten seconds
+@pytest.mark.slow
 def test_your_own_images(tmp_path: Path) -> None:
     names = run_page(TUTORIALS / "own_images.md")
     assert names["said"].names == ["heart"]
@@ -39,6 +40,7 @@ def test_your_own_images(tmp_path: Path) -> None:
 
 
 # it runs pytest twice, as its reader does
+@pytest.mark.slow
 def test_a_new_method(tmp_path: Path) -> None:
     try:
         run_page(TUTORIALS / "new_method.md")
@@ -67,6 +69,7 @@ def played(cells: list[str]) -> list[list[dict[str, Any]]]:
     return [list(cell.outputs) for cell in book.cells]
 
 
+@pytest.mark.slow
 def test_speeding_up_foreign_code() -> None:
     book = json.loads((TUTORIALS / "accelerate.ipynb").read_text("utf-8"))
     code = ["".join(c["source"]) for c in book["cells"] if c["cell_type"] == "code"]
