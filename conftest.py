@@ -43,7 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.args_source is not pytest.Config.ArgsSource.ARGS:
         config.args[:] = [str(ROOT / "bench")]
     if config.option.benchmark_timer == "time.perf_counter":  # the default times only a launch
-        config.option.benchmark_timer = "bench.clock.synced"
+        config.option.benchmark_timer = "bench.clock.timer"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

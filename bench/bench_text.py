@@ -85,12 +85,13 @@ def tower() -> TextTower:
 
 
 @functools.cache
-def layout(classes: int = 100, slots: int = SLOTS) -> PromptLayout:
+def layout(classes: int = 100, slots: int = SLOTS, device: str = DEVICE) -> PromptLayout:
     from open_clip import SimpleTokenizer
 
     tokenizer = SimpleTokenizer()
     clip = SimpleNamespace(
-        text=tower(), tokenize=lambda texts: [tokenizer.encode(t) for t in texts]
+        text=tower().to(device, torch.float32),
+        tokenize=lambda texts: [tokenizer.encode(t) for t in texts],
     )
     plain = [" ".join(name.split()) for name in NAMES.split(",")]
     names = plain + [f"{word} {name}" for word in BEFORE for name in plain]
@@ -258,7 +259,7 @@ def _exact(classes: int, slots: int, count: int, direction: str) -> Tensor:
     wide, ctx = tower().to("cpu", torch.float64), contexts(count, slots).cpu().double()
     with memory_limit(4 << 30):
         run = {"fwd": forward, "fwd+bwd": step}[direction]
-        return run(lambda c: encode_text(wide, layout(classes, slots), c), ctx).to(DEVICE)
+        return run(lambda c: encode_text(wide, layout(classes, slots, "cpu"), c), ctx).to(DEVICE)
 
 
 @pytest.mark.parametrize("way", WAYS)

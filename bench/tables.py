@@ -1,7 +1,8 @@
 """Write a benchmark's JSON as tables: ``python -m bench.tables RESULTS.json... --into PAGE``.
 
 Replaces what stands between ``<!-- table NAME -->`` and ``<!-- end -->`` in the page, where NAME is
-a file's name without its ending. Without ``--into`` the tables are printed.
+a file's name without its ending; ``--out PAGE`` writes a page that holds nothing else. Without both
+the tables are printed.
 """
 
 from __future__ import annotations
@@ -101,12 +102,19 @@ def insert(page: str, name: str, text: str) -> str:
 @click.command()
 @click.argument("paths", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option("--into", type=click.Path(path_type=Path, exists=True), default=None)
-def main(paths: tuple[Path, ...], into: Path | None) -> None:
+@click.option("--out", type=click.Path(path_type=Path), default=None)
+def main(paths: tuple[Path, ...], into: Path | None, out: Path | None) -> None:
     """Print the tables of PATHS, or put them into a page."""
     try:
         tables = {path.stem: table(path) for path in paths}
+        if out is not None:
+            parts = (
+                f"## {n}\n\n<!-- table {n} -->\n{t}\n<!-- end -->\n" for n, t in tables.items()
+            )
+            write_text(out, "\n".join(parts))
         if into is None:
-            click.echo("\n\n".join(tables.values()))
+            if out is None:
+                click.echo("\n\n".join(tables.values()))
             return
         page = into.read_text(encoding="utf-8")
         for name, text in tables.items():

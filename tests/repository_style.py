@@ -52,7 +52,7 @@ class Task(NamedTuple):
 
 
 def labels(logits: Tensor) -> Tensor:
-    return torch.arange(len(logits)) % logits.shape[1]
+    return torch.arange(len(logits), device=logits.device) % logits.shape[1]
 
 
 def entropy(model: Any, image: Tensor) -> Tensor:
@@ -190,7 +190,9 @@ class Sentences(nn.Module):
         self.ids = ids_of(counts, slots, clip.positional_embedding.shape[0])
 
     def forward(self) -> Tensor:
-        return F.normalize(self.clip.encode_text(self.ids), dim=-1)
+        return F.normalize(
+            self.clip.encode_text(self.ids.to(self.clip.text_projection.device)), dim=-1
+        )
 
 
 class Adapter(nn.Module):

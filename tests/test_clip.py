@@ -60,7 +60,7 @@ class OpenAIBlock(nn.Module):
         self.attn_mask = mask
 
     def forward(self, x):
-        mask = None if self.attn_mask is None else self.attn_mask.to(x.dtype)
+        mask = None if self.attn_mask is None else self.attn_mask.to(x)
         h = self.ln_1(x)
         x = x + self.attn(h, h, h, need_weights=False, attn_mask=mask)[0]
         return x + self.mlp(self.ln_2(x))

@@ -323,6 +323,24 @@ def test_logits_as_good_as_eager(dtype, balanced, device):
         assert_as_good_as_eager(got, theirs, true, name=name)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=lambda d: str(d)[6:])
+def test_the_largest_images_as_good_as_eager(dtype):
+    """ViT-L/14 at 336 pixels: P = 576, D = 768."""
+    pair = features(2, 576, 5, 2, 768, dtype=dtype)
+    options = {"eps": 0.1, "mass": 0.8, "balanced": False}
+    exact = true_gradients(*pair, **options)
+    leaves = [x.requires_grad_() for x in pair]
+    with fastfpl.face("reference"):
+        logits = transport_logits(*leaves, **options)
+    eager = torch.autograd.grad((logits * weights_of(logits)).sum(), leaves)
+    mine = with_gradients(*pair, "cuda", **options)
+    for name, got, theirs, true in zip(
+        ("logits", "d_patches", "d_prompts"), mine, (logits.detach(), *eager), exact, strict=True
+    ):
+        assert_as_good_as_eager(got, theirs, true, name=name)
+
+
 @DEVICE
 @BOTH
 def test_gradcheck(balanced, device):
