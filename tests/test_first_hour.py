@@ -39,6 +39,7 @@ def row_of(out, name):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a rehearsal forks")
+@pytest.mark.slow
 def test_the_list_can_be_rehearsed(tmp_path):
     """Every path, option and name of a test in it is there: 10 s, for it is all of them."""
     asked = [sys.executable, "-m", "bench.first_gpu_hour", "--rehearse", "--out", str(tmp_path)]
