@@ -344,8 +344,10 @@ def test_the_page_of_what_was_trained_runs(tmp_path, called, monkeypatch):
     image = np.random.default_rng(0).integers(0, 256, (40, 33, 3), dtype=np.uint8)
     Image.fromarray(image).save("photo.png")
     for line in commands.splitlines():
-        name, *arguments = shlex.split(line)
+        name, *arguments = shlex.split(line, comments=True)
         assert name == "fastfpl"
+        if arguments[0] == "serve":  # until it is stopped: test_serving.py
+            continue
         done = called(*arguments)
         assert done[0] == 0, (line, done)
     names = {}

@@ -493,7 +493,7 @@ def test_labels_that_are_numbers_get_names_beside_the_manifest(tmp_path):
         ("a.jsonl", "[1]\n", "row 1 of .* must be a JSON object"),
         ("a.jsonl", "{\n", "row 1 of .* must be JSON"),
         ("a.xlsx", "x", "path must end with .csv, .tsv, .jsonl, .ndjson, .parquet; got a.xlsx"),
-        ("a.parquet", "x", "must be parquet|pyarrow or pandas must be there"),
+        ("a.parquet", "x", "must be parquet|pyarrow, or pandas with fastparquet, must be there"),
     ],
 )
 def test_files_that_are_no_manifest_are_refused(tmp_path, name, text, sentence):
