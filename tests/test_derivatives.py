@@ -20,7 +20,7 @@ from tests.test_gate import problem
 from tests.test_text import WordsClip, random_tower
 
 # torch itself scripts what its derivatives are made of
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 
 BY_HAND = ("triton", "cpu")
 

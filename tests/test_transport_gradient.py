@@ -33,7 +33,7 @@ TRITON = pytest.param(
     ],
 )
 #: Of torch itself, when its rules of forward mode are first loaded.
-FORWARD = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
+FORWARD = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 PLAN_FACES = [*FACES, TRITON]
 
 
