@@ -34,7 +34,10 @@ LIMIT = 200_000
 def drawing(seed=0, mode="RGB", size=(24, 24), kind="PNG"):
     pixels = np.random.default_rng(seed).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
     out = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(out, kind)
+    image = Image.fromarray(pixels)
+    if mode == "I;16":  # by way of "I": Pillow 10 knows no shorter one
+        image = image.convert("I")
+    image.convert(mode).save(out, kind)
     return out.getvalue()
 
 
