@@ -201,7 +201,7 @@ def test_folders_of_others(played, clip, tmp_path):
     with pytest.raises(Damaged, match="must hold a run's settings; got"):
         fastfpl.load(other, model=clip)
     other = changed(out, tmp_path / "b", format="fastfpl-checkpoint-2")
-    with pytest.raises(Damaged, match="format 'fastfpl-checkpoint-2' of fastfpl .* where"):
+    with pytest.raises(Damaged, match=r"format 'fastfpl-checkpoint-2' of fastfpl .* where"):
         fastfpl.load(other, model=clip)
     other = changed(out, tmp_path / "c", library="0.0.7")
     with pytest.warns(UserWarning, match=r"is of fastfpl 0\.0\.7, this is .*: figures may differ"):
