@@ -118,17 +118,11 @@ class Comparison:
         return table
 
     def to_pandas(self) -> pandas.DataFrame:
-        """Return every figure of every round as a table of pandas, in long form.
+        """Return every figure of every round of all runs: rows as those of `Result.to_pandas`.
 
         Returns
         -------
         pandas.DataFrame
-            Columns ``method``, ``dataset``, ``seed``, ``round`` (from 0), ``exam``, ``client``,
-            ``figure`` and ``value``. A row with a client is its ``accuracy`` in [0, 1]; one without
-            is a figure of the round: ``accuracy`` and ``macro_f1`` of an exam (means over clients),
-            ``accuracy on DOMAIN``, ``loss``, ``seconds``, ``images_per_second``, ``bytes_up``,
-            ``bytes_down``, ``epsilon``. Clients are names where the data set has some, else
-            numbers.
 
         Raises
         ------
