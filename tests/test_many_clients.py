@@ -264,6 +264,19 @@ def test_names_of_states_are_spread_over_folders(tmp_path):
     assert torch.equal(again[1_234_567]["ctx"], torch.ones(2))
 
 
+def test_uploads_of_few_clients_of_many_share_a_folder(tmp_path):
+    """A folder for every one of them costs several times its file."""
+    uploads = StateFiles(beside=tmp_path)
+    clients = range(5, 1_000_000, 50_000)
+    for client in clients:
+        uploads.put(client, {"ctx": torch.full((2,), float(client))})
+    uploads.put(50_005, {"ctx": torch.zeros(2)})  # again
+    assert {path.parent for path in uploads.files} == {uploads.place}
+    assert [uploads[c]["ctx"][0].item() for c in clients] == [
+        c if c != 50_005 else 0 for c in clients
+    ]
+
+
 def test_what_a_killed_run_left_in_folders_is_removed(tmp_path):
     """The lock names files and folders before they are there."""
     folder = tmp_path / "run"

@@ -182,6 +182,7 @@ class StateFiles(Mapping[int, StoredState]):
         self.segments = Segments()
         self._reserved: dict[int, int] = {}
         self._temporary: Path | None = None
+        self._places: dict[int, int] = {}
         self.named: list[dict[str, Any]] = []
 
     def __getitem__(self, client: int) -> StoredState:
@@ -369,6 +370,9 @@ class StateFiles(Mapping[int, StoredState]):
         return self._temporary
 
     def _path(self, client: int, version: int) -> Path:
+        if self.folder is None:
+            # few of many clients: a folder for each costs more than its file
+            client = self._places.setdefault(client, len(self._places))
         return state_path(self._where(), client, version)
 
 
