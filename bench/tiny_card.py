@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import fastfpl
-from fastfpl.clip.train_tiny import HELD_OUT, LOOK_ALIKES, RENAMED
+from fastfpl.clip.captions import HELD_OUT, LOOK_ALIKES, RENAMED
 from fastfpl.data import Split, load_dataset
 from fastfpl.data.transforms import Preprocess
 
