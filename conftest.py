@@ -41,7 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("--benchmark needs the package pytest-benchmark")
     if config.getoption("numprocesses", None):
         raise pytest.UsageError("--benchmark must run alone; got -n")
-    # what a suite's worker starts is no worker: pytest-benchmark would take its word and time nothing
+    # what a suite's worker starts is no worker; pytest-benchmark would believe it and time nothing
     os.environ.pop("PYTEST_XDIST_WORKER", None)
     if config.args_source is not pytest.Config.ArgsSource.ARGS:
         config.args[:] = [str(ROOT / "bench")]

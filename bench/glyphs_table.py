@@ -154,7 +154,11 @@ def tables(found: dict[str, Any]) -> str:
             for m in METHODS
         }
 
-    simple = {"pathological": "pathological", "dirichlet": "Dirichlet 0.3", "domains": "six domains"}
+    simple = {
+        "pathological": "pathological",
+        "dirichlet": "Dirichlet 0.3",
+        "domains": "six domains",
+    }
     titles = {f"{title}, {seeds(p)}": (p, "own") for p, title in simple.items()}
     out = [table("method", list(titles), columns(titles))]
     parts = ("local", "base", "novel", "harmonic mean")

@@ -140,9 +140,7 @@ def test_muon_is_the_one_of_torch():
     starts = [torch.randn(shape) for shape in ((24, 8), (8, 24), (24, 8), (8, 8))]
     sides = [[torch.nn.Parameter(x.clone()) for x in starts] for _ in range(2)]
     ours = train_tiny.Muon(sides[0], lr=0.02, weight_decay=0.1)
-    theirs = torch.optim.Muon(
-        sides[1], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
-    )
+    theirs = torch.optim.Muon(sides[1], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for _ in range(3):
         for one, other in zip(*sides, strict=True):
             one.grad = torch.randn_like(one)

@@ -1,9 +1,10 @@
 """Train the embedded CLIP on captioned glyphs: ``python -m fastfpl.clip.train_tiny``.
 
 First the image tower learns to name what it sees: class, domain, colour, size and place, by cross
-entropy, from its pooled features and, the class, from every patch's. Then it is locked, and the text tower learns to match captions to its features (Zhai et al.
-2022, LiT, arXiv 2111.07991). Contrastive training of both from scratch stops at the attributes: a
-vision transformer of this size does not learn shapes from it in the time that two cores have.
+entropy, from its pooled features and, the class, from every patch's. Then it is locked, and the
+text tower learns to match captions to its features (Zhai et al. 2022, LiT, arXiv 2111.07991).
+Contrastive training of both from scratch stops at the attributes: a vision transformer of this size
+does not learn shapes from it in the time that two cores have.
 
 The script is seeded and resumable: each stage checkpoints into ``--work`` and goes on from there.
 It writes ``config.json``, ``bpe.txt.gz`` and ``model.safetensors`` into ``--out``.
@@ -168,7 +169,7 @@ def pace(stage: Stage, step: int) -> float:
 
 def orthogonal(matrices: Tensor) -> Tensor:
     """Move all singular values of (n, rows, columns) near 1, by five Newton-Schulz steps."""
-    x = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
+    x: Tensor = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
     for _ in range(5):
         gram = x @ x.mT
@@ -188,14 +189,15 @@ class Muon(torch.optim.Optimizer):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closure is used
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[Tensor]] = {}
+            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
             for p in group["params"]:
                 by_shape.setdefault(p.shape, []).append(p)
             for (rows, columns), alike in by_shape.items():
                 moved = []
                 for p in alike:
+                    assert p.grad is not None  # the loss of a stage reaches every block
                     momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                     momentum.lerp_(p.grad, 0.05)
                     moved.append(torch.lerp(p.grad, momentum, 0.95))  # Nesterov
@@ -214,9 +216,7 @@ def optimisers_of(module: nn.Module, stage: Stage, decay: float) -> list[torch.o
         {"params": wide, "weight_decay": decay},
         {"params": thin, "weight_decay": 0.0},
     ]
-    found: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, lr=stage.lr, betas=(0.9, 0.98))
-    ]
+    found: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=stage.lr, betas=(0.9, 0.98))]
     if stage.muon:
         found.append(Muon([named[n] for n in blocks], lr=stage.muon, weight_decay=decay))
     return found
@@ -322,9 +322,7 @@ def train_image(model: Any, recipe: Recipe, album: Album, work: Path, progress: 
         asked = classes[rows].repeat_interleave(patches.shape[1])
         dense = F.cross_entropy(named.flatten(0, 1), asked)
         return (
-            losses[0]
-            + recipe.attributes * torch.stack(losses[1:]).sum()
-            + recipe.patches * dense
+            losses[0] + recipe.attributes * torch.stack(losses[1:]).sum() + recipe.patches * dense
         )
 
     def look() -> str:

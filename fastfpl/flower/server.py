@@ -35,7 +35,7 @@ from fastfpl.federation.experiment import (
     unseen,
 )
 from fastfpl.federation.lock import Held, alone_in
-from fastfpl.federation.merging import Expected, clipped, expected, privacy_of
+from fastfpl.federation.merging import Expected, clipped, epsilon_after, expected, privacy_of
 from fastfpl.federation.models import task_of
 from fastfpl.federation.preparation import settled
 from fastfpl.federation.result import (
@@ -594,7 +594,9 @@ class Server:
         if self.privacy is not None:
             down = now.download(method, call.selected[0])
             sent, images = self.privacy.merged(down, uploads, len(call.selected))
-            line["epsilon"] = self.privacy.epsilon(now.number + 1)
+        epsilon = epsilon_after(self.settings, now.number + 1)
+        if epsilon is not None:
+            line["epsilon"] = epsilon
         after = now.after(method, sent, images, {})
         line["selected"] = list(call.selected)
         line["lost"] = sorted(c for c in call.selected if c in call.lost or c not in found)
