@@ -178,6 +178,30 @@ class Settings(BaseModel):
     dropout: float = Field(
         0.0, ge=0, lt=1, description="probability that a trained client's upload is lost"
     )
+    merge: Literal["mean", "median", "trimmed", "krum"] = Field(
+        "mean",
+        description="what the server makes of uploads: their mean by training images as the method "
+        "has it, or robust, of clients that count alike: median or trimmed mean of every number, "
+        "or Krum",
+    )
+    trim: float | None = Field(
+        None,
+        gt=0,
+        lt=0.5,
+        description="share of the uploads cut off at either end, with merge=trimmed (0.2)",
+    )
+    krum_malicious: int | None = Field(
+        None, ge=0, description="hostile clients that a round is to bear, with merge=krum"
+    )
+    krum_kept: int | None = Field(
+        None, ge=1, description="uploads of which Krum takes the mean, with merge=krum (1)"
+    )
+    clip_update: float | None = Field(
+        None,
+        gt=0,
+        le=1e15,
+        description="norm to which the server cuts what a client moved what it had downloaded",
+    )
     dp_noise: float | None = Field(
         None,
         gt=0,
@@ -338,6 +362,22 @@ class Settings(BaseModel):
         if self.sampling == "domain" and self.participation != 1.0:
             raise ValueError(
                 "participation must be left out with sampling='domain', one client of each domain"
+            )
+        for name, rule in (("trim", "trimmed"), ("krum_malicious", "krum"), ("krum_kept", "krum")):
+            if getattr(self, name) is not None and self.merge != rule:
+                raise ValueError(
+                    f"{name} must be left out with merge={self.merge!r}; it is for {rule!r}"
+                )
+        if self.merge == "krum" and self.krum_malicious is None:
+            raise ValueError(
+                "krum_malicious must be given with merge='krum': how many hostile clients a round "
+                "is to bear"
+            )
+        robust = self.merge != "mean" or self.clip_update is not None
+        if robust and self.dp_noise is not None and self.dp_unit == "client":
+            raise ValueError(
+                "merge must be mean and clip_update left out with dp_noise of clients, which cuts "
+                f"by dp_clip; got {self.merge} and {self.clip_update}"
             )
         if (self.dp_noise is None) != (self.dp_clip is None):
             raise ValueError(

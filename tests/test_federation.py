@@ -627,6 +627,7 @@ ELSEWHERE = {
     "evaluate_clients",  # test_many_clients
     "unseen",  # test_adapt
     *("dp_noise", "dp_clip", "dp_delta"),  # test_privacy
+    *("merge", "trim", "krum_malicious", "krum_kept", "clip_update"),  # test_robust
 }
 
 

@@ -41,6 +41,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "as_released": ["pfedmoap-pool-in-round"],
     },
     "late": {"method": "fedpgp", "scenario": "unseen-clients", "unseen": 0.4},
+    "robust": {"method": "promptfl", "merge": "krum", "krum_malicious": 1, "clip_update": 0.01},
     "asked": {"method": "prompt-fedper", "evaluate_clients": 2},
     "novel": {"method": "promptfl", "scenario": "base-to-novel"},
     "views": {"method": "promptfl", "augment": "views:2"},

@@ -42,6 +42,7 @@ GROUPS = {
         *("clients", "partition", "partition_seed", "beta", "classes_per_client", "repeat_rate"),
         *("split_test", "shots", "participation", "sampling", "dropout"),
     ),
+    "Merging": ("merge", "trim", "krum_malicious", "krum_kept", "clip_update"),
     "Privacy": ("dp_noise", "dp_clip", "dp_unit", "dp_delta"),
     "CLIP and prompts": (
         *(

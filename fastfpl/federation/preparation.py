@@ -28,6 +28,7 @@ from fastfpl.federation.ranked import RankedFederation
 from fastfpl.federation.ranked_store import RankedStore
 from fastfpl.federation.ranks import Ranks
 from fastfpl.federation.rehearsal import rehearse
+from fastfpl.federation.robust import robust_of
 from fastfpl.federation.rounds import Federation
 from fastfpl.federation.sampling import Sampling, asked_clients
 from fastfpl.federation.scenarios import Question, Scenario, arrange, personal
@@ -357,6 +358,11 @@ def prepare(
     if privacy is not None:
         privacy.check(method, now.server, now.download(method, 0))
         method.task.text_features.clear()
+    sampling = Sampling(settings, len(scenario.shards), scenario.client_domains, method.all_first)
+    robust = robust_of(settings) if members is None else None
+    if robust is not None:
+        robust.check(method, now.server, now.download(method, 0), sampling.fewest)
+        method.task.text_features.clear()
     here = range(len(scenario.shards)) if members is None else sorted(members)
     trained = {client: scenario.shards[client].train for client in here}
     trained |= {len(scenario.shards) + n: s.train for n, s in enumerate(scenario.newcomers)}
@@ -403,13 +409,12 @@ def prepare(
         names=scenario.names,
         trainer=trainer,
         examiner=examiner,
-        sampling=Sampling(
-            settings, len(scenario.shards), scenario.client_domains, method.all_first
-        ),
+        sampling=sampling,
         now=now,
         order=_order(settings),
         newcomers=newcomers,
         privacy=privacy,
+        robust=robust,
     )
 
 
@@ -420,6 +425,12 @@ def _order(settings: Settings) -> Together | InTurn:
         raise InputError(
             "fastfpl.run: dp_noise must be left out with quirks by which clients inherit from each "
             f"other; got {settings.dp_noise} with as_released={', '.join(settings.as_released)}"
+        )
+    if visits is not None and robust_of(settings) is not None:
+        raise InputError(
+            "fastfpl.run: merge must be mean and clip_update left out with quirks by which clients "
+            f"inherit from each other; got {settings.merge} and {settings.clip_update} with "
+            f"as_released={', '.join(settings.as_released)}"
         )
     return Together() if visits is None else InTurn(visits)
 

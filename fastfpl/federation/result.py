@@ -60,7 +60,9 @@ class Result:
         ``macro_f1`` (over the classes that occur; both unweighted means over clients), ``clients``
         and ``domains`` (mean over the clients that have test images of the domain). ``accuracy``
         and ``clients`` of the row are those of the first exam. With ``dp_noise`` also ``epsilon``
-        after the round, at ``dp_delta``.
+        after the round, at ``dp_delta``; with a robust ``merge`` or ``clip_update`` also ``merge``:
+        ``used``, the clients whose uploads count, nobody where too few arrived, and ``norms``, how
+        far each had moved before it was cut.
     final : dict
         ``accuracy`` of the last round, ``last5`` mean of the last five evaluations, ``best``
         (largest on test: for comparison with papers only), ``std_over_clients`` and ``macro_f1`` in

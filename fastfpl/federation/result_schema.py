@@ -34,6 +34,11 @@ class _Exam(_Part):
     domains: dict[_Name, _Share]
 
 
+class _Merge(_Part):
+    used: list[_Count]
+    norms: dict[_Name, Annotated[float, Field(ge=0)]] = {}
+
+
 class Row(_Part):
     """A row of ``rounds``."""
 
@@ -49,6 +54,7 @@ class Row(_Part):
     bytes_up: _Count
     bytes_down: _Count
     epsilon: _Amount | None = None
+    merge: _Merge | None = None
 
 
 class _Final(_Part):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from fastfpl.federation.merging import Privacy, epsilon_after
 from fastfpl.federation.models import answers_with
 from fastfpl.federation.newcomers import Newcomers
 from fastfpl.federation.result import empty_row
+from fastfpl.federation.robust import Robust
 from fastfpl.federation.sampling import Call, Sampling
 from fastfpl.federation.server import Round
 from fastfpl.federation.shared import SharedStates
@@ -99,6 +101,8 @@ class Federation:
         Clients that join after every evaluated round, if the scenario has some.
     privacy : Privacy or None
         What cuts uploads and adds noise before they are merged.
+    robust : Robust or None
+        What a merge that bears hostile clients takes of the uploads.
     """
 
     clip: FrozenCLIP
@@ -117,6 +121,7 @@ class Federation:
     rounds: list[dict[str, Any]] = field(default_factory=list)
     newcomers: Newcomers | None = None
     privacy: Privacy | None = None
+    robust: Robust | None = None
 
     @property
     def exams(self) -> list[Exam]:
@@ -203,13 +208,16 @@ class Federation:
         """Merge what arrived into the next `Round`."""
         method, now = self.method, self.now
         sent: Mapping[int, Upload] = uploads
-        counts = {c: len(self.trainer.images[c]) for c in uploads}
+        counts: Mapping[int, int] = {c: len(self.trainer.images[c]) for c in uploads}
         if self.privacy is not None:
             down = now.download(method, call.selected[0])
             sent, counts = self.privacy.merged(down, uploads, len(call.selected))
         epsilon = epsilon_after(self.trainer.settings, now.number + 1)
         if epsilon is not None:
             line["epsilon"] = epsilon
+        if self.robust is not None:
+            down_of = partial(now.download, method)
+            sent, counts, line["merge"] = self.robust.merged(uploads, down_of, counts)
         self.now = now.after(method, sent, counts, played.handed)
 
     def _note(self, call: Call, played: Played, line: dict[str, Any], begin: float) -> None:

@@ -95,6 +95,12 @@ class Sampling:
         """
         return sorted(self.drawn(round_))
 
+    @property
+    def fewest(self) -> int:
+        """How many clients train in the round that calls fewest."""
+        rounds = range(min(self.settings.rounds, 2))  # the first may call all
+        return min(len(self.sample(round_)) for round_ in rounds)
+
     def drawn(self, round_: int) -> list[int]:
         """Draw the clients that train in a round, in the order in which they were drawn."""
         if round_ == 0 and self.all_first:

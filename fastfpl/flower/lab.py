@@ -298,7 +298,7 @@ def up(
     Result
     """
     refuse_held(out, resume)
-    checked(settings, rules)
+    checked(settings)
     choose_device(settings.device)
     out = out.absolute()
     folder = out / "flower"

@@ -1,4 +1,4 @@
-"""The rules of a networked run: how long is waited, what is taken, how it is merged."""
+"""The rules of a networked run: how long is waited, and what is taken."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fastfpl.errors import InputError, cut, near, shown
 
@@ -43,26 +43,6 @@ class Rules(BaseModel):
     most_bytes: int = Field(
         1 << 28, ge=1, le=1 << 40, description="largest answer that is taken, in bytes of arrays"
     )
-    merge: Literal["mean", "median", "trimmed"] = Field(
-        "mean",
-        description="mean by training images as the method has it, or robust: coordinate-wise "
-        "median or trimmed mean, of clients that count alike",
-    )
-    trim: float = Field(
-        0.2, ge=0, lt=0.5, description="share of clients cut off at either end, with trimmed"
-    )
-    clip_update: float | None = Field(
-        None,
-        gt=0,
-        le=1e15,
-        description="norm to which the server cuts what a client moved what it had downloaded",
-    )
-
-    @model_validator(mode="after")
-    def _combine(self) -> Rules:
-        if self.merge != "trimmed" and self.trim != 0.2:
-            raise ValueError(f"trim must be left out with merge={self.merge!r}; it is for trimmed")
-        return self
 
     def enough(self, called: int) -> int:
         """Say how many of the called clients are a quorum."""

@@ -35,7 +35,7 @@ from fastfpl.federation.experiment import (
     unseen,
 )
 from fastfpl.federation.lock import Held, alone_in
-from fastfpl.federation.merging import Expected, clipped, epsilon_after, expected, privacy_of
+from fastfpl.federation.merging import Expected, epsilon_after, expected, privacy_of
 from fastfpl.federation.models import task_of
 from fastfpl.federation.preparation import settled
 from fastfpl.federation.result import (
@@ -45,6 +45,7 @@ from fastfpl.federation.result import (
     peak_memory,
     summarise,
 )
+from fastfpl.federation.robust import robust_of
 from fastfpl.federation.sampling import Sampling
 from fastfpl.federation.server import Round
 from fastfpl.federation.shared import DOWNLOADS, TUNED, SharedStates
@@ -53,10 +54,10 @@ from fastfpl.files import read_file, write_json
 from fastfpl.flower.checks import Card, Update, check_card, check_marks, check_update
 from fastfpl.flower.identity import differing, digest_of, identity, task_digest
 from fastfpl.flower.letters import SCHEMA, Letter, digest, pack
-from fastfpl.flower.merging import check_merging, robust
 from fastfpl.flower.post import Outcome, Post, exchange
 from fastfpl.flower.rules import Rules
 from fastfpl.methods import Method, State, method_source
+from fastfpl.methods.base import Upload
 from fastfpl.methods.contract import may_follow
 from fastfpl.ops.memory import memory_limit
 from fastfpl.ops.precision import without_autocast
@@ -149,7 +150,7 @@ def expected_clients(settings: Settings) -> int:
 
 
 def checked(
-    settings: Settings, rules: Rules, model: FrozenCLIP | None = None
+    settings: Settings, model: FrozenCLIP | None = None
 ) -> tuple[Settings, type[Method], dict[str, Any]]:
     """Refuse what no networked run can be, before anything is started; see `settled`."""
     found = settled(settings, model)
@@ -171,12 +172,7 @@ def checked(
             f"other within a round; got {', '.join(settings.as_released)}; play it in one process, "
             "by fastfpl run"
         )
-    plain = rules.merge == "mean" and rules.clip_update is None
-    if privacy_of(settings) is not None and not plain:
-        raise InputError(
-            "fastfpl.flower: merge must be mean and clip_update left out with dp_noise, which cuts "
-            f"by dp_clip; got {rules.merge} and {rules.clip_update}"
-        )
+    privacy_of(settings)
     return found
 
 
@@ -241,8 +237,9 @@ class Server:
     _wanted_task: str | None = None
 
     def __post_init__(self) -> None:
-        self.settings, self.kind, self.options = checked(self.settings, self.rules, self.model)
+        self.settings, self.kind, self.options = checked(self.settings, self.model)
         self.privacy = privacy_of(self.settings)
+        self.robust = robust_of(self.settings)
         self.device = choose_device(self.settings.device)
         self.federation = self._name()
 
@@ -313,7 +310,8 @@ class Server:
         now = Round.first(method)
         down = now.download(method, 0)
         self.wanted = expected(method, down) if method.trains else Expected({}, ())
-        check_merging(self.rules, method, now.server, down, self.wanted)
+        if self.robust is not None:
+            self.robust.check(method, now.server, down, self.sampling.fewest)
         if self.privacy is not None:
             self.privacy.check(method, now.server, down)
         method.task.text_features.clear()
@@ -545,14 +543,12 @@ class Server:
         begin, told = time.perf_counter(), line["flower"]
         call = self.sampling.call(now.number)
         self.tell(f"round {now.number + 1} of {self.settings.rounds}, training")
-        downs: dict[int, State] = {}
         uploads = StateFiles(device=self.clip.device, beside=self.folder)
         losses: dict[int, float] = {}
         seen = 0
 
         def letter(client: int) -> Letter:
-            downs[client] = now.download(method, client)
-            sent = self._letter("train", client, now.number, downs[client])
+            sent = self._letter("train", client, now.number, now.download(method, client))
             line["bytes_down"] += sent.nbytes
             return sent
 
@@ -568,12 +564,8 @@ class Server:
                 rules=self.rules,
                 device=self.clip.device,
             )
-            upload = update.upload
-            if self.rules.clip_update is not None:
-                upload, norm = clipped(downs[client], upload, self.rules.clip_update)
-                told.setdefault("norms", {})[str(client)] = norm
             if client not in call.lost:
-                uploads.put(client, upload)
+                uploads.put(client, update.upload)
                 line["bytes_up"] += update.nbytes
             self._hear(client, answer.head)
             return update
@@ -590,13 +582,17 @@ class Server:
         for client in sorted(found):
             losses[client] = found[client].loss
             seen += found[client].seen
-        sent, images = robust(self.rules, uploads, {c: self._cards[c].images for c in uploads})
+        sent: Mapping[int, Upload] = uploads
+        images: Mapping[int, int] = {c: self._cards[c].images for c in uploads}
         if self.privacy is not None:
             down = now.download(method, call.selected[0])
             sent, images = self.privacy.merged(down, uploads, len(call.selected))
         epsilon = epsilon_after(self.settings, now.number + 1)
         if epsilon is not None:
             line["epsilon"] = epsilon
+        if self.robust is not None:
+            down_of = partial(now.download, method)
+            sent, images, line["merge"] = self.robust.merged(uploads, down_of, images)
         after = now.after(method, sent, images, {})
         line["selected"] = list(call.selected)
         line["lost"] = sorted(c for c in call.selected if c in call.lost or c not in found)

@@ -27,6 +27,13 @@ __all__ = [
     "subject",
 ]
 
+_MERGES = {
+    "mean": "their mean",
+    "median": "the median of every number",
+    "trimmed": "the trimmed mean of every number",
+    "krum": "Krum",
+}
+
 
 @dataclass(frozen=True)
 class Row:
@@ -126,7 +133,7 @@ def captions(comparison: Comparison) -> list[str]:
         lines.append(deal)
     if any(row.images_per_second is None for row in table):
         lines[1] += f"; {NONE}: trains nothing"
-    lines += networked(comparison) + private(comparison)
+    lines += networked(comparison) + private(comparison) + robust(comparison)
     return [*lines, *released(comparison)]
 
 
@@ -160,6 +167,24 @@ def private(comparison: Comparison) -> list[str]:
                 f"{method}: {what} are ({told[0]:.3g}, {told[1]:g})-differentially private of "
                 f"{told[2]}s after the last round; losses and accuracies are not covered"
             )
+    return lines
+
+
+def robust(comparison: Comparison) -> list[str]:
+    """Say of every method how its uploads were merged where it was no plain mean of them."""
+    lines = []
+    for method, results in comparison.results.items():
+        told: dict[tuple[str, float | None], list[dict[str, Any]]] = {}
+        for one in results:
+            how = one.settings.get("merge", "mean"), one.settings.get("clip_update")
+            told.setdefault(how, []).extend(r["merge"] for r in one.rounds if r.get("merge"))
+        for (rule, clip), rows in told.items():
+            if not rows:
+                continue
+            cut = "" if clip is None else f", each cut to a move of norm {clip:g}"
+            few = sum(not row["used"] for row in rows)
+            note = f"; in {few} of {len(rows)} rounds too few arrived to merge any" if few else ""
+            lines.append(f"{method}: uploads are merged by {_MERGES.get(rule, rule)}{cut}{note}")
     return lines
 
 
