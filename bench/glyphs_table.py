@@ -166,7 +166,7 @@ def tables(found: dict[str, Any]) -> str:
     out.append(table(f"base to novel, {seeds('base-to-novel')}", list(novel), columns(novel)))
     looks = {name: ("domains", name) for name in DOMAINS}
     out.append(table(f"six domains, {seeds('domains')}", list(looks), columns(looks)))
-    left = {name: (f"unseen {name}", "unseen") for name in DOMAINS}
+    left = {name: (f"unseen {name}", "target") for name in DOMAINS}
     rows = columns(left)
     for method, cells in rows.items():
         each = zip(*(found[p][method][name] for p, name in left.values()), strict=False)

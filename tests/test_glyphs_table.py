@@ -8,6 +8,7 @@ from click.testing import CliRunner
 from bench import glyphs_table
 from bench.glyphs_table import BUDGET, DOMAINS, OWN_BUDGETS, PROTOCOLS, SHOTS, figures, tables
 from fastfpl.config import make_settings
+from fastfpl.federation.preparation import plan
 from fastfpl.methods import METHODS
 
 
@@ -26,6 +27,21 @@ def test_all_methods_are_in_all_protocols_but_that_of_own_budgets():
     assert {f"unseen {name}" for name in DOMAINS} | {f"{n} shots" for n in SHOTS} < set(PROTOCOLS)
 
 
+@pytest.mark.parametrize(
+    ("protocol", "names"),
+    [
+        ("pathological", {"own"}),
+        ("domains", {"own"}),
+        ("base-to-novel", {"local", "base", "novel"}),
+        ("unseen sketch", {"target", "own"}),
+    ],
+)
+def test_runs_are_asked_what_the_tables_show(protocol, names):
+    asked = PROTOCOLS[protocol].settings["promptfl"]
+    planned = plan(make_settings({"method": "promptfl", **BUDGET, **asked}))
+    assert {question.name for question in planned.scenario.questions} == names
+
+
 def made_up(seeds=2):
     """Results that say which run they are of."""
     results = {}
@@ -39,7 +55,7 @@ def made_up(seeds=2):
                 if protocol == "base-to-novel":
                     names = ["local", "base", "novel"]
                 if protocol.startswith("unseen"):
-                    names = ["unseen", "own"]
+                    names = ["target", "own"]
                 final = {"exams": {n: value + 0.01 * k for k, n in enumerate(names)}}
                 final["domains"] = dict.fromkeys(DOMAINS, value)
                 if protocol == "base-to-novel":
