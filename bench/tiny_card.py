@@ -96,7 +96,7 @@ def page(card: dict[str, Any]) -> str:
     coop, zero = found["central CoOp, 16 shots"], found["zero-shot"]["all"]
     lines += [
         "",
-        f"- Zero-shot, base classes among themselves {among[0]}, novel among themselves {among[1]}.",
+        f"- Zero-shot, base among themselves {among[0]}, novel among themselves {among[1]}.",
         f"- Central CoOp, 16 context vectors, 16 shots a class, {card['coop']}: "
         f"**{100 * coop:.1f}**, {100 * (coop - zero):+.1f} points over zero-shot.",
         f"- `digits`, 599 test images: zero-shot {100 * digits['zero-shot']:.1f}, linear probe "

@@ -1097,14 +1097,39 @@ def test_a_transparent_palette_is_read_without_a_warning(tmp_path: Path) -> None
     assert np.abs(decode(tmp_path / "x.png").astype(int) - (10, 200, 30)).max() <= 8
 
 
-def test_pixels_deeper_than_8_bits_are_refused(tmp_path: Path) -> None:
-    Image.fromarray(np.full((3, 3), 40_000, dtype=np.uint16)).save(tmp_path / "x.png")
-    with pytest.raises(ValueError, match=r"pixels of mode I.*, not of 8 bits"):
-        decode(tmp_path / "x.png")
-    # whole as it is, it need not be put back from anywhere
+def test_grey_of_16_bits_is_brought_to_8(tmp_path: Path) -> None:
+    levels = np.array([[0, 128, 129, 257], [32_896, 40_000, 65_406, 65_535]], dtype=np.uint16)
+    Image.fromarray(levels).save(tmp_path / "x.png")
+    pixels = decode(tmp_path / "x.png")
+    assert pixels.dtype == np.uint8
+    assert pixels[..., 0].tolist() == [[0, 0, 1, 1], [128, 156, 254, 255]]
+    assert (pixels == pixels[..., :1]).all()
+    assert pixels.shape == (2, 4, 3)
     tree = trees.food101(tmp_path)
     shutil.copy(tmp_path / "x.png", tmp_path / tree.train[2].path)
-    with pytest.raises(InputError, match=r"of 8 bits; got pixels of mode I.*: convert it, or load"):
+    dataset = load_dataset("food101", tmp_path, on_corrupt="skip")
+    assert dataset.skipped == 0
+    assert np.array_equal(dataset.train.images([2])[0], pixels)
+
+
+@pytest.mark.parametrize(
+    ("deep", "said"),
+    [
+        (np.full((3, 3), 0.5, dtype=np.float32), r"floats \(mode F\)"),
+        (np.full((3, 3), 70_000, dtype=np.int32), "values from 0 to 70000"),
+        (np.full((3, 3), -1, dtype=np.int32), "values from -1 to 0"),
+    ],
+)
+def test_pixels_deeper_than_16_bits_are_refused(
+    tmp_path: Path, deep: np.ndarray, said: str
+) -> None:
+    Image.fromarray(deep).save(tmp_path / "x.tiff")
+    with pytest.raises(ValueError, match=said):
+        decode(tmp_path / "x.tiff")
+    # whole as it is, it need not be put back from anywhere
+    tree = trees.food101(tmp_path)
+    shutil.copy(tmp_path / "x.tiff", tmp_path / tree.train[2].path)
+    with pytest.raises(InputError, match=rf"of 8 or 16 bits; got {said}: convert it, or load"):
         load_dataset("food101", tmp_path).train.images([2])
     assert load_dataset("food101", tmp_path, on_corrupt="skip").skipped == 1
 

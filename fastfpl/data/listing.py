@@ -90,7 +90,7 @@ class TooLarge(ValueError):
 
 
 class TooDeep(ValueError):
-    """An image whose pixels are not of 8 bits: whole, but of more levels than a CLIP was shown."""
+    """An image whose pixels are not of 8 or 16 bits: whole, but nobody says what is white."""
 
 
 class Listing(Split):
@@ -205,8 +205,8 @@ class Listing(Split):
             ) from error
         except TooDeep as error:
             raise InputError(
-                f"{self._facts.op}: {path} must be an image of 8 bits; got {error}: convert it, "
-                'or load with on_corrupt="skip" (--on-corrupt skip)'
+                f"{self._facts.op}: {path} must be an image of 8 or 16 bits; got {error}: convert "
+                'it, or load with on_corrupt="skip" (--on-corrupt skip)'
             ) from error
         except ValueError as error:
             source = source_of(self._facts, self._items[index].path)
@@ -265,6 +265,35 @@ class Listing(Split):
         )
 
 
+def eight_bits(values: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint8]:
+    """Bring 16 bits to 8, to nearest: 65535 becomes 255."""
+    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def as_rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """Turn Pillow's image of any mode into RGB, uint8 of shape (height, width, 3).
+
+    Grey of 16 bits is brought to 8, whatever part of its range an image uses: images of one source
+    stay comparable.
+
+    Raises
+    ------
+    TooDeep
+        If pixels are floats, or integers beyond 16 bits.
+    """
+    if image.mode == "F":
+        raise TooDeep("floats (mode F)")
+    if image.mode.startswith("I"):
+        levels = np.asarray(image)
+        low, high = int(levels.min(initial=0)), int(levels.max(initial=0))
+        if low < 0 or high > 65535:
+            raise TooDeep(f"values from {low} to {high}")
+        return np.repeat(eight_bits(levels.astype(np.uint16))[..., None], 3, axis=2)
+    # Pillow warns when it drops a palette's transparency in one step
+    see_through = image.mode == "P" and "transparency" in image.info
+    return np.asarray((image.convert("RGBA") if see_through else image).convert("RGB"))
+
+
 def decode(file: Path | BinaryIO) -> npt.NDArray[np.uint8]:
     """Read an image file as RGB, uint8 of shape (height, width, 3).
 
@@ -273,17 +302,12 @@ def decode(file: Path | BinaryIO) -> npt.NDArray[np.uint8]:
     OSError
         If there is no file, or the system does not let it be read.
     ValueError
-        If it does not decode; `TooDeep` if its pixels are deeper than 8 bits, `TooLarge` if they
+        If it does not decode; `TooDeep` if its pixels are deeper than 16 bits, `TooLarge` if they
         are so many that Pillow takes the file for a trap.
     """
     try:
         with Image.open(file, formats=_FORMATS) as found:
-            if found.mode.startswith(("I", "F")):
-                raise TooDeep(f"pixels of mode {found.mode}, not of 8 bits")
-            # Pillow warns when it drops a palette's transparency in one step
-            see_through = found.mode == "P" and "transparency" in found.info
-            image: Image.Image = found.convert("RGBA") if see_through else found
-            return np.asarray(image.convert("RGB"))
+            return as_rgb(found)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         pixels = re.search(r"\d+", str(error))
         raise TooLarge(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from fastfpl.data.folders import SUFFIXES, image_names, kind_of
-from fastfpl.data.listing import TooDeep, decode
-from fastfpl.errors import Damaged, FastfplError, InputError, KindError, Missing, cut, shown
+from fastfpl.data.listing import TooDeep, as_rgb, decode, eight_bits
+from fastfpl.errors import Damaged, InputError, KindError, Missing, cut, shown
 
 __all__ = ["Picture", "pictures"]
 
@@ -126,26 +126,16 @@ def _below(folder: Path, depth: int) -> Iterator[Picture]:
 
 
 def _decoded(file: Path | bytes, name: str) -> Pixels:
-    """Read a file, or what one holds, as a run does; one of 16 bits is brought to 8."""
-
-    def opened() -> Path | BinaryIO:
-        return io.BytesIO(file) if isinstance(file, bytes) else file
-
+    """Read a file, or what one holds, as a run does."""
     try:
-        try:
-            return decode(opened())
-        except TooDeep:
-            with Image.open(opened()) as image:
-                return _rgb(image, name)
+        return decode(io.BytesIO(file) if isinstance(file, bytes) else file)
+    except TooDeep as error:
+        raise _deep(name, error) from None
     except OSError as error:
-        if isinstance(error, FastfplError):
-            raise
         raise Missing(
             f"{OP}: {cut(name)} must be readable; got {error.strerror or error}"
         ) from None
     except ValueError as error:
-        if isinstance(error, FastfplError):
-            raise
         raise Damaged(
             f"{OP}: {cut(name)} must be an image; got {error}: convert it, or leave it out"
         ) from None
@@ -156,30 +146,16 @@ def _decoded(file: Path | bytes, name: str) -> Pixels:
 
 def _rgb(image: Image.Image, name: str) -> Pixels:
     """Turn Pillow's image of any mode into RGB, as a run reads files of it."""
-    mode = image.mode
-    if mode.startswith("I;16") or mode == "I":
-        return _of_levels(np.asarray(image), name)
-    if mode == "F":
-        raise KindError(f"{OP}: {name} must have pixels of 8 or 16 bits; got floats (mode F)")
     try:
-        see_through = mode == "P" and "transparency" in image.info
-        return np.asarray((image.convert("RGBA") if see_through else image).convert("RGB"))
+        return as_rgb(image)
+    except TooDeep as error:
+        raise _deep(name, error) from None
     except (OSError, ValueError, SyntaxError) as error:
         raise Damaged(f"{OP}: {name} must be a whole image; got {error}") from None
 
 
-def _of_levels(levels: npt.NDArray[Any], name: str) -> Pixels:
-    """Bring grey of 16 bits to 8."""
-    low, high = int(levels.min(initial=0)), int(levels.max(initial=0))
-    if low < 0 or high > 65535:
-        raise KindError(
-            f"{OP}: {name} must have pixels of 8 or 16 bits; got values from {low} to {high}"
-        )
-    return _with_channels(_eight_bits(levels.astype(np.uint16)), name)
-
-
-def _eight_bits(values: npt.NDArray[np.uint16]) -> Pixels:
-    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+def _deep(name: str, error: TooDeep) -> KindError:
+    return KindError(f"{OP}: {cut(name)} must have pixels of 8 or 16 bits; got {error}")
 
 
 def _of_array(array: npt.NDArray[Any], place: str) -> Iterator[Picture]:
@@ -214,7 +190,7 @@ def _values(array: npt.NDArray[Any], name: str) -> Pixels:
     if array.dtype == np.uint8:
         return array
     if array.dtype == np.uint16:
-        return _eight_bits(array)
+        return eight_bits(array)
     if array.dtype == np.bool_:
         white: Pixels = np.where(array, np.uint8(255), np.uint8(0))
         return white
