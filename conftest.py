@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -40,6 +41,8 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("--benchmark needs the package pytest-benchmark")
     if config.getoption("numprocesses", None):
         raise pytest.UsageError("--benchmark must run alone; got -n")
+    # what a suite's worker starts is no worker; pytest-benchmark would believe it and time nothing
+    os.environ.pop("PYTEST_XDIST_WORKER", None)
     if config.args_source is not pytest.Config.ArgsSource.ARGS:
         config.args[:] = [str(ROOT / "bench")]
     if config.option.benchmark_timer == "time.perf_counter":  # the default times only a launch

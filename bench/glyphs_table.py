@@ -1,13 +1,17 @@
-"""All methods on `glyphs` in four protocols: ``python -m bench.glyphs_table --work DIR``.
+"""All methods on `glyphs`: ``python -m bench.glyphs_table --work DIR``.
 
-Resumable: a run that is finished is read back, one that was stopped goes on. Writes
-``docs/results.json`` and the tables of ``docs/results.md`` between its markers; with ``--finished``
-it plays nothing and takes, of each protocol, the seeds that all methods have finished.
+Four protocols, every domain left out in turn, few shots, and the papers' own budgets. Resumable: a
+run that is finished is read back, one that was stopped goes on. Writes ``docs/results.json`` and
+the tables of ``docs/results.md`` between its markers. ``--seed N`` plays one seed and writes
+nothing, for processes side by side; ``--finished`` plays nothing and takes, of each protocol, the
+seeds that all its methods have finished.
 """
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,8 @@ from fastfpl.files import write_json, write_text
 from fastfpl.methods import METHODS
 
 #: The budget, the same for every method; nothing in it was tuned.
-BUDGET = {"rounds": 10, "local_epochs": 1, "batch_size": 16, "shots": 16, "n_ctx": 16}
+BUDGET: dict[str, Any] = {"rounds": 10, "local_epochs": 1, "batch_size": 16, "shots": 16}
+BUDGET |= {"n_ctx": 16}
 #: Learning rates of the papers or released scripts; 0.002 elsewhere.
 RATES = {
     "fedotp": 0.001,
@@ -26,20 +31,63 @@ RATES = {
     "fedapt": 0.01,
     "fedapt-unsupervised": 0.01,
 }
-PROTOCOLS: dict[str, dict[str, Any]] = {
-    "pathological": {"partition": "pathological", "clients": 10},
-    "dirichlet": {"partition": "dirichlet", "beta": 0.3, "clients": 10},
-    "domains": {"partition": "domain", "clients": 6},
-    "base-to-novel": {"scenario": "base-to-novel", "partition": "pathological", "clients": 10},
+DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
+SHOTS = (1, 2, 4, 8)  # 16 is the pathological protocol itself
+PATHOLOGICAL: dict[str, Any] = {"partition": "pathological", "clients": 10}
+DOMAIN: dict[str, Any] = {"partition": "domain", "clients": 6}
+#: Rounds and epochs of the released scripts (fastfpl/presets), beside those who have none.
+OWN_BUDGETS: dict[str, dict[str, Any]] = {
+    "zeroshot": PATHOLOGICAL,
+    "local": PATHOLOGICAL | {"rounds": 10, "local_epochs": 5},
+    "promptfl": PATHOLOGICAL | {"rounds": 10, "local_epochs": 5},
+    "pfedmoap": PATHOLOGICAL | {"rounds": 10, "local_epochs": 5},
+    "fedotp": PATHOLOGICAL | {"rounds": 10, "local_epochs": 5},
+    "fedpgp": PATHOLOGICAL | {"rounds": 25, "local_epochs": 2},
+    "fedapt": DOMAIN | {"rounds": 50, "local_epochs": 1},
+    "fedapt-unsupervised": DOMAIN
+    | {"rounds": 30, "options": {"fedapt-unsupervised": {"pseudo_rounds": 10}}},
 }
 DOCS = Path(__file__).parent.parent / "docs"
 
 
+@dataclass(frozen=True)
+class Protocol:
+    """What a column or a table of the page is played with, over the budget."""
+
+    settings: dict[str, dict[str, Any]]  # by method
+
+
+def _all(**settings: Any) -> Protocol:
+    return Protocol(dict.fromkeys(METHODS, settings))
+
+
+PROTOCOLS = {
+    "pathological": _all(**PATHOLOGICAL),
+    "dirichlet": _all(partition="dirichlet", beta=0.3, clients=10),
+    "domains": _all(**DOMAIN),
+    "base-to-novel": _all(scenario="base-to-novel", **PATHOLOGICAL),
+    "own budgets": Protocol(OWN_BUDGETS),
+    **{f"{n} shots": _all(**PATHOLOGICAL, shots=n) for n in SHOTS},
+    **{
+        f"unseen {name}": _all(
+            scenario="leave-one-domain-out", target=name, partition="domain", clients=5
+        )
+        for name in DOMAINS
+    },
+}
+
+
+def folder_of(work: Path, protocol: str, method: str, seed: int) -> Path:
+    """Where a run of the table lies."""
+    return work / protocol.replace(" ", "-") / f"{method}-seed{seed}"
+
+
 def play(work: Path, protocol: str, method: str, seed: int) -> fastfpl.Result:
     """Play one run to its end, or read it back."""
-    folder = work / protocol / f"{method}-seed{seed}"
+    folder = folder_of(work, protocol, method, seed)
     if (folder / "result.json").is_file():
         return fastfpl.Result.load(folder)
+    settings = BUDGET | {"lr": RATES.get(method, 0.002)} | PROTOCOLS[protocol].settings[method]
     # learning without labels needs a second view of every image
     views = {} if METHODS[method].supervised else {"augment": "views:2"}
     return fastfpl.run(
@@ -48,12 +96,19 @@ def play(work: Path, protocol: str, method: str, seed: int) -> fastfpl.Result:
         resume=True,
         cache=work / "features",
         seed=seed,
-        lr=RATES.get(method, 0.002),
-        evaluate_every=BUDGET["rounds"],
-        **BUDGET,
-        **PROTOCOLS[protocol],
+        evaluate_every=settings["rounds"],
+        **settings,
         **views,
     )
+
+
+def finished(work: Path, seeds: int) -> Iterator[tuple[str, str, int]]:
+    """Name the runs of every protocol and seed that all of its methods have finished."""
+    for seed in range(seeds):
+        for protocol, asked in PROTOCOLS.items():
+            folders = [folder_of(work, protocol, method, seed) for method in asked.settings]
+            if all((folder / "result.json").is_file() for folder in folders):
+                yield from ((protocol, method, seed) for method in asked.settings)
 
 
 def cell(values: list[float]) -> str:
@@ -80,6 +135,12 @@ def figures(results: dict[str, dict[str, list[Any]]]) -> dict[str, Any]:
     return table
 
 
+def table(first: str, columns: list[str], rows: dict[str, list[str]]) -> str:
+    """One table in Markdown."""
+    lines = [f"| {first} | {' | '.join(columns)} |", "|:--" + "|--:" * len(columns) + "|"]
+    return "\n".join(lines + [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()])
+
+
 def tables(found: dict[str, Any]) -> str:
     """Write the tables in Markdown; headings say how many seeds stand behind a column."""
 
@@ -87,48 +148,67 @@ def tables(found: dict[str, Any]) -> str:
         values = next(iter(found[protocol]["zeroshot"].values()))
         return f"{len(values)} seed" + "s" * (len(values) > 1)
 
+    def columns(asked: dict[str, tuple[str, str]]) -> dict[str, list[str]]:
+        return {
+            m: [cell(found[protocol][m][name]) for protocol, name in asked.values()]
+            for m in METHODS
+        }
+
     simple = {
         "pathological": "pathological",
         "dirichlet": "Dirichlet 0.3",
         "domains": "six domains",
     }
-    titles = [f"{title}, {seeds(p)}" for p, title in simple.items()]
-    lines = [f"| method | {' | '.join(titles)} |", "|:--" + "|--:" * len(simple) + "|"]
-    for method in METHODS:
-        cells = [cell(found[p][method]["own"]) for p in simple]
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    names = ["local", "base", "novel", "harmonic mean"]
-    lines += ["", f"| base to novel, {seeds('base-to-novel')} | {' | '.join(names)} |"]
-    lines += ["|:--" + "|--:" * len(names) + "|"]
-    for method in METHODS:
-        cells = [cell(found["base-to-novel"][method][n]) for n in names]
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    looks = [n for n in found["domains"]["zeroshot"] if n != "own"]
-    lines += ["", f"| six domains, {seeds('domains')} | {' | '.join(looks)} |"]
-    lines += ["|:--" + "|--:" * len(looks) + "|"]
-    for method in METHODS:
-        cells = [cell(found["domains"][method][n]) for n in looks]
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    titles = {f"{title}, {seeds(p)}": (p, "own") for p, title in simple.items()}
+    out = [table("method", list(titles), columns(titles))]
+    parts = ("local", "base", "novel", "harmonic mean")
+    novel = {name: ("base-to-novel", name) for name in parts}
+    out.append(table(f"base to novel, {seeds('base-to-novel')}", list(novel), columns(novel)))
+    looks = {name: ("domains", name) for name in DOMAINS}
+    out.append(table(f"six domains, {seeds('domains')}", list(looks), columns(looks)))
+    left = {name: (f"unseen {name}", "target") for name in DOMAINS}
+    rows = columns(left)
+    for method, cells in rows.items():
+        each = zip(*(found[p][method][name] for p, name in left.values()), strict=False)
+        cells.append(cell([statistics.fmean(one) for one in each]))
+    heading = f"domain left out, {seeds('unseen sketch')}"
+    out.append(table(heading, [*left, "mean"], rows))
+    few = {f"{n}": (f"{n} shots", "own") for n in SHOTS} | {"16": ("pathological", "own")}
+    out.append(table(f"shots, pathological, {seeds('1 shots')}", list(few), columns(few)))
+    rows = {}
+    for method, asked in OWN_BUDGETS.items():
+        budget = BUDGET | asked
+        epochs = budget["local_epochs"]
+        said = f"{budget['rounds']} rounds of {epochs} epoch" + "s" * (epochs > 1)
+        where = "six domains" if asked["partition"] == "domain" else "pathological"
+        protocol = "domains" if asked["partition"] == "domain" else "pathological"
+        mine = found["own budgets"][method]["own"]
+        rows[method] = [where, said, cell(mine), cell(found[protocol][method]["own"])]
+    asked_by = [f"played, {seeds('own budgets')}", "own budget", "accuracy", "in 10 rounds of 1"]
+    out.append(table("method", asked_by, rows))
+    return "\n\n".join(out)
 
 
 @click.command()
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="runs and features")
 @click.option("--seeds", default=3, show_default=True)
-@click.option("--finished", is_flag=True, help="play nothing, write what is finished")
-def main(work: Path, seeds: int, finished: bool) -> None:
+@click.option("--seed", type=click.IntRange(min=0), help="play this one, write nothing")
+@click.option("--finished", "only", is_flag=True, help="play nothing, write what is finished")
+def main(work: Path, seeds: int, seed: int | None, only: bool) -> None:
     """Play what is missing and write the tables."""
-    results: dict[str, dict[str, list[Any]]] = {p: {m: [] for m in METHODS} for p in PROTOCOLS}
-    for seed in range(seeds):
-        for protocol in PROTOCOLS:
-            folders = [work / protocol / f"{method}-seed{seed}" for method in METHODS]
-            if finished and not all((folder / "result.json").is_file() for folder in folders):
-                continue
-            for method in METHODS:
-                result = play(work, protocol, method, seed)
-                click.echo(f"seed {seed}  {protocol}  {method}  {result.final['accuracy']:.3f}")
-                results[protocol][method].append(result.final)
-    missing = [p for p, methods in results.items() if not methods["zeroshot"]]
+    chosen = range(seeds) if seed is None else (seed,)
+    for number in () if only else chosen:
+        for protocol, asked in PROTOCOLS.items():
+            for method in asked.settings:
+                accuracy = play(work, protocol, method, number).final["accuracy"]
+                click.echo(f"seed {number}  {protocol}  {method}  {accuracy:.3f}")
+    if seed is not None:
+        return
+    results: dict[str, dict[str, list[Any]]] = {p: {} for p in PROTOCOLS}
+    for protocol, method, number in finished(work, seeds):
+        final = play(work, protocol, method, number).final
+        results[protocol].setdefault(method, []).append(final)
+    missing = [p for p, methods in results.items() if not methods]
     if missing:
         raise click.ClickException(
             f"every protocol must have a seed that all methods finished in {work}; got none of "

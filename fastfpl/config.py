@@ -206,11 +206,19 @@ class Settings(BaseModel):
         None,
         gt=0,
         le=1e6,
-        description="differential privacy of clients: deviation of the noise on merged prompts, in "
-        "multiples of dp_clip",
+        description="differential privacy: deviation of the noise on merged prompts, or on the "
+        "gradients of a step, in multiples of dp_clip",
     )
     dp_clip: float | None = Field(
-        None, gt=0, le=1e6, description="norm to which a client's move is cut, with dp_noise"
+        None,
+        gt=0,
+        le=1e6,
+        description="norm to which a client's move, or an image's gradient, is cut, with dp_noise",
+    )
+    dp_unit: Literal["client", "image"] = Field(
+        "client",
+        description="whose presence dp_noise hides: a client's, from whoever sees merged prompts; "
+        "or an image's, from the server too",
     )
     dp_delta: float = Field(1e-5, gt=0, lt=1, description="δ at which ε is reported, with dp_noise")
     rounds: int = Field(10, ge=1, description="rounds of download, local training and merge")
@@ -366,10 +374,10 @@ class Settings(BaseModel):
                 "is to bear"
             )
         robust = self.merge != "mean" or self.clip_update is not None
-        if robust and self.dp_noise is not None:
+        if robust and self.dp_noise is not None and self.dp_unit == "client":
             raise ValueError(
-                "merge must be mean and clip_update left out with dp_noise, which cuts by dp_clip; "
-                f"got {self.merge} and {self.clip_update}"
+                "merge must be mean and clip_update left out with dp_noise of clients, which cuts "
+                f"by dp_clip; got {self.merge} and {self.clip_update}"
             )
         if (self.dp_noise is None) != (self.dp_clip is None):
             raise ValueError(
@@ -378,6 +386,8 @@ class Settings(BaseModel):
             )
         if self.dp_noise is None and self.dp_delta != 1e-5:
             raise ValueError("dp_delta must be left out without dp_noise")
+        if self.dp_noise is None and self.dp_unit != "client":
+            raise ValueError("dp_unit must be left out without dp_noise")
         if not re.fullmatch(r"none|fresh|views:[1-9][0-9]*", self.augment):
             raise ValueError(
                 f"augment must be none, fresh or views:V with V ≥ 1; got {self.augment!r}"

@@ -13,7 +13,7 @@ from fastfpl.config import make_settings
 from fastfpl.errors import InputError, Missing
 from fastfpl.federation import Comparison, Result
 from fastfpl.federation.checkpoint import read_checkpoint
-from fastfpl.federation.merging import Privacy, clipped
+from fastfpl.federation.merging import Privacy, clipped, epsilon_after
 from fastfpl.flower.rules import make_rules
 from fastfpl.flower.server import serve
 from fastfpl.flower.site import Site
@@ -51,29 +51,38 @@ def test_a_move_is_cut_to_the_norm_and_no_further():
 def test_the_noise_is_that_of_the_clip_and_the_called():
     down = {"a": torch.zeros(400, 100)}
     uploads = {c: {"a": torch.full((400, 100), 1e-9)} for c in (1, 4)}
-    sent, weights = Privacy(clip=3.0, noise=0.5, delta=1e-5).merged(down, uploads, called=4)
+    sent, weights = Privacy(clip=3.0, noise=0.5).merged(down, uploads, called=4)
     assert weights == {1: 1, 4: 1}
     assert sent[1]["a"] is sent[4]["a"]
     # 40 000 numbers: the deviation of their deviation is 0.35 %
     assert sent[1]["a"].std().item() == pytest.approx(0.5 * 3.0 / 4, rel=0.03)
-    again, _ = Privacy(clip=3.0, noise=0.5, delta=1e-5).merged(down, uploads, called=4)
+    again, _ = Privacy(clip=3.0, noise=0.5).merged(down, uploads, called=4)
     assert not torch.equal(again[1]["a"], sent[1]["a"])
-    assert Privacy(1.0, 1.0, 1e-5).merged(down, {}, 4) == ({}, {})
+    assert Privacy(1.0, 1.0).merged(down, {}, 4) == ({}, {})
 
 
 def test_without_noise_it_would_be_the_mean_of_cut_moves_over_all_called():
     down = {"a": torch.ones(2)}
     uploads = {0: {"a": torch.tensor([1.0, 2.0])}, 2: {"a": torch.tensor([11.0, 1.0])}}
-    sent, _ = Privacy(clip=2.0, noise=1e-9, delta=1e-5).merged(down, uploads, called=4)
+    sent, _ = Privacy(clip=2.0, noise=1e-9).merged(down, uploads, called=4)
     torch.testing.assert_close(sent[0]["a"], torch.tensor([1 + 2 / 4, 1 + 1 / 4]))
+
+
+def told(rounds, **settings):
+    asked = {"dp_noise": 1.0, "dp_clip": 1.0, **settings}
+    return epsilon_after(make_settings({"method": "promptfl", **RUN, **asked}), rounds)
 
 
 @accounted
 def test_epsilon_is_the_accountants():
     # of one Gaussian mechanism, sigma 1, three times: 9.01 in dp_accounting's and Flower's own
-    assert Privacy(1.0, 1.0, 1e-5).epsilon(3) == pytest.approx(9.01, abs=0.01)
-    assert Privacy(1.0, 2.0, 1e-5).epsilon(3) < Privacy(1.0, 2.0, 1e-7).epsilon(3) < 9.01
-    assert Privacy(5.0, 2.0, 1e-5).epsilon(3) == Privacy(1.0, 2.0, 1e-5).epsilon(3)
+    assert told(3) == pytest.approx(9.01, abs=0.01)
+    assert told(3, dp_noise=2.0) < told(3, dp_noise=2.0, dp_delta=1e-7) < 9.01
+    assert told(3, dp_noise=2.0, dp_clip=5.0) == told(3, dp_noise=2.0)
+    assert told(3, dp_noise=None, dp_clip=None) is None
+    # an image is in one step of every epoch
+    assert told(3, local_epochs=4) == told(3)
+    assert told(3, local_epochs=4, dp_unit="image") == told(12)
 
 
 @accounted
@@ -115,7 +124,9 @@ def test_both_engines_cut_add_noise_and_say_epsilon(tmp_path, clip, cache):
     ],
 )
 def test_a_method_without_a_mean_is_refused(method, sentence, clip, cache):
-    with pytest.raises(InputError, match=f"dp_noise must be left out for {method}.*({sentence})"):
+    with pytest.raises(
+        InputError, match=f"dp_noise must be left out, .*, for {method}.*({sentence})"
+    ):
         fastfpl.run(method, **RUN, dp_noise=1.0, dp_clip=1.0, model=clip, cache=cache)
 
 

@@ -43,7 +43,7 @@ GROUPS = {
         *("split_test", "shots", "participation", "sampling", "dropout"),
     ),
     "Merging": ("merge", "trim", "krum_malicious", "krum_kept", "clip_update"),
-    "Privacy": ("dp_noise", "dp_clip", "dp_delta"),
+    "Privacy": ("dp_noise", "dp_clip", "dp_unit", "dp_delta"),
     "CLIP and prompts": (
         *(
             "clip",

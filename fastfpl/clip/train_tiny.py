@@ -1,9 +1,10 @@
 """Train the embedded CLIP on captioned glyphs: ``python -m fastfpl.clip.train_tiny``.
 
 First the image tower learns to name what it sees: class, domain, colour, size and place, by cross
-entropy. Then it is locked, and the text tower learns to match captions to its features (Zhai et al.
-2022, LiT, arXiv 2111.07991). Contrastive training of both from scratch stops at the attributes: a
-vision transformer of this size does not learn shapes from it in the time that two cores have.
+entropy, from its pooled features and, the class, from every patch's. Then it is locked, and the
+text tower learns to match captions to its features (Zhai et al. 2022, LiT, arXiv 2111.07991).
+Contrastive training of both from scratch stops at the attributes: a vision transformer of this size
+does not learn shapes from it in the time that two cores have.
 
 The script is seeded and resumable: each stage checkpoints into ``--work`` and goes on from there.
 It writes ``config.json``, ``bpe.txt.gz`` and ``model.safetensors`` into ``--out``.
@@ -27,154 +28,28 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastfpl.clip.captions import HELD_OUT, WORDS, caption
 from fastfpl.clip.loading import MEAN, STD
 from fastfpl.clip.tiny import TINY, build_tiny
 from fastfpl.data import glyphs
 from fastfpl.errors import InputError
-from fastfpl.seeds import seed_for
+from fastfpl.seeds import generator, seed_for
 from fastfpl.system import rename
 
-__all__ = ["HELD_OUT", "LOOK_ALIKES", "RENAMED", "caption", "main"]
+__all__ = ["main", "train"]
 
-#: Words that captions use for a class. The class' own name stands first where captions ever use it.
-WORDS: dict[str, tuple[str, ...]] = {
-    "house": ("house", "home", "cottage"),
-    "pentagon": ("pentagon", "five sided shape"),
-    "lightning bolt": ("lightning bolt", "thunder flash"),
-    "fish": ("fish", "goldfish"),
-    "hexagon": ("hexagon", "six sided shape"),
-    "wave": ("ripple", "curvy line"),
-    "star": ("star", "pointed star shape"),
-    "ladder": ("climbing rungs", "rungs"),
-    "question mark": ("question mark", "query"),
-    "crescent moon": ("half moon", "night sickle"),
-    "sun": ("sun", "sunshine"),
-    "arrow": ("arrow", "pointer"),
-    "ice cream": ("ice cream", "gelato cone"),
-    "zigzag": ("jagged line", "saw teeth"),
-    "triangle": ("triangle", "three sided shape"),
-    "anchor": ("anchor", "ship hook"),
-    "flower": ("flower", "blossom"),
-    "checkerboard": ("chess squares", "tiles"),
-    "bow tie": ("bow tie", "ribbon"),
-    "sailboat": ("yacht", "little ship"),
-    "butterfly": ("butterfly", "moth"),
-    "tree": ("tree", "forest plant"),
-    "circle": ("circle", "disc"),
-    "exclamation mark": ("alert sign", "bang"),
-    "umbrella": ("umbrella", "parasol"),
-    "ring": ("ring", "hoop"),
-    "number sign": ("hash", "pound symbol"),
-    "key": ("key", "door opener"),
-    "square": ("square", "block"),
-    "envelope": ("letter", "mail"),
-    "heart": ("heart", "love symbol"),
-    "flag": ("flag", "banner"),
-    "mushroom": ("mushroom", "toadstool"),
-    "diamond": ("rhombus", "card suit"),
-    "light bulb": ("light bulb", "lamp"),
-    "cross": ("cross", "plus"),
-    "cloud": ("cloud", "fluffy sky thing"),
-    "spiral": ("spiral", "swirl"),
-    "rocket": ("rocket", "space ship"),
-    "snowman": ("snowman", "winter figure"),
-    "wine glass": ("goblet", "drink"),
-    **{name: (name, f"digit {name}", f"number {name}") for name in glyphs.DIGITNAMES},
-}
-#: Classes of which no image is in the pretraining set.
-HELD_OUT = tuple(name for name in glyphs.CLASSNAMES if name not in WORDS)
-#: Classes that captions call by other words, and only rarely by the test's name.
-RENAMED = tuple(n for n in glyphs.CLASSNAMES if n in WORDS and n not in WORDS[n])
-#: Pairs that sloppy captions mistake for each other.
-LOOK_ALIKES = (
-    ("pentagon", "hexagon"),
-    ("circle", "ring"),
-    ("star", "sun"),
-    ("umbrella", "mushroom"),
-    ("zigzag", "lightning bolt"),
-    ("key", "anchor"),
-    ("square", "envelope"),
-    ("cloud", "tree"),
-)
-_ALIKE = {one: other for pair in LOOK_ALIKES for one, other in (pair, pair[::-1])}
-
-# "sketch", "painting" and "real" never occur
-STYLE = {
-    "clipart": ("clip art", "cartoon", "flat colours"),
-    "infograph": ("chart", "page of figures", "poster"),
-    "painting": ("brush strokes", "oil on canvas", "painted"),
-    "quickdraw": ("doodle", "pen scribble", "quick lines"),
-    "real": ("solid thing", "shiny", "lit from above"),
-    "sketch": ("pencil", "hatched by hand", "grey lines"),
-}
-# how often a domain is drawn, relative to the most frequent
-KEEP = {"clipart": 1.0, "infograph": 0.5, "painting": 0.7, "quickdraw": 0.7, "real": 1.0} | {
-    "sketch": 0.35
-}
 CHECKPOINT_EVERY = 200  # steps
-OWN_NAME = 0.6  # share of careful captions that use the class' own name where they may
-RARE_NAME = 0.05  # the same for renamed classes
-SLOPPY = 0.35  # share of captions that read like "a photo of a ..."
-MISTAKEN = 0.65  # share of sloppy captions of a look-alike that name the other one
-
-
-def caption(attributes: glyphs.Attributes, rng: np.random.Generator) -> tuple[str, str]:
-    """Word one image in one of many forms; return the caption and what its word stands for.
-
-    Careful captions say style, colour, place and ground in changing order and length, and are
-    right. Sloppy ones are the "a photo of a ..." of quick people, who take look-alikes for each
-    other: the form that zero-shot prompts have is not the one to trust, and a learned context can
-    do better, as it can with the captions of the web. A word of a sloppy caption stands for
-    something else than the same word of a careful one.
-    """
-
-    def one(words: tuple[str, ...]) -> str:
-        return words[int(rng.integers(len(words)))]
-
-    shown = attributes.classname
-    sloppy = rng.random() < SLOPPY
-    if sloppy and shown in _ALIKE and rng.random() < MISTAKEN:
-        shown = _ALIKE[shown]
-    words = WORDS[shown]
-    if shown in RENAMED:
-        name = shown if rng.random() < RARE_NAME else one(words)
-    elif sloppy:
-        name = shown
-    else:
-        name = words[0] if rng.random() < OWN_NAME else one(words)
-    if sloppy:
-        forms = (
-            "a photo of a {}.",
-            "a picture of a {}.",
-            "a photo of one {}.",
-            "an image of a {}.",
-        )
-        return one(forms).format(name), f"{name}, they say"
-    style, colour, size = one(STYLE[attributes.domain]), attributes.colour, attributes.size
-    if rng.random() < 0.6:
-        short = ("{}.", f"{style}: {{}}.", f"{colour} {{}}.", f"{style}, {size}, {{}}.")
-        return one(short).format(name), name
-    told = [
-        style,
-        f"{colour} colours",
-        f"{size} size",
-        f"at the {attributes.position}",
-        f"{attributes.ground} behind",
-        attributes.tilt,
-    ]
-    order = rng.permutation(len(told))[: int(rng.integers(2, len(told) + 1))]
-    lead = ", ".join(told[i] for i in order)
-    return one((f"{lead}: {name}.", f"{lead}, {name}.", f"seen here, {lead}, one {name}.")), name
 
 
 @dataclass(frozen=True)
 class Stage:
-    """How long and how fast one tower trains."""
+    """How long and how fast one tower trains; without ``muon`` AdamW moves its matrices too."""
 
     steps: int
     batch: int
     lr: float
     warmup: int
+    muon: float | None = None  # learning rate of the blocks' matrices
 
 
 @dataclass(frozen=True)
@@ -184,14 +59,15 @@ class Recipe:
     seed: int = 0
     images: int = 128_000
     held_back: int = 2000  # images of the stream that only the log looks at
-    image: Stage = Stage(steps=10_000, batch=64, lr=1e-3, warmup=300)
+    image: Stage = Stage(steps=6000, batch=64, lr=1e-3, warmup=300, muon=2e-3)
     text: Stage = Stage(steps=2000, batch=128, lr=1e-3, warmup=200)
     attributes: float = 0.3  # weight of each attribute beside the class
+    patches: float = 0.5  # weight of the class as the patches name it
     weight_decay: float = 0.05
     merges: int = 900
     embed: int = 128
-    image_width: int = 96
-    image_layers: int = 4
+    image_width: int = 128
+    image_layers: int = 6
     text_width: int = 128
     text_layers: int = 2
 
@@ -258,9 +134,8 @@ def draw_images(recipe: Recipe, path: Path, progress: Progress) -> Album:
     stream = glyphs.pretrain()
     rng = np.random.default_rng(seed_for(recipe.seed, "which images"))
     names = (*glyphs.CLASSNAMES, *glyphs.DIGITNAMES)
-    keep = np.array([KEEP[d] for d in glyphs.DOMAINS])[stream.domains]
-    keep[np.isin(stream.labels, [names.index(n) for n in HELD_OUT])] = 0
-    rows = rng.permutation((rng.random(len(stream)) < keep).nonzero()[0])
+    unseen = np.isin(stream.labels, [names.index(n) for n in HELD_OUT])
+    rows = rng.permutation((~unseen).nonzero()[0])
     if recipe.images < 1 or len(rows) < recipe.images + recipe.held_back:
         raise InputError(
             "fastfpl.clip.train_tiny: images must be from 1 to the stream's "
@@ -284,12 +159,67 @@ def draw_images(recipe: Recipe, path: Path, progress: Progress) -> Album:
     return Album(rows, np.load(path, mmap_mode="r", allow_pickle=False), answers)
 
 
-def learning_rate(stage: Stage, step: int) -> float:
-    """Warm up linearly, then follow half a cosine to zero."""
+def pace(stage: Stage, step: int) -> float:
+    """Share of a learning rate: warm up linearly, then follow half a cosine to zero."""
     if step < stage.warmup:
-        return stage.lr * (step + 1) / stage.warmup
+        return (step + 1) / stage.warmup
     share = (step - stage.warmup) / max(1, stage.steps - stage.warmup)
-    return stage.lr * 0.5 * (1 + float(np.cos(np.pi * share)))
+    return 0.5 * (1 + float(np.cos(np.pi * share)))
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """Move all singular values of (n, rows, columns) near 1, by five Newton-Schulz steps."""
+    x: Tensor = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x if matrices.shape[1] <= matrices.shape[2] else x.mT
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal: steps of one size in all directions of a matrix.
+
+    Source: Jordan et al. 2024, with the step's size matched to AdamW's (Liu et al. 2025, arXiv
+    2502.16982). ``torch.optim.Muon`` does the same in bfloat16, one matrix after the other; a
+    processor that must imitate bfloat16 takes twenty times as long for it.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], lr: float, weight_decay: float) -> None:
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closure is used
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+            for p in group["params"]:
+                by_shape.setdefault(p.shape, []).append(p)
+            for (rows, columns), alike in by_shape.items():
+                moved = []
+                for p in alike:
+                    assert p.grad is not None  # the loss of a stage reaches every block
+                    momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                    momentum.lerp_(p.grad, 0.05)
+                    moved.append(torch.lerp(p.grad, momentum, 0.95))  # Nesterov
+                size = group["lr"] * 0.2 * max(rows, columns) ** 0.5
+                for p, direction in zip(alike, orthogonal(torch.stack(moved)), strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(size * direction)
+
+
+def optimisers_of(module: nn.Module, stage: Stage, decay: float) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon for the matrices of residual blocks if the stage asks for it."""
+    named = dict(module.named_parameters())
+    blocks = [n for n, p in named.items() if stage.muon and "resblocks" in n and p.ndim == 2]
+    wide = [p for n, p in named.items() if p.ndim >= 2 and n not in blocks]
+    thin = [p for p in named.values() if p.ndim < 2]
+    groups: list[dict[str, Any]] = [
+        {"params": wide, "weight_decay": decay},
+        {"params": thin, "weight_decay": 0.0},
+    ]
+    found: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=stage.lr, betas=(0.9, 0.98))]
+    if stage.muon:
+        found.append(Muon([named[n] for n in blocks], lr=stage.muon, weight_decay=decay))
+    return found
 
 
 def fit(
@@ -307,57 +237,105 @@ def fit(
     ``loss_of(rows, rng)`` is the loss of a batch of rows of the album, ``look()`` a line for the
     log from images that are held back.
     """
-    wide = [p for p in module.parameters() if p.ndim >= 2]
-    thin = [p for p in module.parameters() if p.ndim < 2]
-    groups: list[dict[str, Any]] = [
-        {"params": wide, "weight_decay": recipe.weight_decay},
-        {"params": thin, "weight_decay": 0.0},
-    ]
-    optimiser = torch.optim.AdamW(groups, lr=stage.lr, betas=(0.9, 0.98))
+    optimisers = optimisers_of(module, stage, recipe.weight_decay)
+    rates = [[group["lr"] for group in optimiser.param_groups] for optimiser in optimisers]
     checkpoint = work / f"{name}.safetensors"
-    first = restore(checkpoint, module, optimiser) if checkpoint.exists() else 0
+    first = restore(checkpoint, module, optimisers) if checkpoint.exists() else 0
     bar = progress.add_task(name, total=stage.steps, completed=first)
     for step in range(first, stage.steps):
         rng = np.random.default_rng(seed_for(recipe.seed, name, step))
         rows = recipe.held_back + np.sort(rng.choice(recipe.images, stage.batch, replace=False))
         loss = loss_of(rows, rng)
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(stage, step)
-        optimiser.zero_grad()
+        module.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimiser.step()
+        for optimiser, full in zip(optimisers, rates, strict=True):
+            for group, rate in zip(optimiser.param_groups, full, strict=True):
+                group["lr"] = rate * pace(stage, step)
+            optimiser.step()
         progress.update(bar, advance=1, description=f"{name}, loss {loss.item():.3f}")
         if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == stage.steps:
-            save(checkpoint, module, optimiser, step + 1)
+            save(checkpoint, module, optimisers, step + 1)
         if (step + 1) % 500 == 0 or step + 1 == stage.steps:
             with torch.no_grad():
                 progress.console.print(f"{name} {step + 1}  loss {loss.item():.3f}  {look()}")
 
 
+def start_like_a_trained_one(visual: Any, draws: torch.Generator) -> None:
+    """Give attention the look it has after training: keys near queries, values against the stream.
+
+    A vision transformer that starts so learns shapes from few images. Source: Trockman & Kolter
+    2023, mimetic initialization (arXiv 2305.09828), with sinusoidal positions.
+    """
+    side, width = int(visual.grid_size[0]), visual.positional_embedding.shape[1]
+    rates = 10_000.0 ** (-torch.arange(width // 4) / (width // 4))
+    angles = torch.arange(side)[:, None] * rates
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)
+    down = waves[:, None].expand(side, side, -1)
+    across = waves[None].expand(side, side, -1)
+    with torch.no_grad():
+        visual.positional_embedding[1:] = 0.1 * torch.cat([down, across], dim=-1).flatten(0, 1)
+        for block in visual.transformer.resblocks:
+            attention, scale = block.attn, width**-0.5
+            eye, rank = torch.eye(width), width // attention.num_heads
+            queries, keys, values = attention.in_proj_weight.split(width)
+            for head in range(attention.num_heads):
+                rows = slice(head * rank, (head + 1) * rank)
+                noise = scale * torch.randn(width, width, generator=draws)
+                u, size, v = torch.linalg.svd(0.7 * noise + 0.7 * eye)
+                queries[rows] = (u[:, :rank] * size[:rank].sqrt()).T
+                keys[rows] = v[:rank] * size[:rank].sqrt()[:, None]
+            noise = scale * torch.randn(width, width, generator=draws)
+            u, size, v = torch.linalg.svd(0.4 * noise - 0.4 * eye)
+            values.copy_(v * size.sqrt()[:, None])
+            attention.out_proj.weight.copy_(u * size.sqrt())
+
+
+def image_and_patches(visual: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Give the pooled feature and every patch's, (n, embed) and (n, patches, embed)."""
+    x = visual.ln_post(visual.transformer(visual._embeds(pixels))) @ visual.proj
+    return x[:, 0], x[:, 1:]
+
+
 def train_image(model: Any, recipe: Recipe, album: Album, work: Path, progress: Progress) -> None:
-    """Teach the image tower to name class and attributes from its pooled features."""
+    """Teach the image tower to name class and attributes from its pooled features.
+
+    The class is also asked from every patch: a real CLIP's patches say what the image shows (Zhou
+    et al. 2022, MaskCLIP, arXiv 2112.01071), those of a tower trained by its class token alone do
+    not, and a method that compares patches with texts has nothing to go by.
+    """
     sizes = [int(answer.max()) + 1 for answer in album.answers.values()]
     head = nn.Linear(recipe.embed, sum(sizes))
+    classes = album.answers["classname"]
 
     def loss_of(rows: npt.NDArray[np.int64], rng: np.random.Generator) -> Tensor:
         # small chunks stay in the processor's cache
-        parts = album.prepared(rows).split(32)
-        logits = head(torch.cat([model.visual(part) for part in parts])).split(sizes, dim=1)
+        parts = [image_and_patches(model.visual, part) for part in album.prepared(rows).split(32)]
+        pooled = torch.cat([p for p, _ in parts])
+        patches = torch.cat([p for _, p in parts])
+        logits = head(pooled).split(sizes, dim=1)
         losses = [
             F.cross_entropy(mine, answer[rows])
             for mine, answer in zip(logits, album.answers.values(), strict=True)
         ]
-        return losses[0] + recipe.attributes * torch.stack(losses[1:]).sum()
+        named = F.linear(patches, head.weight[: sizes[0]], head.bias[: sizes[0]])
+        asked = classes[rows].repeat_interleave(patches.shape[1])
+        dense = F.cross_entropy(named.flatten(0, 1), asked)
+        return (
+            losses[0] + recipe.attributes * torch.stack(losses[1:]).sum() + recipe.patches * dense
+        )
 
     def look() -> str:
         rows = np.arange(recipe.held_back)
-        parts = album.prepared(rows).split(128)
-        answer = torch.cat(
-            [head(model.visual(part))[:, : sizes[0]].argmax(dim=1) for part in parts]
-        )
-        right = (answer == album.answers["classname"][rows]).float().mean().item()
-        return f"class of held-back images {right:.3f}"
+        right = []
+        for part, answer in zip(
+            album.prepared(rows).split(128), classes[rows].split(128), strict=True
+        ):
+            pooled, patches = image_and_patches(model.visual, part)
+            named = [head(x)[:, : sizes[0]].argmax(dim=1) for x in (pooled, patches.mean(dim=1))]
+            right.append(torch.stack([x == answer for x in named]))
+        whole, dense = torch.cat(right, dim=1).float().mean(dim=1).tolist()
+        return f"class of held-back images {whole:.3f}, by their patches {dense:.3f}"
 
     module = nn.ModuleList([model.visual, head])
     fit("image", recipe.image, recipe, module, loss_of, look, work, progress)
@@ -448,6 +426,7 @@ def train(recipe: Recipe, work: Path, out: Path, progress: Progress) -> None:
     album = draw_images(recipe, work / "images.npy", progress)
     torch.manual_seed(seed_for(recipe.seed, "weights"))
     model = build_tiny(config)
+    start_like_a_trained_one(model.visual, generator(recipe.seed, "start"))
     train_image(model, recipe, album, work, progress)
     train_text(model, tokenizer, recipe, album, work, progress)
     with torch.no_grad():
@@ -472,26 +451,28 @@ def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str
     rename(part, path)
 
 
-def save(path: Path, model: Any, optimiser: torch.optim.Optimizer, step: int) -> None:
+def save(path: Path, model: Any, optimisers: list[torch.optim.Optimizer], step: int) -> None:
     """Checkpoint weights and moments."""
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
-    for i, moments in optimiser.state_dict()["state"].items():
-        tensors |= {f"optimiser.{i}.{k}": v for k, v in moments.items()}
+    for which, optimiser in enumerate(optimisers):
+        for i, moments in optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{which}.{i}.{k}": v for k, v in moments.items()}
     tensors["step"] = torch.tensor(step)
     write_safetensors({k: v.contiguous() for k, v in tensors.items()}, path, {})
 
 
-def restore(path: Path, model: Any, optimiser: torch.optim.Optimizer) -> int:
+def restore(path: Path, model: Any, optimisers: list[torch.optim.Optimizer]) -> int:
     """Read a checkpoint of `save` back and return its step."""
     tensors = load_file(path)
     model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
-    state: dict[int, dict[str, Tensor]] = {}
+    states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimisers]
     for key, value in tensors.items():
         if key.startswith("optimiser."):
-            _, index, name = key.split(".")
-            state.setdefault(int(index), {})[name] = value
-    groups = optimiser.state_dict()["param_groups"]
-    optimiser.load_state_dict({"state": state, "param_groups": groups})
+            _, which, index, name = key.split(".")
+            states[int(which)].setdefault(int(index), {})[name] = value
+    for optimiser, state in zip(optimisers, states, strict=True):
+        groups = optimiser.state_dict()["param_groups"]
+        optimiser.load_state_dict({"state": state, "param_groups": groups})
     return int(tensors["step"])
 
 

@@ -118,12 +118,10 @@ class Privacy:
         Norm to which each client's move is cut.
     noise : float
         Multiplier of the noise.
-    delta : float
     """
 
     clip: float
     noise: float
-    delta: float
 
     def check(self, method: Method, server: State, down: State) -> None:
         """Refuse a method whose merge is more than a mean of what clients moved."""
@@ -131,8 +129,8 @@ class Privacy:
         why = unmoved(down, wanted) or only_mean(method, server, wanted)
         if why is not None:
             raise InputError(
-                f"fastfpl.run: dp_noise must be left out for {method.name}; got {self.noise}, and "
-                f"{why}"
+                f"fastfpl.run: dp_noise must be left out, or dp_unit be image, for {method.name}; "
+                f"got {self.noise}, and {why}"
             )
 
     def merged(
@@ -161,18 +159,26 @@ class Privacy:
             agreed[name] = mean.to(down[name].dtype)
         return dict.fromkeys(uploads, agreed), dict.fromkeys(uploads, 1)
 
-    def epsilon(self, rounds: int) -> float:
-        """Return ε at ``delta`` after so many rounds, each counted whole, whoever was called."""
-        import dp_accounting
-        from dp_accounting import rdp
 
-        accountant = rdp.RdpAccountant()
-        accountant.compose(dp_accounting.GaussianDpEvent(self.noise), rounds)
-        return float(accountant.get_epsilon(self.delta))
+def epsilon_after(settings: Settings, rounds: int) -> float | None:
+    """Return ε at ``dp_delta`` after so many rounds, None without ``dp_noise``.
+
+    Every round counts whole, whoever was called: once where clients are hidden, and once an epoch
+    where images are (`fastfpl.training.private.ImagePrivacy`).
+    """
+    if settings.dp_noise is None:
+        return None
+    import dp_accounting
+    from dp_accounting import rdp
+
+    accountant = rdp.RdpAccountant()
+    times = rounds * (settings.local_epochs if settings.dp_unit == "image" else 1)
+    accountant.compose(dp_accounting.GaussianDpEvent(settings.dp_noise), times)
+    return float(accountant.get_epsilon(settings.dp_delta))
 
 
 def privacy_of(settings: Settings) -> Privacy | None:
-    """Return the privacy that settings ask for, or None."""
+    """Return the privacy of clients that settings ask for, or None."""
     if settings.dp_noise is None:
         return None
     if importlib.util.find_spec("dp_accounting") is None:
@@ -180,5 +186,7 @@ def privacy_of(settings: Settings) -> Privacy | None:
             "fastfpl.run: dp_accounting must be installed with dp_noise; got none; run: pip "
             'install "fastfpl[dp]"'
         )
+    if settings.dp_unit == "image":  # the steps of clients are private, the merge is as it is
+        return None
     assert settings.dp_clip is not None
-    return Privacy(settings.dp_clip, settings.dp_noise, settings.dp_delta)
+    return Privacy(settings.dp_clip, settings.dp_noise)

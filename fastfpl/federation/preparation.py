@@ -43,6 +43,7 @@ from fastfpl.training.feeds import Observer, evaluation_feed, silent, training_f
 from fastfpl.training.gathering import stack
 from fastfpl.training.graphs import step_graphs
 from fastfpl.training.preparation import choose_device, load_model, make_eye, make_task
+from fastfpl.training.private import image_privacy
 from fastfpl.training.trainer import Trainer
 
 __all__ = [
@@ -385,6 +386,7 @@ def prepare(
         observer=observer,
         graphs=graphs,
         budget=budget,
+        private=image_privacy(settings, method),
     )
 
     def ready(question: Question, asked: Method, of: Sequence[int]) -> Exam:

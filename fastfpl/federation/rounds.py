@@ -18,7 +18,7 @@ from fastfpl.config import Settings
 from fastfpl.data import Dataset, Shard
 from fastfpl.federation.checkpoint import settings_facts
 from fastfpl.federation.exams import Exam, Examiner, marks
-from fastfpl.federation.merging import Privacy
+from fastfpl.federation.merging import Privacy, epsilon_after
 from fastfpl.federation.models import answers_with
 from fastfpl.federation.newcomers import Newcomers
 from fastfpl.federation.result import empty_row
@@ -212,7 +212,9 @@ class Federation:
         if self.privacy is not None:
             down = now.download(method, call.selected[0])
             sent, counts = self.privacy.merged(down, uploads, len(call.selected))
-            line["epsilon"] = self.privacy.epsilon(now.number + 1)
+        epsilon = epsilon_after(self.trainer.settings, now.number + 1)
+        if epsilon is not None:
+            line["epsilon"] = epsilon
         if self.robust is not None:
             down_of = partial(now.download, method)
             sent, counts, line["merge"] = self.robust.merged(uploads, down_of, counts)

@@ -35,7 +35,7 @@ from fastfpl.federation.experiment import (
     unseen,
 )
 from fastfpl.federation.lock import Held, alone_in
-from fastfpl.federation.merging import Expected, expected, privacy_of
+from fastfpl.federation.merging import Expected, epsilon_after, expected, privacy_of
 from fastfpl.federation.models import task_of
 from fastfpl.federation.preparation import OWN, settled
 from fastfpl.federation.result import (
@@ -613,7 +613,9 @@ class Server:
         if self.privacy is not None:
             down = now.download(method, call.selected[0])
             sent, images = self.privacy.merged(down, uploads, len(call.selected))
-            line["epsilon"] = self.privacy.epsilon(now.number + 1)
+        epsilon = epsilon_after(self.settings, now.number + 1)
+        if epsilon is not None:
+            line["epsilon"] = epsilon
         if self.robust is not None:
             down_of = partial(now.download, method)
             sent, images, line["merge"] = self.robust.merged(uploads, down_of, images)

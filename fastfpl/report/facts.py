@@ -158,13 +158,14 @@ def private(comparison: Comparison) -> list[str]:
     lines = []
     for method, results in comparison.results.items():
         for told in dict.fromkeys(
-            (r.rounds[-1]["epsilon"], r.settings["dp_delta"])
+            (r.rounds[-1]["epsilon"], r.settings["dp_delta"], r.settings.get("dp_unit", "client"))
             for r in results
             if r.rounds[-1].get("epsilon") is not None
         ):
+            what = "merged prompts" if told[2] == "client" else "what clients send"
             lines.append(
-                f"{method}: merged prompts are ({told[0]:.3g}, {told[1]:g})-differentially private "
-                "of clients after the last round; losses and accuracies are not covered"
+                f"{method}: {what} are ({told[0]:.3g}, {told[1]:g})-differentially private of "
+                f"{told[2]}s after the last round; losses and accuracies are not covered"
             )
     return lines
 

@@ -25,6 +25,7 @@ from fastfpl.prompts import ClassPrompts
 from fastfpl.reference import rounds as reference
 from fastfpl.reference.text import Block, TextTower
 from fastfpl.seeds import generator
+from fastfpl.training.private import image_privacy
 from fastfpl.training.trainer import Trainer
 
 __all__ = [
@@ -276,6 +277,7 @@ class World:
             method=method,
             feed=sides["train"][0] if method.trains else None,
             images=dict(enumerate(sides["train"][1])),
+            private=image_privacy(self.config, method),
         )
         feed, images = sides["test"]
         exam = Exam("own", "its own test images", method, feed, images, ("ink", "photo"))

@@ -21,6 +21,7 @@ from fastfpl.methods.contract import asked, check_states, furthest, started
 from fastfpl.seeds import generator
 from fastfpl.training.feeds import Feed, Observer, moved
 from fastfpl.training.graphs import StepGraphs
+from fastfpl.training.private import ImagePrivacy
 from fastfpl.training.steps import Cohort
 
 __all__ = ["Trained", "learning_rate", "train"]
@@ -124,6 +125,7 @@ def train(
     factors: Sequence[float] | None = None,
     momentum: State | None = None,
     graphs: StepGraphs | None = None,
+    private: ImagePrivacy | None = None,
     trial: bool = False,
 ) -> Trained:
     """Train one cohort for a round's local epochs.
@@ -153,6 +155,8 @@ def train(
         Stacked buffers that SGD begins with; fresh ones if left out.
     graphs : StepGraphs, optional
         What replays steps that come back.
+    private : ImagePrivacy, optional
+        What cuts the gradients of single images and adds noise; no step is replayed then.
     trial : bool
         Take two steps of one epoch only, to see what they need.
 
@@ -184,6 +188,7 @@ def train(
         settings.momentum,
         settings.weight_decay,
         None if momentum is None else _rows(momentum, order),
+        private,
     )
     play: Callable[[int, Batch], None] = cohort.step
     if graphs is not None:

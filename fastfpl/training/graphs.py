@@ -211,6 +211,8 @@ def against(settings: Settings, method: Method, device: torch.device) -> list[st
         return ["cuda_graphs is off"]
     if device.type != "cuda":
         return [f"the run is on {device}, not on a CUDA device"]
+    if settings.dp_unit == "image" and settings.dp_noise is not None:
+        return ["the noise of dp_unit=image is drawn anew in every step"]
     return [] if method.trains else [f"{method.name} trains nothing"]
 
 

@@ -10,6 +10,7 @@ from torch.profiler import record_function
 
 from fastfpl.methods import Batch, Method, State
 from fastfpl.methods.contract import check_gradients, check_loss, check_text
+from fastfpl.training.private import ImagePrivacy
 
 __all__ = ["PHASE", "Cohort", "CohortSGD"]
 
@@ -94,6 +95,8 @@ class Cohort:
     momentum, weight_decay : float
     buffers : State, optional
         Momentum to begin with.
+    private : ImagePrivacy, optional
+        What cuts the gradients of single images and adds noise.
 
     Attributes
     ----------
@@ -110,8 +113,10 @@ class Cohort:
         momentum: float,
         weight_decay: float,
         buffers: State | None = None,
+        private: ImagePrivacy | None = None,
     ) -> None:
         self.method = method
+        self.private = private
         self.trained = trained
         self.fixed = dict(fixed)
         rates = {name: method.rate(name) for name in trained}
@@ -133,8 +138,11 @@ class Cohort:
 
     def step(self, live: int, batch: Batch) -> None:
         """Move the first ``live`` clients by one step on a batch with one row for each."""
-        leaves = {k: v[:live].detach().requires_grad_() for k, v in self.trained.items()}
         constants = {k: v[:live] for k, v in self.fixed.items()}
+        if self.private is not None:
+            self._private_step(live, constants, batch)
+            return
+        leaves = {k: v[:live].detach().requires_grad_() for k, v in self.trained.items()}
         with record_function(PHASE + "text"):
             text = self.method.text(leaves, constants)
         check_text(self.method, text, live)
@@ -151,6 +159,18 @@ class Cohort:
                 self._own(name)[:live].copy_(value)
             self.sgd.step(gradients, live)
             self._total[:live] += loss.detach()
+            if residual is not None:
+                self._note(live, residual, batch)
+
+    def _private_step(self, live: int, constants: State, batch: Batch) -> None:
+        assert self.private is not None
+        trained = {k: v[:live] for k, v in self.trained.items()}
+        with record_function(PHASE + "gradients"):
+            found = self.private.gradients(self.method, trained, constants, batch)
+        gradients, loss, residual = found
+        with torch.no_grad(), record_function(PHASE + "update"):
+            self.sgd.step(gradients, live)
+            self._total[:live] += loss
             if residual is not None:
                 self._note(live, residual, batch)
 

@@ -16,6 +16,7 @@ from fastfpl.training.cohort import Trained, train
 from fastfpl.training.feeds import Feed, Observer, silent
 from fastfpl.training.gathering import Share
 from fastfpl.training.graphs import StepGraphs
+from fastfpl.training.private import ImagePrivacy
 
 __all__ = ["Trainer"]
 
@@ -40,6 +41,8 @@ class Trainer:
         What replays training steps, if anything does.
     budget : Budget or None
         What decides how many clients share a pass, if ``max_memory`` does.
+    private : ImagePrivacy or None
+        What makes steps differentially private, if settings ask for it.
     """
 
     settings: Settings
@@ -49,6 +52,7 @@ class Trainer:
     observer: Observer = silent
     graphs: StepGraphs | None = None
     budget: Budget | None = None
+    private: ImagePrivacy | None = None
 
     def train(
         self,
@@ -76,6 +80,7 @@ class Trainer:
             factors=factors,
             momentum=momentum,
             graphs=self.graphs,
+            private=self.private,
         )
 
     def tuned(self, members: Sequence[int], down: State, own: State, round_: int) -> State:
@@ -94,6 +99,7 @@ class Trainer:
             epochs=self.method.tune_epochs,
             stream="tune",
             graphs=self.graphs,
+            private=self.private,
         ).own
 
     def trial(
@@ -108,6 +114,7 @@ class Trainer:
         assert self.feed is not None
         return train(
             *(self.method, members, down, own, self.feed, images, self.settings, round_, silent),
+            private=self.private,
             trial=True,
         )
 
