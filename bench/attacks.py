@@ -212,6 +212,7 @@ def main(work: Path, seeds: int, threads: int | None, small: bool, shown: bool) 
                     }
 
                     def run(
+                        folder: Path,
                         settings: dict[str, Any] = settings,
                         attack: str = "labels" if attack == "none" else attack,
                         share: float = share,

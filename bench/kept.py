@@ -16,7 +16,7 @@ __all__ = ["between", "kept"]
 
 
 def kept(
-    work: Path, name: str, facts: Mapping[str, Any], play: Callable[[], dict[str, Any]]
+    work: Path, name: str, facts: Mapping[str, Any], play: Callable[[Path], dict[str, Any]]
 ) -> dict[str, Any]:
     """Return the figures of a run: those that are there, or those of playing it now.
 
@@ -29,6 +29,7 @@ def kept(
         All that decides the figures, JSON; with the library's version their digest is in the name,
         so that a run of other weights is another.
     play : callable
+        ``play(folder)`` may leave in a folder of its own what it goes on from.
     """
     whole = {"library": __version__, **facts}
     text = json.dumps(whole, sort_keys=True)
@@ -39,7 +40,7 @@ def kept(
         if found.get("facts") != json.loads(text):
             raise InputError(f"bench: {path} must be of {text}; got {found.get('facts')}")
         return dict(found["figures"])
-    figures = play()
+    figures = play(path.with_suffix(""))
     work.mkdir(parents=True, exist_ok=True)
     write_json(path, {"facts": whole, "figures": figures})
     return figures

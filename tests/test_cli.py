@@ -792,7 +792,7 @@ def test_every_help_fits_a_screen(
         assert f"--{name.replace('_', '-')}" in explained
     code, _, err = call(capsys, "run", "--settings", "cliens")
     assert code == 2
-    assert "is not one of 'data', 'clients', 'privacy'" in err
+    assert "is not one of 'data', 'clients', 'merging', 'privacy'" in err
 
     # a command may have none of a group
     @click.command(cls=Grouped)

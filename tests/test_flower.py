@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from fastfpl.errors import Damaged, InputError
 from fastfpl.federation import Result
 from fastfpl.federation.checkpoint import read_checkpoint
 from fastfpl.federation.preparation import prepare
+from fastfpl.federation.sampling import Sampling
 from fastfpl.flower.checks import check_card
 from fastfpl.flower.identity import task_digest
 from fastfpl.flower.letters import Letter, Refused, digest, pack, unpack
@@ -156,6 +158,53 @@ def test_quirks_by_which_clients_inherit_are_refused(tmp_path, clip, cache):
     assert settings.as_released
     with pytest.raises(InputError, match="inherit from each other within a round"):
         play(settings, tmp_path, clip, cache)
+
+
+def test_an_exam_brings_nothing_that_a_client_has_kept(tmp_path, clip, cache):
+    settings = settings_of("pfedmoap", rounds=4, participation=0.7)
+    alone = fastfpl.run(settings, model=clip, cache=cache)
+    sites = sites_of(settings, tmp_path, clip, cache)
+    post = Mailbox(sites)
+
+    def stop(label, row):
+        if row["round"] == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        play(settings, tmp_path, clip, cache, post=post, on_round=stop)
+    # a server that begins anew hears from its clients what they have kept
+    again = Mailbox(sites)
+    resumed = play(settings, tmp_path, clip, cache, post=again, resume=True)
+    assert_same(resumed, alone)
+    trained = set()
+    asks = [one for one in post.sent + again.sent if one[1].head["kind"] == "ask"]
+    for row in resumed.rounds:
+        trained |= set(row["selected"])
+        mine = [one for one in asks if one[1].head["round"] == row["round"]]
+        assert {client for client, letter in mine if not letter.nbytes} == trained
+        assert row["flower"]["bytes_exam"] == sum(letter.nbytes for _, letter in mine)
+    assert row["flower"]["bytes_exam"] == 0
+    assert len({*range(3)} - set(resumed.rounds[0]["selected"])) > 0
+
+
+def test_a_client_that_has_lost_its_folder_is_sent_the_whole(tmp_path, clip, cache):
+    settings = settings_of("pfedmoap", rounds=3, participation=0.7)
+    call = Sampling(settings, 3)
+    # whose folder is gone sits out the last round
+    (lost, *_) = set(call.sample(1)) - set(call.sample(2))
+    sites = sites_of(settings, tmp_path, clip, cache)
+
+    def fault(client, letter):
+        if client == lost and letter.head["kind"] == "ask" and letter.head["round"] == 1:
+            shutil.rmtree(tmp_path / f"site-{lost}")
+
+    post = Mailbox(sites, fault)
+    result = play(settings, tmp_path, clip, cache, {"quorum": 0.3}, post=post)
+    rows = result.rounds
+    assert "a letter must bring what a client is asked with" in str(rows[1]["flower"]["failed"])
+    assert [row["clients"][lost] is None for row in rows] == [False, True, False]
+    sizes = [s.nbytes for c, s in post.sent if c == lost and s.head["kind"] == "ask"]
+    assert sizes[1] == 0 < sizes[2]
 
 
 # --- letters --------------------------------------------------------------------------------------

@@ -40,6 +40,13 @@ def flower() -> None:
 @click.argument("method", type=Name("method"))
 @SEED
 @_RULE
+@click.option(
+    "--own",
+    "owned",
+    multiple=True,
+    metavar="NAME=PATH",
+    help="a client and the folder of its own images, or manifest:FILE; once a client",
+)
 @click.option("--port", type=click.IntRange(1, 65000), help="of the SuperLink; nodes take the next")
 @click.option("--secure", is_flag=True, help="TLS, and a registered key for every client")
 @click.option(
@@ -56,6 +63,7 @@ def up(
     cache: Path | None,
     track: Sequence[str],
     rules: Sequence[str],
+    owned: Sequence[str],
     port: int | None,
     secure: bool,
     keys: Path | None,
@@ -69,6 +77,15 @@ def up(
     from fastfpl.federation import Comparison
     from fastfpl.flower.lab import up as play
 
+    own = _own(owned)
+    if own:
+        for name, value in (("dataset", "own"), ("partition", "given"), ("clients", len(own))):
+            if flags[name] not in (None, value):
+                raise InputError(
+                    f"fastfpl flower: {name} must be {value} or left out with {len(own)} --own; "
+                    f"got {shown(flags[name])}"
+                )
+            flags[name] = value
     settings = settings_of(method, preset, config, options, flags)
     folder = out or Path("runs") / f"{method}-{settings.dataset}-seed{settings.seed}-flower"
     chosen = _rules(rules)
@@ -83,6 +100,7 @@ def up(
             keys=keys,
             cache=cache,
             track=_tracked(track),
+            own=own,
             observer=observer,
         )
     print_tables(Comparison({method: [result]}))
@@ -187,6 +205,19 @@ def rules() -> None:
     for name, field in Rules.model_fields.items():
         shown_.add_row(name, str(field.default), field.description or "")
     console().print(shown_)
+
+
+def _own(texts: Sequence[str]) -> dict[str, str]:
+    """Read names of clients and where their images lie."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, place = text.partition("=")
+        if not equals or not name or not place:
+            raise InputError(f"fastfpl flower: own must read NAME=PATH; got {shown(text)}")
+        if name in found:
+            raise InputError(f"fastfpl flower: own must name a client once; got {name!r} twice")
+        found[name] = place
+    return found
 
 
 def _tracked(names: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from fastfpl.data.shards import Indices, Shard, by_label, multiples, refuse
 from fastfpl.data.shares import dirichlet, uniform_shares
 from fastfpl.errors import InputError, KindError, near
 
-__all__ = ["KINDS", "Shard", "base_novel", "deal_depends_on_seed", "partition"]
+__all__ = ["KINDS", "Shard", "base_novel", "deal_depends_on_seed", "held_alone", "partition"]
 
 #: Every kind of split that `partition` knows.
 KINDS = (
@@ -255,6 +255,40 @@ def partition(
             Shard(_few(s.train, train_y, shots, np.random.default_rng(source)), s.test)
             for s, source in zip(shards, sources, strict=True)
         ]
+    return shards
+
+
+def held_alone(
+    train_labels: Indices,
+    test_images: int,
+    *,
+    client: int,
+    clients: int,
+    shots: int | None,
+    seed: int,
+) -> list[Shard]:
+    """Deal images that are all one client's: the shards of the others are empty.
+
+    The client's is what ``kind="given"`` would deal it among the images of all.
+
+    Parameters
+    ----------
+    train_labels : ndarray, shape (n,), int64
+    test_images : int
+    client, clients : int
+        Whose they are, of how many.
+    shots : int or None
+        Training images of each class that are kept.
+    seed : int
+    """
+    train = np.arange(len(train_labels), dtype=np.int64)
+    if shots is not None:
+        _, sampling = np.random.SeedSequence(seed).spawn(2)
+        source = sampling.spawn(clients)[client]
+        train = _few(train, train_labels, shots, np.random.default_rng(source))
+    nothing = np.empty(0, dtype=np.int64)
+    shards = [Shard(nothing, nothing) for _ in range(clients)]
+    shards[client] = Shard(train, np.arange(test_images, dtype=np.int64))
     return shards
 
 

@@ -48,6 +48,7 @@ from fastfpl.training.trainer import Trainer
 
 __all__ = [
     "LIVE",
+    "OWN",
     "Place",
     "Plan",
     "known_as",
@@ -61,6 +62,8 @@ __all__ = [
 
 #: What the name of a data set that is at hand begins with in settings.
 LIVE = "live"
+#: The data set of a run on Flower in which every client has its own, and the server none.
+OWN = "own"
 _LOG = logging.getLogger("fastfpl")
 
 #: Which data set settings name, and how it is read.
@@ -234,6 +237,12 @@ def _load(settings: Settings) -> Dataset:
             f"{settings.dataset!r} alone"
         )
     root = None if settings.root is None else Path(settings.root)
+    if settings.dataset == OWN:
+        raise InputError(
+            "fastfpl.run: dataset must not be 'own' in one process; it is for clients on Flower "
+            "that each have their own images (docs/flower.md): name a folder with a folder a "
+            "client, as folder:PATH with partition=given"
+        )
     own = {name: getattr(settings, name) for name in ("layout", "columns", "digest")}
     own = {name: value for name, value in own.items() if value is not None}
     if scheme_of(settings.dataset) is not None and settings.partition == "given":

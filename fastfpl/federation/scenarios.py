@@ -87,6 +87,8 @@ class Scenario:
     @property
     def client_domains(self) -> tuple[int, ...] | None:
         """Domain of each client, or None if one's training images come from several."""
+        if len(self.dataset.domains) == 1:  # also of a client whose images are elsewhere
+            return (0,) * len(self.shards)
         found = [np.unique(self.dataset.train.domains[s.train]) for s in self.shards]
         if any(len(domains) != 1 for domains in found):
             return None

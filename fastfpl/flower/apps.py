@@ -107,6 +107,8 @@ NODE_KEYS = {
     "state-dir": "folder in which it keeps its state",
     "cache": "folder of its image features",
     "root": "folder of its data set",
+    "data": "its own images, as folder:PATH, of a run with --dataset own",
+    "name": "what people call it, in such a run",
     "pretrained": "its own copy of the CLIP's weights",
     "device": "cpu, cuda or auto",
     "threads": "CPU threads",
@@ -136,7 +138,15 @@ def site_of(run: Mapping[str, Any], node: Mapping[str, Any]) -> Site:
             "fastfpl.flower: pretrained of a node must be left out where the run names no weights;"
             f" got {shown(own['pretrained'])}"
         )
-    cache = node.get("cache")
+    cache, texts = node.get("cache"), {}
+    for key in ("data", "name"):
+        if key in node:
+            if not isinstance(node[key], str) or not node[key]:
+                raise InputError(
+                    f"fastfpl.flower: {key} must be text in the node's configuration; got "
+                    f"{shown(node[key])}"
+                )
+            texts[key] = str(node[key])
     return Site(
         make_settings(values),
         client,
@@ -144,6 +154,7 @@ def site_of(run: Mapping[str, Any], node: Mapping[str, Any]) -> Site:
         cache=None if cache is None else Path(str(cache)),
         wire=rules.wire,
         pretrained=settings.pretrained,
+        **texts,
     )
 
 

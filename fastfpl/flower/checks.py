@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fastfpl.data.names import flaw
 from fastfpl.errors import shown
 from fastfpl.flower.letters import SCHEMA, Letter, Refused, unpack
 from fastfpl.flower.rules import Rules
@@ -37,6 +38,10 @@ class Card:
         ``name``, ``about``, ``domains``, and ``images`` of the client.
     data : dict
         Facts of its data set.
+    held : bool
+        Whether it has kept what it had downloaded when it last trained.
+    name : str or None
+        What people call it, where clients have images of their own.
     """
 
     client: int
@@ -48,6 +53,8 @@ class Card:
     images: int
     exams: list[dict[str, Any]]
     data: dict[str, Any]
+    held: bool = False
+    name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,9 @@ def check_card(letter: Letter) -> Card:
             f"fastfpl.flower: exams must have name, about, domains, images; got {shown(exams)}"
         )
     assert isinstance(exams, list)
+    name = head.get("name")
+    if name is not None and (not _named(name) or flaw(name)):
+        raise Refused(f"fastfpl.flower: name must be text that can be seen; got {shown(name)}")
     data, identity = head.get("data"), head.get("identity")
     if not isinstance(data, dict) or not isinstance(identity, dict) or not _described(data):
         raise Refused(
@@ -111,6 +121,8 @@ def check_card(letter: Letter) -> Card:
         _number(head, "images", 1, 2**40),
         exams,
         data,
+        head.get("held") is True,
+        name,
     )
 
 

@@ -19,13 +19,16 @@ from typing import Any
 
 from fastfpl import system
 from fastfpl.config import Settings
+from fastfpl.data import scheme_of
 from fastfpl.errors import Damaged, InputError, Missing, cut
 from fastfpl.federation import Result
 from fastfpl.federation.experiment import refuse_held
+from fastfpl.federation.preparation import OWN
 from fastfpl.files import on_disk, write_text
 from fastfpl.flower.apps import flower_version
 from fastfpl.flower.folder import write_app
 from fastfpl.flower.keys import CA, SERVER, SERVER_KEY, check_keys, client_key, write_keys
+from fastfpl.flower.own import agree_on_classes, own_dataset, own_plan
 from fastfpl.flower.rules import Rules
 from fastfpl.flower.server import checked, expected_clients, read_status
 from fastfpl.training.preparation import choose_device
@@ -61,6 +64,8 @@ class Lab:
         More of every node's configuration.
     cache : Path, optional
         Below which every client has its feature cache; below ``folder`` if left out.
+    own : mapping from name to str, optional
+        Clients by name and where the images of each lie, in their order.
     """
 
     def __init__(
@@ -73,8 +78,10 @@ class Lab:
         keys: Path | None = None,
         node: Mapping[str, Any] | None = None,
         cache: Path | None = None,
+        own: Mapping[str, str] | None = None,
     ) -> None:
         flower_version()
+        self._own = [{"data": data, "name": name} for name, data in (own or {}).items()]
         self.folder = folder.absolute()
         self.clients = clients
         self._secure = secure or keys is not None
@@ -145,6 +152,7 @@ class Lab:
             "state-dir": str(self.folder / "clients" / f"site-{client}"),
             "cache": str(self._cache / f"site-{client}"),
             **self._node,
+            **(self._own[client] if self._own else {}),
         }
         text = " ".join(
             f"{key}={json.dumps(value) if isinstance(value, str) else value}"
@@ -275,6 +283,7 @@ def up(
     node: Mapping[str, Any] | None = None,
     cache: Path | None = None,
     track: str = "",
+    own: Mapping[str, str] | None = None,
     observer: Callable[[str, int, int], None] | None = None,
 ) -> Result:
     """Play a run by a SuperLink and one SuperNode a client on loopback, and take them down.
@@ -290,6 +299,8 @@ def up(
         See `Lab`.
     track : str
         Trackers that the server tells, separated by commas (`fastfpl.tracking`).
+    own : mapping from name to str, optional
+        With ``dataset="own"``: every client's name, and where its images lie, as ``folder:PATH``.
     observer : callable, optional
         ``observer(phase, rounds done, rounds)`` is told of what goes on.
 
@@ -303,7 +314,10 @@ def up(
     out = out.absolute()
     folder = out / "flower"
     clients = expected_clients(settings)
-    lab = Lab(folder, clients, port=port, secure=secure, keys=keys, node=node, cache=cache)
+    places = _places(settings, clients, own or {})
+    lab = Lab(
+        folder, clients, port=port, secure=secure, keys=keys, node=node, cache=cache, own=places
+    )
     app = folder / "app"
     if app.exists():
         shutil.rmtree(app)
@@ -312,6 +326,28 @@ def up(
     with standing(lab):
         run = lab.submit(app, resume)
         return _watch(lab, run, out, stamp, observer)
+
+
+def _places(settings: Settings, clients: int, own: Mapping[str, str]) -> dict[str, str]:
+    """Look at clients' own images before a process is started: (name to absolute place)."""
+    if (settings.dataset == OWN) != bool(own) or len(own) not in (0, clients):
+        raise InputError(
+            f"fastfpl.flower: own must name the images of every client with dataset='own', and of "
+            f"no other; got {len(own)} for {clients} clients of dataset={settings.dataset!r}: "
+            "--own NAME=PATH"
+        )
+    places = {}
+    for name, data in own.items():
+        scheme = scheme_of(data)
+        path = data if scheme is None else data.partition(":")[2]
+        there = Path(path).exists()  # of hf: it may be a name of the hub
+        places[name] = f"{scheme or 'folder'}:{Path(path).absolute() if there else path}"
+    sets = {name: own_dataset(settings, data) for name, data in places.items()}
+    if sets:
+        agree_on_classes(sets)
+    for client, dataset in enumerate(sets.values()):
+        own_plan(settings, client, dataset)
+    return places
 
 
 def _watch(

@@ -102,6 +102,11 @@ class Memory:
         """What it had downloaded when it last trained; empty if it never did."""
         return self._read("down")
 
+    @property
+    def holds(self) -> bool:
+        """Whether it has kept what it had downloaded when it last trained."""
+        return "down" in self._head["files"]
+
     def keep(
         self,
         round_: int,

@@ -37,7 +37,7 @@ from fastfpl.federation.experiment import (
 from fastfpl.federation.lock import Held, alone_in
 from fastfpl.federation.merging import Expected, epsilon_after, expected, privacy_of
 from fastfpl.federation.models import task_of
-from fastfpl.federation.preparation import settled
+from fastfpl.federation.preparation import OWN, settled
 from fastfpl.federation.result import (
     empty_row,
     environment,
@@ -54,6 +54,7 @@ from fastfpl.files import read_file, write_json
 from fastfpl.flower.checks import Card, Update, check_card, check_marks, check_update
 from fastfpl.flower.identity import differing, digest_of, identity, task_digest
 from fastfpl.flower.letters import SCHEMA, Letter, digest, pack
+from fastfpl.flower.own import check_own
 from fastfpl.flower.post import Outcome, Post, exchange
 from fastfpl.flower.rules import Rules
 from fastfpl.methods import Method, State, method_source
@@ -155,6 +156,7 @@ def checked(
     """Refuse what no networked run can be, before anything is started; see `settled`."""
     found = settled(settings, model)
     settings = found[0]
+    check_own(settings)
     expected_clients(settings)
     if settings.scenario == "unseen-clients":
         raise InputError(
@@ -233,6 +235,8 @@ class Server:
     _faces: dict[str, set[str]] = field(default_factory=dict)
     _rounds: list[dict[str, Any]] = field(default_factory=list)
     _known: dict[str, dict[str, Any]] = field(default_factory=dict)
+    # clients that have kept what they answer exams with
+    _holding: set[int] = field(default_factory=set)
     _head: Card | None = None
     _wanted_task: str | None = None
 
@@ -270,7 +274,7 @@ class Server:
         lines = Lines(self.folder, self._rounds)
         assert self._head is not None
         whole = {**settings.model_dump(), "options": dict(self.options)}
-        names = tuple(self._head.data["clients"] or ())
+        names = tuple(self._names)
         done = len(self._rounds)
         callbacks.begin(RunInfo(run_name(settings), whole, self.folder, done, names))
         while len(self._rounds) < (settings.rounds if method.trains else 1):
@@ -318,8 +322,9 @@ class Server:
         self.facts = {
             **facts,
             "weights": self.clip.weights_digest,
-            "train_images": head.data.get("train_images"),
-            "test_images": head.data.get("test_images"),
+            # of images of clients' own each client's are compared when it joins
+            "train_images": OWN if self._own else head.data.get("train_images"),
+            "test_images": [OWN] if self._own else head.data.get("test_images"),
             "private": [*self.wanted.kept]
             + ["download"] * (method.personal and method.evaluates_download == "trained")
             + ["tuned"] * (method.tune_epochs > 0),
@@ -362,7 +367,7 @@ class Server:
                 {
                     **task_of(method.task),
                     "pixels": self._head.data["pixels"],
-                    "names": list(self._head.data["clients"] or ()),
+                    "names": self._names,
                 },
             ),
         )
@@ -439,10 +444,13 @@ class Server:
                 continue
             self._places[card.client] = node
             self._cards[card.client] = card
+            if card.held:
+                self._holding.add(card.client)
             self._hear(card.client, head)
             self._known[str(card.client)] = {
                 "images": card.images,
                 "exams": [exam["images"] for exam in card.exams],
+                **(_own_facts(card) if self._own else {}),
             }
             self.log(f"client {card.client} has joined with {card.images} images")
         for node, why in outcome.refused.items():
@@ -498,6 +506,23 @@ class Server:
                 f"fastfpl.flower: client {card.client} must keep its {before['images']} training "
                 f"images; got {card.images}"
             )
+        return self._against_own(card, before) if self._own else None
+
+    def _against_own(self, card: Card, before: Mapping[str, Any] | None) -> str | None:
+        """Say what is wrong with the name or the images of a client that has its own."""
+        mine = _own_facts(card)
+        if before is not None and any(before.get(key) != mine[key] for key in mine):
+            was = {key: before.get(key) for key in mine}
+            return (
+                f"fastfpl.flower: client {card.client} must keep its name and images, "
+                f"{digest_of(was)}; got {digest_of(mine)}"
+            )
+        for other, said in self._known.items():
+            if other != str(card.client) and said.get("name") == mine["name"]:
+                return (
+                    f"fastfpl.flower: clients must have names of their own; got {mine['name']!r} "
+                    f"from client {card.client}, which client {other} has"
+                )
         return None
 
     def _other(self, card: Card) -> str | None:
@@ -568,6 +593,7 @@ class Server:
                 uploads.put(client, update.upload)
                 line["bytes_up"] += update.nbytes
             self._hear(client, answer.head)
+            self._holding.add(client)
             return update
 
         found = self._reach(
@@ -606,7 +632,15 @@ class Server:
         told, head, round_ = line["flower"], self._head, now.number - 1
         self.tell(f"round {round_ + 1} of {self.settings.rounds}, exams")
 
+        kept = method.personal and method.evaluates_download == "trained"
+        asked: set[int] = set()
+
         def letter(client: int) -> Letter:
+            if client in asked:  # it may have kept nothing after all
+                self._holding.discard(client)
+            asked.add(client)
+            if kept and client in self._holding:
+                return self._letter("ask", client, round_, {}, held=True)
             whose = client if method.personal else 0
             sent = self._letter("ask", client, round_, now.download(method, whose))
             told["bytes_exam"] += sent.nbytes
@@ -626,6 +660,7 @@ class Server:
         everyone = range(head.clients)
         need = self.rules.enough(head.clients)
         found = self._reach("ask", round_, everyone, need, letter, take, told)
+        self._holding -= asked - set(found)  # who lost its folder gets the whole the next time
         for k, exam in enumerate(head.exams):
             each = [found[c][k] if c in found else None for c in everyone]
             line["exams"][exam["name"]] = joined(each, tuple(exam["domains"]))
@@ -696,7 +731,9 @@ class Server:
         while self.post.now() < end:
             self.post.wait()
 
-    def _letter(self, kind: str, client: int, round_: int, down: State) -> Letter:
+    def _letter(
+        self, kind: str, client: int, round_: int, down: State, *, held: bool = False
+    ) -> Letter:
         return Letter(
             {
                 "schema": SCHEMA,
@@ -706,9 +743,24 @@ class Server:
                 "round": round_,
                 "task": self.task,
                 "dtypes": {n: str(t.dtype).removeprefix("torch.") for n, t in down.items()},
+                **({"held": True} if held else {}),
             },
             pack(down, self.rules.wire),
         )
+
+    @property
+    def _own(self) -> bool:
+        """Whether every client has images of its own."""
+        return self.settings.dataset == OWN
+
+    @property
+    def _names(self) -> list[str]:
+        """What the clients are called; nothing if they are but numbers."""
+        assert self._head is not None
+        if not self._own:
+            return list(self._head.data["clients"] or ())
+        known = [self._known.get(str(c), {}) for c in range(self._head.clients)]
+        return [one.get("name", f"client-{c}") for c, one in enumerate(known)]
 
     # -- what is said of it ------------------------------------------------------------------
 
@@ -737,7 +789,7 @@ class Server:
         if self.resume and (self.folder / STATUS).exists():
             status = read_status(self.folder)
             self._known = {
-                str(c): {"images": int(one["images"]), "exams": list(one["exams"])}
+                str(c): {**one, "images": int(one["images"]), "exams": list(one["exams"])}
                 for c, one in status.get("clients", {}).items()
             }
             return str(status["federation"])
@@ -771,6 +823,19 @@ class Server:
         deals = [card.data.get("deal") for card in self._cards.values()]
         alike = all(one == deals[0] for one in deals)
         data, source = head.data, method_source(self.settings.method)
+        skipped, notes, training = data["skipped"], list(data["notes"]), data["training"]
+        if self._own:
+            alike = False
+            skipped = sum(one.get("skipped", 0) for one in known)
+            notes = [
+                f"{name}: {note}"
+                for name, one in zip(self._names, known, strict=True)
+                for note in one.get("notes", ())
+            ]
+            training = {
+                "used": sum(one["images"] for one in known),
+                "there": sum(one.get("there", 0) for one in known),
+            }
         return Result(
             method=self.settings.method,
             settings={**self.settings.model_dump(), "options": dict(self.options)},
@@ -786,13 +851,13 @@ class Server:
                 "test_images": [one["exams"][0] for one in known],
                 "exams": {exam["name"]: exam["about"] for exam in head.exams},
                 "transductive": self.settings.transductive,
-                "skipped": data["skipped"],
-                "notes": list(data["notes"]),
+                "skipped": skipped,
+                "notes": notes,
                 "weights": self.clip.weights_digest,
                 "activation": self.clip.text.activation,
                 **({"deal": deals[0]} if alike else {}),
-                "training": data["training"],
-                **({"clients": list(data["clients"])} if data["clients"] else {}),
+                "training": training,
+                **({"clients": self._names} if self._names else {}),
                 **({} if source is None else {"method_source": source}),
             },
             flower={
@@ -817,6 +882,18 @@ def _taken(
 ) -> Any:
     """Take the answer of a node as that of its client."""
     return take(places[node], letters[node], answer)
+
+
+def _own_facts(card: Card) -> dict[str, Any]:
+    """Return what of a client's own images must stay, and what a result says of them."""
+    return {
+        "name": card.name or f"client-{card.client}",
+        "train": card.data["train_images"],
+        "test": list(card.data["test_images"]),
+        "skipped": card.data["skipped"],
+        "there": card.data["training"]["there"],
+        "notes": list(card.data["notes"]),
+    }
 
 
 def _task_of(card: Card) -> str:

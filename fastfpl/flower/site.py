@@ -20,11 +20,12 @@ from fastfpl.federation import Federation
 from fastfpl.federation.checkpoint import settings_facts
 from fastfpl.federation.exams import mark
 from fastfpl.federation.experiment import pixels_of
-from fastfpl.federation.preparation import Plan, plan, prepare, settled
+from fastfpl.federation.preparation import OWN, Plan, plan, prepare, settled
 from fastfpl.federation.result import deal, peak_memory
 from fastfpl.flower.identity import digest_of, identity, task_digest
 from fastfpl.flower.letters import SCHEMA, Letter, Refused, digest, pack, unpack
 from fastfpl.flower.memory import Memory
+from fastfpl.flower.own import own_dataset, own_plan
 from fastfpl.methods import State
 from fastfpl.ops.faces import recorded_faces
 from fastfpl.ops.memory import memory_limit
@@ -64,6 +65,10 @@ class Site:
     pretrained : str, optional
         What the run calls its weights, where ``settings`` names this site's own copy; which
         weights they are, digests say.
+    data : str, optional
+        Where its own images lie, as ``folder:PATH``, in a run with ``dataset="own"``.
+    name : str, optional
+        What people call it, in such a run.
     """
 
     def __init__(
@@ -76,8 +81,22 @@ class Site:
         wire: str = "exact",
         model: FrozenCLIP | None = None,
         pretrained: str | None = None,
+        data: str | None = None,
+        name: str | None = None,
     ) -> None:
+        own = settings.dataset == OWN
+        if own != (data is not None):
+            rule = "name its own images, as folder:PATH," if own else "be left out of a node"
+            raise InputError(
+                f"fastfpl.flower: data must {rule} with dataset={settings.dataset!r}; got "
+                f"{shown(data)} at client {client}"
+            )
         self._pretrained = pretrained
+        self._data = data
+        self._root = settings.root if own else None
+        if own:
+            settings = settings.model_copy(update={"root": None})
+        self._title = name
         self.settings = settings
         self.client = client
         self.folder = folder
@@ -88,6 +107,9 @@ class Site:
     @cached_property
     def planned(self) -> Plan:
         """The data, dealt out."""
+        if self._data is not None:
+            own = own_dataset(self.settings, self._data, self._root)
+            return own_plan(self.settings, self.client, own, self._model)
         found = plan(self.settings, model=self._model)
         clients = len(found.scenario.shards)
         if not 0 <= self.client < clients:
@@ -143,11 +165,13 @@ class Site:
                 "kind": "card",
                 "client": self.client,
                 "clients": len(scenario.shards),
+                "held": self._memory(letter.head).holds,
                 "identity": identity(federation.clip, planned.kind, self._named, planned.options),
                 "classes": list(scenario.dataset.classnames),
                 "domains": list(scenario.dataset.domains),
                 "client_domains": None if domains is None else list(domains),
                 "images": len(scenario.shards[self.client].train),
+                **({} if self._title is None else {"name": self._title}),
                 "exams": [
                     {
                         "name": exam.name,
@@ -231,6 +255,12 @@ class Site:
         method, examiner = federation.method, federation.examiner
         self._check_task(head)
         examiner.forget()
+
+        if head.get("held") and not memory.holds:
+            raise Refused(
+                "fastfpl.flower: a letter must bring what a client is asked with where it has kept "
+                f"nothing; got one without, for client {self.client}"
+            )
 
         def states(client: int) -> tuple[State, State]:
             if not method.personal:
