@@ -18,7 +18,8 @@ from typing import Any
 import click
 
 import fastfpl
-from fastfpl.files import write_json, write_text
+from bench.kept import between
+from fastfpl.files import write_json
 from fastfpl.methods import METHODS
 
 #: The budget, the same for every method; nothing in it was tuned.
@@ -215,12 +216,8 @@ def main(work: Path, seeds: int, seed: int | None, only: bool) -> None:
             f"{', '.join(missing)}: run without --finished"
         )
     found = figures(results)
-    page = (DOCS / "results.md").read_text(encoding="utf-8")
-    before, rest = page.split("<!-- tables -->\n", 1)
-    after = rest.split("<!-- end of tables -->", 1)[1]
-    marked = f"<!-- tables -->\n{tables(found)}\n<!-- end of tables -->"
     write_json(DOCS / "results.json", {"budget": BUDGET, "rates": RATES} | found)
-    write_text(DOCS / "results.md", before + marked + after)
+    between(DOCS / "results.md", "tables", tables(found))
 
 
 if __name__ == "__main__":

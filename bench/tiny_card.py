@@ -19,10 +19,11 @@ import torch
 from torch.nn import functional as F
 
 import fastfpl
+from bench.kept import between
 from fastfpl.clip.captions import HELD_OUT, LOOK_ALIKES, RENAMED
 from fastfpl.data import Split, glyphs, load_dataset
 from fastfpl.data.transforms import Preprocess
-from fastfpl.files import write_json, write_text
+from fastfpl.files import write_json
 
 DOCS = Path(__file__).parent.parent / "docs"
 #: Inverse strengths of the probe's regularisation that are tried.
@@ -154,10 +155,7 @@ def main(epochs: int, lr: float) -> None:
         )
         card[name]["central CoOp, 16 shots"] = round(coop.final["accuracy"], 4)
     write_json(DOCS / "tiny.json", card)
-    before, rest = (DOCS / "tiny.md").read_text(encoding="utf-8").split("<!-- card -->\n", 1)
-    after = rest.split("<!-- end of card -->", 1)[1]
-    marked = f"<!-- card -->\n{page(card)}\n<!-- end of card -->"
-    write_text(DOCS / "tiny.md", before + marked + after)
+    between(DOCS / "tiny.md", "card", page(card))
     click.echo(json.dumps(card, indent=1))
 
 
