@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 
 import numpy as np
@@ -256,11 +257,38 @@ def test_places_are_looked_at_before_anything_is_started(apart, tmp_path):
         InputError, match=r"own must name the images of every client .* got 0 for 3"
     ):
         lab._places(settings, 3, {})
+    with pytest.raises(InputError, match="own must hold no double quotation mark"):
+        lab._places(settings, 3, {**own, NAMES[1]: 'a"b'})
     shutil.copytree(apart / NAMES[0], tmp_path / "fewer")
     for split in ("train", "test"):
         shutil.rmtree(tmp_path / "fewer" / split / "red_heart")
     with pytest.raises(InputError, match=r"list of classes must be the same .* 'red heart'"):
         lab._places(settings, 3, {**own, NAMES[1]: str(tmp_path / "fewer")})
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flwr") is None, reason="flwr is not installed")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.timeout(400)
+def test_real_processes_each_with_its_own_folder(whole, apart, tmp_path, clip, cache):
+    out, flags = tmp_path / "out", []
+    for name in NAMES[:2]:  # names and paths may hold blanks
+        shutil.copytree(apart / name, tmp_path / f"of {name}")
+        flags += ["--own", f"the {name}={tmp_path / f'of {name}'}"]
+    more = {**RUN, "rounds": 1}
+    del more["dataset"], more["clients"]
+    flags += [f"--{k.replace('_', '-')}={v}" for k, v in more.items()]
+    main(["flower", "up", "promptfl", "--out", str(out), *flags])
+    result = Result.load(out)
+    assert result.data["clients"] == [f"the {name}" for name in NAMES[:2]]
+    assert result.settings["dataset"] == "own"
+    shutil.copytree(whole, tmp_path / "two")
+    for split in ("train", "test"):
+        shutil.rmtree(tmp_path / "two" / split / NAMES[2])
+    alone = fastfpl.run(
+        "promptfl", **more, dataset=f"folder:{tmp_path / 'two'}", model=clip, cache=cache
+    )
+    assert result.rounds[0]["clients"] == alone.rounds[0]["clients"]
+    assert result.rounds[0]["loss"] == pytest.approx(alone.rounds[0]["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize(

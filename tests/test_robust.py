@@ -10,7 +10,6 @@ import torch
 
 import fastfpl
 from bench.attacks import attacked, play
-from bench.kept import between, kept
 from fastfpl.clip import load_clip
 from fastfpl.config import make_settings
 from fastfpl.errors import InputError
@@ -417,20 +416,3 @@ def test_clients_with_wrong_labels_harm_a_mean_more_than_a_median(clip, cache, k
         assert len(federation.hostile) == 2
         found[name] = play(federation)["accuracy"]
     assert found["median"] > found["mean"] + 0.1
-
-
-def test_a_bench_keeps_what_it_has_played_and_plays_what_is_another(tmp_path):
-    played = []
-
-    def play(folder):
-        played.append(folder)
-        return {"accuracy": 0.5}
-
-    for weights in ("a", "a", "b"):
-        assert kept(tmp_path, "x", {"weights": weights}, play) == {"accuracy": 0.5}
-    assert len(set(played)) == 2
-    (page := tmp_path / "page.md").write_text("a\n<!-- x -->\nold\n<!-- end of x -->\nb\n")
-    between(page, "x", "new")
-    assert page.read_text() == "a\n<!-- x -->\nnew\n<!-- end of x -->\nb\n"
-    with pytest.raises(InputError, match="must have the markers <!-- y --> and"):
-        between(page, "y", "new")

@@ -138,7 +138,8 @@ def site_of(run: Mapping[str, Any], node: Mapping[str, Any]) -> Site:
             "fastfpl.flower: pretrained of a node must be left out where the run names no weights;"
             f" got {shown(own['pretrained'])}"
         )
-    cache, texts = node.get("cache"), {}
+    cache = node.get("cache")
+    texts: dict[str, str] = {}
     for key in ("data", "name"):
         if key in node:
             if not isinstance(node[key], str) or not node[key]:
@@ -154,7 +155,8 @@ def site_of(run: Mapping[str, Any], node: Mapping[str, Any]) -> Site:
         cache=None if cache is None else Path(str(cache)),
         wire=rules.wire,
         pretrained=settings.pretrained,
-        **texts,
+        data=texts.get("data"),
+        name=texts.get("name"),
     )
 
 

@@ -338,6 +338,10 @@ def _places(settings: Settings, clients: int, own: Mapping[str, str]) -> dict[st
         )
     places = {}
     for name, data in own.items():
+        if '"' in name + data:  # where Flower ends a text of a node's configuration
+            raise InputError(
+                f"fastfpl.flower: own must hold no double quotation mark; got {name}={data}"
+            )
         scheme = scheme_of(data)
         path = data if scheme is None else data.partition(":")[2]
         there = Path(path).exists()  # of hf: it may be a name of the hub
