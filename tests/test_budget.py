@@ -5,18 +5,20 @@ from collections import defaultdict
 
 import pytest
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 import fastfpl
 from fastfpl.data import load_dataset
-from fastfpl.errors import InputError
+from fastfpl.errors import InputError, NotSupported
 from fastfpl.federation import exams, preparation
 from fastfpl.federation.states import StateFiles
 from fastfpl.methods import METHODS
 from fastfpl.training import budget, trainer
 from fastfpl.training.budget import Budget, Living
 from fastfpl.training.gathering import Share
+from fastfpl.training.graphs import StepGraphs
 from tests.test_memory import OPTIONS
-from tests.worlds import TINY_RUN, figures, small_clip
+from tests.worlds import TINY_RUN, World, figures, small_clip
 
 RUN = {**TINY_RUN, "clients": 8, "rounds": 3, "threads": 1}
 
@@ -232,6 +234,11 @@ def test_the_text_pass_gets_less_where_a_client_would_not_fit(nothing_taken):
         share(10_000_000, refusing)
 
 
+def test_a_pass_without_a_text_pass_is_refused_too(nothing_taken):
+    with pytest.raises(InputError, match=r"training of one client; .*, but one needs 900008 bytes"):
+        share(1_000_000, needs(900_000, 0, 0))
+
+
 def test_a_kind_is_tried_once(nothing_taken):
     tried = []
     chosen = Budget(10**6, torch.device("cpu"))
@@ -246,6 +253,112 @@ def test_a_kind_is_tried_once(nothing_taken):
     chosen.share("training", (one, {}), whole, trial, 5, 3, 4, lambda: None)
     assert [shape[1] for _, shape in tried] == [2, 2, 2, 3, 3, 3, 2, 2, 2, 2, 2, 2]
     assert [members for members, _ in tried] == [(5,), (5, 5), (5,) * 4] * 4
+
+
+def test_captured_steps_have_their_memory_twice(nothing_taken):
+    chosen = Budget(1_000_000, torch.device("cpu"))
+    trial = needs(100_000, 40_000, 10_000)
+
+    def share(what, name, replayed=False):
+        state = {name: torch.zeros(1)}
+        more = (whole, trial, 7, 4, None, lambda: None, replayed)
+        return chosen.share(what, (state, {}), *more)
+
+    # half of the 850 000 that may be planned: the other half is the pool's
+    found = share("training", "a", replayed=True)
+    four = 100_000 + 4 * (50_000 + 2 * 4)
+    assert chosen.passes[-1]["tried_bytes"] == four
+    assert found.clients == 4 * 425_000 // four == 5
+    assert found.text == 425_000 // 2
+    assert chosen.pooled == chosen.to_json()["graph_pool_bytes"] == -(-5 * four // 4)
+    # no other pass has what the pool has
+    assert chosen.room == 850_000 - chosen.pooled
+    beside = share("evaluation", "a").clients
+    assert beside == 4 * chosen.room // four == share("evaluation", "b").clients
+    # another kind of steps shares the pool, and leaves room for what was granted beside it
+    assert share("training", "b", replayed=True).clients <= found.clients
+    assert chosen.pooled + -(-beside * four // 4) <= 850_000
+    assert share("training", "a").clients < 13, "a pool is there, whoever asks"
+
+
+class Pool:
+    """Captures steps as a card does: what one of them needs is held for good, once for all."""
+
+    def __init__(self):
+        self.pieces = []
+
+    @property
+    def bytes(self):
+        return sum(piece.nbytes for piece in self.pieces)
+
+    def aside(self, work):
+        work()
+
+    def capture(self, work):
+        with _disable_current_modes(), Living() as seen:
+            work()
+        self.pieces.append(torch.empty(max(0, seen.most - self.bytes), dtype=torch.uint8))
+
+        def replay():
+            with _disable_current_modes():  # in the pool's memory
+                work()
+
+        return replay
+
+
+@pytest.mark.parametrize("method", ["promptfl"])
+def test_the_pool_of_graphs_counts(method, play, nothing_taken, monkeypatch):
+    pool, seen = Pool(), []
+
+    def around(plain):
+        def pass_(*arguments, trial=False, **more):
+            if trial:
+                return plain(*arguments, trial=True, **more)
+            before = pool.bytes
+            with Living() as living:
+                result = plain(*arguments, **more)
+            seen.append((before + living.most, pool.bytes))
+            return result
+
+        return pass_
+
+    monkeypatch.setattr(trainer, "train", around(trainer.train))
+    monkeypatch.setattr(exams, "score", around(exams.score))
+    made = []
+
+    def graphs(*_):
+        pool.pieces.clear()
+        made.append(StepGraphs(pool))
+        return made[-1]
+
+    monkeypatch.setattr(preparation, "step_graphs", graphs)
+    play(method)
+    free = max(size for size, _ in seen)
+    for limit in (2 * free, free):
+        seen.clear()
+        result = play(method, max_memory=limit)
+        assert made[-1].reasons == []
+        assert 0 < max(held for _, held in seen) <= result.memory["graph_pool_bytes"]
+        assert max(size for size, _ in seen) <= 0.95 * limit
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_steps_that_do_not_fit_twice_are_not_captured(required, nothing_taken):
+    mine = World("promptfl").federation().trainer
+    mine.budget = Budget(500_000, torch.device("cpu"))
+    mine.graphs = StepGraphs(Pool(), required=required)
+    mine.trial = lambda members, *_: torch.empty(300_000 * len(members), dtype=torch.uint8)
+
+    def ask():
+        return mine.share(0, {"a": torch.zeros(1)}, {}, 0, lambda: None)
+
+    if required:
+        with pytest.raises(NotSupported, match="got 'on', but max_memory leaves no room for the"):
+            ask()
+        return
+    assert ask().clients == 1
+    assert mine.graphs.reasons == ["max_memory leaves no room for the memory of captured steps"]
+    assert mine.budget.pooled == 0
 
 
 def test_images_are_encoded_as_many_as_fit(nothing_taken):

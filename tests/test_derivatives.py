@@ -104,22 +104,22 @@ def test_other_derivatives_are_right_or_refused(op: str, name: str) -> None:
         "grad": lambda: torch.func.grad(lambda x: run(x, *rest).square().sum())(first),
         "vmap": lambda: torch.func.vmap(lambda x: run(x, *rest))(torch.stack((first, 2 * first))),
     }
-    if name in BY_HAND:
-        for way in ways.values():
+    plain = name not in BY_HAND
+    if not plain:
+        for way in ("forward", "jvp"):
             with (
                 face(name),
-                pytest.raises(NotSupported, match=f"{name}: (torch.func|forward-mode).*look into"),
+                pytest.raises(NotSupported, match=f"{name}: forward-mode.*look into"),
             ):
-                way()
-        return
+                ways[way]()
     with face(name):
         leaf = first.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(run(leaf, *rest).square().sum(), leaf)
         move = 1e-6
         slope = (run(first + move * step, *rest) - run(first - move * step, *rest)) / (2 * move)
         close = {"rtol": 1e-6, "atol": 1e-7}
-        torch.testing.assert_close(ways["forward"](), slope, **close)
-        torch.testing.assert_close(ways["jvp"](), slope, **close)
+        for way in ("forward", "jvp") if plain else ():
+            torch.testing.assert_close(ways[way](), slope, **close)
         torch.testing.assert_close(ways["grad"](), gradient, rtol=1e-9, atol=1e-10)
         both = torch.stack((run(first, *rest), run(2 * first, *rest)))
         torch.testing.assert_close(ways["vmap"](), both, rtol=1e-9, atol=1e-10)

@@ -339,8 +339,11 @@ def test_every_kind_of_derivative(face, partial):
         torch.testing.assert_close(hessian(value)(M), exact, rtol=1e-8, atol=1e-10)
     with pytest.raises(NotSupported, match="forward mode must not lie within forward mode; got 2"):
         torch.func.jacfwd(torch.func.jacfwd(value))(M)
+    both = torch.stack([M, 0.5 * M])
+    each = torch.stack([value(M), value(0.5 * M)])
+    torch.testing.assert_close(torch.vmap(value)(both), each, rtol=1e-9, atol=1e-12)
     with pytest.raises(NotSupported, match=r"got a slice that torch\.func\.vmap makes; give all"):
-        torch.vmap(value)(torch.stack([M, M]))
+        torch.vmap(lambda M: torch.func.jvp(value, (M,), (M,))[1])(both)
 
 
 @pytest.mark.parametrize("face", FACES)

@@ -83,6 +83,7 @@ class Result:
     memory : dict or None
         What ``max_memory`` led to (`fastfpl.training.budget.Budget`): ``limit_bytes``,
         ``taken_bytes`` before the first pass, ``text_cache_bytes``, ``image_cache_bytes``,
+        ``graph_pool_bytes``,
         ``passes``.
     preset : dict or None
         If the settings came from a preset: its ``name``, what it is ``about``, what the run has

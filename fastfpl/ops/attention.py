@@ -4,21 +4,38 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastfpl.errors import InputError, KindError
 from fastfpl.ops import launch, native
-from fastfpl.ops.faces import Face, choose, transformed
+from fastfpl.ops.faces import (
+    BY_HAND,
+    Face,
+    choose,
+    face_or_any,
+    forced,
+    in_transform,
+    transformed,
+)
+from fastfpl.ops.functional import (
+    Recipe,
+    check_graph,
+    in_front,
+    once,
+    outside_transforms,
+    transformed_call,
+)
 from fastfpl.ops.lifetime import keep
-from fastfpl.ops.precision import as_given, autocast_dtype
+from fastfpl.ops.operators import define
+from fastfpl.ops.precision import as_given, autocast_dtype, without_autocast
 from fastfpl.reference import attention as reference
 from fastfpl.shapes import check_shapes
 
@@ -84,15 +101,19 @@ def prefix_attention(
 
     Notes
     -----
-    Differentiable in: qkv, once; forward mode and torch.func take the torch face. Deterministic:
-    yes, on every face; the prefix' gradients are sums of parts in a fixed order. Accumulates in
-    float32; in float64 for float64. Under autocast the operands are rounded to its dtype, which is
-    the result's. Memory: the result; the softmax is recomputed in the backward pass and nothing but
-    the arguments is kept. The C++ face takes heads of at most 128 numbers and no float16, the
-    Triton face heads of at most 64 numbers in float32 and 80 in 16 bits.
+    Differentiable in: qkv, once, under ``torch.func`` and ``torch.compile`` too; forward mode, and
+    ``torch.func.grad`` of a gradient, take the torch face. Deterministic: yes, on every face; the
+    prefix' gradients are sums of parts in a fixed order. Accumulates in float32; in float64 for
+    float64. Under autocast the operands are rounded to its dtype, which is the result's. Memory:
+    the result; the softmax is recomputed in the backward pass and nothing but the arguments is
+    kept. The C++ face takes heads of at most 128 numbers and no float16, the Triton face heads of
+    at most 64 numbers in float32 and 80 in 16 bits.
     Source: causal attention of Vaswani et al. 2017 (arXiv 1706.03762), equation 1; shared prefixes
     as in design section 4.1.
     """
+    if torch.compiler.is_compiling():
+        check_graph("prefix_attention")
+        return _compiled(qkv, heads, shared, starts, bias, sos, last_only)
     sizes = check_shapes(_OP, qkv=(qkv, "... M K"))
     if not qkv.is_floating_point():
         raise KindError(f"{_OP}: qkv must be floating point; got {qkv.dtype}")
@@ -122,21 +143,126 @@ def prefix_attention(
     # a lazily negated view keeps its sign in a bit that kernels do not see
     qkv = qkv.resolve_neg()
     bias, sos = (None if x is None else x.resolve_neg() for x in (bias, sos))
-    dtype = autocast_dtype(qkv.device, qkv.dtype)
-    if dtype != qkv.dtype:
-        qkv, bias = (qkv if bias is None else qkv + bias).to(dtype), None
-        sos = None if sos is None else sos.to(dtype)
+    qkv, bias, sos = _as_autocast_asks(qkv, bias, sos)
     arguments = (heads, shared, bounds, bias, sos, last_only)
     face = choose("prefix_attention", FACES["prefix_attention"], qkv, *arguments)
-    flat = qkv.reshape(-1, rows, triple)
+    if in_transform() and face.name in BY_HAND:
+        tensors, statics = _packed(qkv, heads, shared, bounds, bias, sos, last_only, face.name)
+        with as_given(qkv.device):
+            (found,) = transformed_call(_RECIPE, tensors, *statics)
+        return found
+    flat = qkv.reshape(math.prod(qkv.shape[:-2]), rows, triple)
     with as_given(qkv.device), for_transforms(qkv, bias, sos):
         mixed: Tensor = face.run(flat, *arguments)
     return mixed.reshape(*qkv.shape[:-2], *mixed.shape[1:])
 
 
+# --- torch.compile and torch.func -----------------------------------------------------------------
+
+
+def _as_autocast_asks(
+    qkv: Tensor, bias: Tensor | None, sos: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    dtype = autocast_dtype(qkv.device, qkv.dtype)
+    if dtype != qkv.dtype:
+        qkv, bias = (qkv if bias is None else qkv + bias).to(dtype), None
+        sos = None if sos is None else sos.to(dtype)
+    return qkv, bias, sos
+
+
+def _compiled(
+    qkv: Tensor,
+    heads: int,
+    shared: int,
+    starts: Sequence[int],
+    bias: Tensor | None,
+    sos: Tensor | None,
+    last_only: bool,
+) -> Tensor:
+    given = _as_autocast_asks(qkv, bias, sos)
+    name = forced("prefix_attention") or ""
+    tensors, statics = _packed(given[0], heads, shared, starts, *given[1:], last_only, name)
+    return _operator(tensors, *statics)[0]
+
+
+def _packed(
+    qkv: Tensor,
+    heads: int,
+    shared: int,
+    starts: Sequence[int],
+    bias: Tensor | None,
+    sos: Tensor | None,
+    last_only: bool,
+    name: str,
+) -> tuple[list[Tensor], tuple[Any, ...]]:
+    """Arrange the arguments as an operator takes them: tensors, and what is none."""
+    # what is not differentiated is a constant to every transform
+    given = [x if x is None else x.detach() for x in (bias, sos)]
+    tensors = [qkv, *(x for x in given if x is not None)]
+    return tensors, (heads, shared, list(starts), bias is not None, last_only, name)
+
+
+def _called(
+    tensors: list[Tensor],
+    heads: int,
+    shared: int,
+    starts: list[int],
+    biased: bool,
+    last_only: bool,
+    name: str,
+) -> list[Tensor]:
+    qkv, *rest = tensors
+    bias = rest.pop(0) if biased else None
+    with face_or_any(name, "prefix_attention"), without_autocast():
+        mixed = prefix_attention(
+            qkv,
+            heads=heads,
+            shared=shared,
+            starts=starts,
+            bias=bias,
+            sos=rest[0] if rest else None,
+            last_only=last_only,
+        )
+    return [mixed]
+
+
+def _shaped(
+    tensors: list[Tensor],
+    heads: int,
+    shared: int,
+    starts: list[int],
+    biased: bool,
+    last_only: bool,
+    name: str,
+) -> list[Tensor]:
+    *lead, rows, triple = tensors[0].shape
+    rows = len(starts) - 1 if last_only else rows
+    return [tensors[0].new_empty(*lead, rows, triple // 3)]
+
+
+def _batched(
+    size: int, tensors: list[Tensor], dims: list[int | None], *_: Any
+) -> list[Tensor] | None:
+    if any(d is not None for d in dims[1:]):  # a bias and a SOS are the same for all groups
+        return None
+    return [in_front(size, tensors[0], dims[0]), *tensors[1:]]
+
+
+_RECIPE = Recipe(
+    name="prefix_attention",
+    schema="int heads, int shared, int[] starts, bool biased, bool last_only, str face",
+    run=_called,
+    fake=_shaped,
+    batched=_batched,
+    instead="torch.func.hessian",
+)
+_operator = define(_RECIPE)
+
+
 def for_transforms(*arguments: Any) -> AbstractContextManager[object]:
     """Take torch's plain attention in a block where its fused one has no derivative forward."""
-    return sdpa_kernel(SDPBackend.MATH) if transformed(*arguments) else nullcontext()
+    seen = in_transform() or transformed(*arguments)
+    return sdpa_kernel(SDPBackend.MATH) if seen else nullcontext()
 
 
 def _torch(
@@ -151,7 +277,8 @@ def _torch(
     """Pad every segment to the longest, behind a copy of the prefix: one batched attention."""
     groups = len(qkv)
     q, k, v = (qkv if bias is None else qkv + bias).chunk(3, dim=-1)
-    at, real = keep(_padding(starts, qkv.device))
+    with outside_transforms():
+        at, real = keep(_padding(starts, qkv.device))
     classes, longest = at.shape
 
     def split(x: Tensor) -> Tensor:  # (..., rows, W) -> (..., H, rows, d)
@@ -281,23 +408,23 @@ class _Attention(torch.autograd.Function):
         sos: Tensor | None,
         last_only: bool,
     ) -> Tensor:
-        qkv = qkv.contiguous()
+        given, qkv = qkv, qkv.contiguous()
         bias = None if bias is None else bias.detach().contiguous()
         sos = None if sos is None else sos.detach().contiguous()
-        ctx.save_for_backward(qkv, bias, sos)
+        ctx.save_for_backward(given, bias, sos)
         ctx.rest = launchers, shared, starts, heads, last_only
         return launchers.forward(qkv, bias, shared, starts, heads, sos, last_only)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_mixed: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, bias, sos = ctx.saved_tensors
+        given, bias, sos = ctx.saved_tensors
+        qkv = given.detach().contiguous()
         launchers, shared, starts, heads, last_only = ctx.rest
-        with as_given(qkv.device):
+        with torch.no_grad(), as_given(qkv.device):
             d_qkv = launchers.backward(
                 d_mixed.resolve_neg().contiguous(), qkv, bias, shared, starts, heads, sos, last_only
             )
-        return (d_qkv, *(None,) * 7)
+        return *once(_RECIPE.name, _RECIPE.instead, (d_qkv,), d_mixed, given), *(None,) * 7
 
 
 def _run(launchers: Callable[[], Launchers], qkv: Tensor, *arguments: Any) -> Tensor:

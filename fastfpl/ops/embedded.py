@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastfpl.errors import InputError, KindError
+from fastfpl.handles import held
 from fastfpl.ops.attention import for_transforms
-from fastfpl.ops.faces import Face, choose
+from fastfpl.ops.faces import Face, choose, face_or_any, forced
+from fastfpl.ops.functional import Recipe, check_graph, in_front, outside_transforms, spread
 from fastfpl.ops.lifetime import keep
-from fastfpl.ops.memory import current_limit
-from fastfpl.ops.precision import autocast_dtype
+from fastfpl.ops.memory import current_limit, memory_limit
+from fastfpl.ops.operators import define
+from fastfpl.ops.precision import autocast_dtype, autocast_to
 from fastfpl.ops.text import (
     PromptLayout,
     Replace,
@@ -94,6 +98,9 @@ def encode_embedded(
     (MaPLe, arXiv 2210.03117), section 3.2.
     """
     op = "fastfpl.ops.encode_embedded"
+    if torch.compiler.is_compiling():
+        check_graph("encode_embedded")
+        return _compiled(tower, prompts, eot, shared, deep, first)
     known = {"C": len(eot), "W": tower.width}
     sizes = check_shapes(op, known, prompts=(prompts, "... C L W"), eot=(eot, "C"))
     lead = prompts.shape[:-3]
@@ -131,6 +138,75 @@ def encode_embedded(
     return states
 
 
+# --- torch.compile --------------------------------------------------------------------------------
+
+
+def _compiled(
+    tower: TextTower, prompts: Tensor, eot: Tensor, shared: int, deep: Tensor | None, first: int
+) -> Tensor:
+    tensors = [prompts, eot] if deep is None else [prompts, eot, deep]
+    dtype = autocast_dtype(tower.device, tower.blocks[0].qkv_w.dtype)
+    name, limit = forced("encode_embedded") or "", current_limit() or 0
+    return _operator(tensors, tower.handle, shared, first, dtype, limit, name)[0]
+
+
+def _called(
+    tensors: list[Tensor],
+    tower: str,
+    shared: int,
+    first: int,
+    dtype: torch.dtype,
+    limit: int,
+    name: str,
+) -> list[Tensor]:
+    weights, (prompts, eot, *deep) = held(tower, TextTower), tensors
+    options = {"shared": shared, "deep": deep[0] if deep else None, "first": first}
+    with (
+        face_or_any(name, "encode_embedded"),
+        memory_limit(limit or None),
+        autocast_to(weights.device, dtype, weights.blocks[0].qkv_w.dtype),
+    ):
+        return [encode_embedded(weights, prompts, eot, **options)]  # type: ignore[arg-type]
+
+
+def _shaped(
+    tensors: list[Tensor],
+    tower: str,
+    shared: int,
+    first: int,
+    dtype: torch.dtype,
+    limit: int,
+    name: str,
+) -> list[Tensor]:
+    weights, prompts = held(tower, TextTower), tensors[0]
+    if dtype != weights.blocks[0].qkv_w.dtype:
+        dtype = torch.promote_types(prompts.dtype, dtype)
+    *lead, classes, _, width = prompts.shape
+    return [prompts.new_empty(*lead, classes, width, dtype=dtype)]
+
+
+def _batched(
+    size: int, tensors: list[Tensor], dims: list[int | None], *_: Any
+) -> list[Tensor] | None:
+    if dims[1] is not None:  # the EOTs are the same for all prompts
+        return None
+    prompts, *deep = (in_front(size, x, d) for x, d in zip(tensors[::2], dims[::2], strict=True))
+    missing = prompts.dim() - deep[0].dim() if deep else 0
+    return [prompts, tensors[1], *(spread(x, missing) for x in deep)]
+
+
+_operator = define(
+    Recipe(
+        name="encode_embedded",
+        schema="str tower, int shared, int first, ScalarType dtype, int limit, str face",
+        run=_called,
+        fake=_shaped,
+        batched=_batched,
+        instead="torch.func.hessian",
+    )
+)
+
+
 @functools.lru_cache(maxsize=64)
 def _packing(ends: tuple[int, ...], shared: int, device: torch.device) -> _Packing:
     """Pack the rows of prompts; ``tokens`` are rows of the prompts cut behind the last EOT."""
@@ -156,7 +232,8 @@ def _encode_packed(
     first: int = 1,
 ) -> Tensor:
     ends = tuple(eot.tolist())
-    packing = keep(_packing(ends, shared, prompts.device))
+    with outside_transforms():
+        packing = keep(_packing(ends, shared, prompts.device))
     *lead, classes, _, width = prompts.shape
     cut = prompts[..., : max(ends) + 1, :]
     flat = cut.reshape(math.prod(lead), classes * cut.shape[-2], width)

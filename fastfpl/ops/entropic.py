@@ -12,10 +12,12 @@ from torch import Tensor
 
 from fastfpl.errors import InputError, KindError, NotConverged
 from fastfpl.ops import native
-from fastfpl.ops.faces import Face, choose
+from fastfpl.ops.faces import Face, choose, face_or_any, forced, transformed
+from fastfpl.ops.functional import Recipe, check_graph, in_front, spread, transformed_call
+from fastfpl.ops.operators import define
 from fastfpl.ops.precision import as_given
 from fastfpl.ops.transport import against_cpu
-from fastfpl.ops.transport_checks import refuse_nested, refuse_vmap, wide_of
+from fastfpl.ops.transport_checks import refuse_nested, refuse_vmap, vmapped, wide_of
 from fastfpl.ops.transport_gradient import pull_back
 from fastfpl.reference import entropic as reference
 from fastfpl.shapes import check_shapes
@@ -113,8 +115,9 @@ def sinkhorn(
     Notes
     -----
     Differentiable in: M, a, b, at the optimum and not through the iterations (the system of
-    `fastfpl.ops.transport_plan`), backward and forward; under ``torch.func`` too, except ``vmap``:
-    give leading dimensions. Without ``partial`` a is scaled to the total of b, so that a and b may
+    `fastfpl.ops.transport_plan`), backward and forward; under ``torch.func`` too. Inside ``vmap``
+    and ``torch.compile`` backward only, and once: give leading dimensions in place of a ``vmap``
+    for the rest. Without ``partial`` a is scaled to the total of b, so that a and b may
     be moved one at a time. A weight of 0 has the gradient 0; a row that meets its bound without
     need is taken for held.
     Not covered: a mass below both totals (POT's ``m``), where both sides are bounds; many b for one
@@ -131,7 +134,11 @@ def sinkhorn(
     if M.dtype not in _DTYPES:
         raise KindError(f"{_OP}: M must be float16, bfloat16, float32 or float64; got {M.dtype}")
     refuse_nested(_OP)
-    refuse_vmap(_OP, *(x for x in (a, b, M) if isinstance(x, Tensor)))
+    given = [x for x in (M, a, b) if isinstance(x, Tensor)]
+    if torch.compiler.is_compiling() or vmapped(*given):
+        weighted = isinstance(a, Tensor), isinstance(b, Tensor)
+        found = _opaque(given, *weighted, reg, numItermax, stopThr, partial, log)
+        return (found[0], {"niter": found[1], "err": found[2]}) if log else found[0]
     sizes = check_shapes(_OP, M=(M, "... P N"))
     if not sizes["P"] or not sizes["N"]:
         raise InputError(f"{_OP}: M must have rows and columns; got {tuple(M.shape)}")
@@ -179,6 +186,82 @@ def sinkhorn(
             f"{float(residual.max()):.1e}; raise numItermax, reg or stopThr"
         )
     return plan
+
+
+# --- torch.compile and torch.func.vmap ------------------------------------------------------------
+
+
+def _opaque(
+    tensors: list[Tensor],
+    rows: bool,
+    columns: bool,
+    reg: float,
+    most: int,
+    tol: float | None,
+    partial: bool,
+    log: bool,
+) -> list[Tensor]:
+    """Solve where values cannot be read: all problems at once, below what hides them."""
+    statics = (rows, columns, float(reg), most, -1.0 if tol is None else float(tol), partial, log)
+    name = forced("sinkhorn") or ""
+    if torch.compiler.is_compiling():
+        check_graph("sinkhorn")
+        return _operator(tensors, *statics, name)
+    if transformed(*tensors):
+        refuse_vmap(_OP, *tensors)
+    return transformed_call(_RECIPE, tensors, *statics, name)
+
+
+def _called(
+    tensors: list[Tensor],
+    rows: bool,
+    columns: bool,
+    reg: float,
+    most: int,
+    tol: float,
+    partial: bool,
+    log: bool,
+    name: str,
+) -> list[Tensor]:
+    M, *rest = tensors
+    a = rest.pop(0) if rows else None
+    b = rest.pop(0) if columns else None
+    stop = None if tol == -1 else tol
+    with face_or_any(name, "sinkhorn"):
+        if not log:
+            return [sinkhorn(a, b, M, reg, most, stop, partial=partial)]
+        plan, ended = sinkhorn(a, b, M, reg, most, stop, partial=partial, log=True)
+    return [plan, ended["niter"], ended["err"]]
+
+
+def _shaped(tensors: list[Tensor], *statics: Any) -> list[Tensor]:
+    M, *weights = tensors
+    lead = torch.broadcast_shapes(M.shape[:-2], *(x.shape[:-1] for x in weights))
+    plan = M.new_empty(*lead, *M.shape[-2:])
+    if not statics[-2]:
+        return [plan]
+    return [plan, M.new_empty(lead, dtype=torch.int64), M.new_empty(lead, dtype=wide_of(M))]
+
+
+def _batched(
+    size: int, tensors: list[Tensor], dims: list[int | None], *_: Any
+) -> list[Tensor] | None:
+    whole = [in_front(size, x, d) for x, d in zip(tensors, dims, strict=True)]
+    leads = [x.dim() - own for x, own in zip(whole, (2, 1, 1), strict=False)]
+    # leading dimensions are broadcast by their last ones: the batch stands before all
+    return [spread(x, max(leads) - lead) for x, lead in zip(whole, leads, strict=True)]
+
+
+_RECIPE = Recipe(
+    name="sinkhorn",
+    schema="bool rows, bool columns, float reg, int most, float tol, bool partial, bool log, "
+    "str face",
+    run=_called,
+    fake=_shaped,
+    batched=_batched,
+    instead="the op outside torch.compile and torch.func.vmap",
+)
+_operator = define(_RECIPE)
 
 
 def _weights(name: str, weights: _Weights, M: Tensor, size: int) -> Tensor:

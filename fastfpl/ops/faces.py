@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
+from torch._C._functorch import (
+    TransformType,
+    get_interpreter_stack,
+    get_unwrapped,
+    is_functorch_wrapped_tensor,
+)
 from torch.autograd import forward_ad
 
 from fastfpl.errors import InputError, NotSupported, near
@@ -18,7 +24,9 @@ __all__ = [
     "Face",
     "choose",
     "face",
+    "face_or_any",
     "forced",
+    "in_transform",
     "note_face",
     "recorded_faces",
     "transformed",
@@ -106,6 +114,11 @@ def recorded_faces() -> Iterator[dict[str, set[str]]]:
         _recorder.reset(token)
 
 
+def face_or_any(name: str, op: str) -> AbstractContextManager[None]:
+    """Force a face of an op in a ``with`` block, or none if the name is empty."""
+    return face(name, op) if name else nullcontext()
+
+
 def note_face(op: str, name: str) -> None:
     """Tell the `recorded_faces` block around, if there is one, that a face answered for an op."""
     seen = _recorder.get()
@@ -119,24 +132,38 @@ def forced(op: str) -> str | None:
     return choice.get(op, choice.get(None))
 
 
+def in_transform() -> bool:
+    """Say whether a transform of torch.func is going on."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
 def transformed(*arguments: Any) -> str:
-    """Say which of torch's transforms besides a backward pass sees the arguments; "" for none.
+    """Say which derivative of the arguments no gradient by hand can give; "" for none.
 
     Looks at tensors, and at those in the fields of a dataclass such as a gate.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not (in_transform() or forward_ad._current_level >= 0):
         return ""
-    if torch._C._are_functorch_transforms_active():
-        return "torch.func"
-    if forward_ad._current_level < 0:
+    levels = [level.key() for level in get_interpreter_stack() or ()]
+    if TransformType.Jvp in levels:
+        return "forward-mode differentiation"
+    if forward_ad._current_level < 0 and TransformType.Grad not in levels:
         return ""
+    outside = 0
     for value in arguments:
         inside = [getattr(value, f.name) for f in fields(value)] if is_dataclass(value) else [value]
         for tensor in inside:
             if not isinstance(tensor, torch.Tensor):
                 continue
-            if forward_ad.unpack_dual(tensor).tangent is not None:
+            if levels:
+                while is_functorch_wrapped_tensor(tensor):
+                    tensor = get_unwrapped(tensor)
+                outside |= tensor.requires_grad
+            elif forward_ad.unpack_dual(tensor).tangent is not None:
                 return "forward-mode differentiation"
+    # torch.func.grad inside another, or inside a backward pass
+    if levels.count(TransformType.Grad) + outside > 1:
+        return "a derivative of a gradient"
     return ""
 
 
@@ -151,7 +178,7 @@ def choose(op: str, faces: tuple[Face, ...], *arguments: Any) -> Face:
             continue
         against = candidate.missing() or candidate.against(*arguments)
         if seen_by and candidate.name in BY_HAND:
-            against = [f"{seen_by} cannot look into it: it has a gradient by hand, backward only"]
+            against = [f"{seen_by} cannot look into it: it has a gradient by hand, backward, once"]
         if not against:
             note_face(op, candidate.name)
             return candidate

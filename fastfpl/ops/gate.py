@@ -10,12 +10,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastfpl.errors import InputError, KindError
 from fastfpl.ops import launch, native
-from fastfpl.ops.faces import Face, choose
-from fastfpl.ops.precision import as_given, widest
+from fastfpl.ops.faces import BY_HAND, Face, choose, face_or_any, forced, in_transform
+from fastfpl.ops.functional import (
+    Recipe,
+    check_graph,
+    in_front,
+    once,
+    spread,
+    transformed_call,
+)
+from fastfpl.ops.operators import define
+from fastfpl.ops.precision import as_given, widest, without_autocast
 from fastfpl.reference import gate as reference
 from fastfpl.reference.gate import Gate
 from fastfpl.shapes import check_shapes
@@ -56,22 +64,27 @@ def gate_experts(image: Tensor, experts: Tensor, gate: Gate) -> Tensor:
     Notes
     -----
     Differentiable in: image, experts, all eight tensors of the gate; once in the triton and cpu
-    faces, whose place the torch face takes for forward mode and torch.func. A bias of keys changes
-    no softmax, so the gradient of b_k is zero there, and rounding in the others. Deterministic:
-    yes, whatever the number of threads; no atomics on a GPU. Accumulates in float32, in float64 for
-    float64. Under autocast dtypes may differ, and everything is computed and returned in the widest
-    of them. On a GPU float32 is multiplied exactly, or in TF32 where torch is set to allow that.
-    The C++ face takes float32 and float64, the kernels heads of at most 128 numbers.
-    Memory of the triton and cpu faces: the projections of images and experts, and where a gradient
-    is wanted three numbers an image, class and head; no (B, C, D) and no H B C E. The torch
-    face keeps H B C E scores and values.
-
+    faces, under ``torch.func`` and ``torch.compile`` too. Forward mode, and ``torch.func.grad`` of
+    a gradient, take the torch face; a second derivative by autograd is refused. A bias of keys
+    changes no softmax, so the gradient of b_k is zero there, and rounding in the others.
+    Deterministic: yes, whatever the number of threads; no atomics on a GPU. Accumulates in float32,
+    in float64 for float64. Under autocast dtypes may differ, and everything is computed and
+    returned in the widest of them. On a GPU float32 is multiplied exactly, or in TF32 where torch
+    is set to allow that. The C++ face takes float32 and float64, the kernels heads of at most 128
+    numbers. Memory of the triton and cpu faces: the projections of images and experts, and where a
+    gradient is wanted three numbers an image, class and head; no (B, C, D) and no H B C E. The
+    torch face keeps H B C E scores and values.
     Source: Luo et al. 2025 (pFedMoAP, ICLR), equations 8 to 10.
     """
     op = "fastfpl.ops.gate_experts"
     # a lazily negated view keeps its sign in a bit that kernels do not see
-    given = (x.resolve_neg() for x in (image, experts, *gate.tensors().values()))
+    own = (gate.w_q, gate.b_q, gate.w_k, gate.b_k, gate.w_v, gate.b_v, gate.w_o, gate.b_o)
+    given = [x.resolve_neg() for x in (image, experts, *own)]
     image, experts, *tensors = widest(image.device, *given)
+    if torch.compiler.is_compiling():
+        check_graph("gate_experts")
+        statics = gate.heads, gate.scale, forced("gate_experts") or ""
+        return _operator([image, experts, *tensors], *statics)[0]
     gate = replace(gate, **dict(zip(gate.tensor_names(), tensors, strict=True)))  # type: ignore[arg-type]
     sizes = check_shapes(op, image=(image, "... B D"), experts=(experts, "... C E D"))
     for name, tensor in gate.tensors().items():
@@ -100,8 +113,53 @@ def gate_experts(image: Tensor, experts: Tensor, gate: Gate) -> Tensor:
     face = choose("gate_experts", FACES["gate_experts"], image, experts, gate)
     logits: Tensor
     with as_given(image.device):
-        logits = face.run(image, experts, gate)
+        if in_transform() and face.name in BY_HAND:
+            (logits,) = transformed_call(
+                _RECIPE, [image, experts, *tensors], gate.heads, gate.scale, face.name
+            )
+        else:
+            logits = face.run(image, experts, gate)
     return logits
+
+
+# --- torch.compile and torch.func -----------------------------------------------------------------
+
+
+def _called(tensors: list[Tensor], heads: int, scale: float, name: str) -> list[Tensor]:
+    image, experts, *others = tensors
+    with face_or_any(name, "gate_experts"), without_autocast():
+        named: dict[str, Any] = dict(zip(Gate.tensor_names(), others, strict=True))
+        return [gate_experts(image, experts, Gate(**named, heads=heads, scale=scale))]
+
+
+def _shaped(tensors: list[Tensor], heads: int, scale: float, name: str) -> list[Tensor]:
+    image, experts = tensors[:2]
+    return [image.new_empty(*image.shape[:-1], experts.shape[-3])]
+
+
+def _batched(
+    size: int, tensors: list[Tensor], dims: list[int | None], *_: Any
+) -> list[Tensor] | None:
+    image, experts, *others = (in_front(size, x, d) for x, d in zip(tensors, dims, strict=True))
+    lead = image.shape[1:-2]
+    own = (1 if name[0] == "b" else 2 for name in Gate.tensor_names())
+    # tensors without the other leading dimensions are repeated for them
+    others = [
+        x if x.dim() > n + 1 or not lead else spread(x, len(lead)).expand(size, *lead, *x.shape[1:])
+        for x, n in zip(others, own, strict=True)
+    ]
+    return [image, experts, *others]
+
+
+_RECIPE = Recipe(
+    name="gate_experts",
+    schema="int heads, float scale, str face",
+    run=_called,
+    fake=_shaped,
+    batched=_batched,
+    instead="face('torch')",
+)
+_operator = define(_RECIPE)
 
 
 def _reassociated(image: Tensor, experts: Tensor, gate: Gate) -> Tensor:
@@ -183,19 +241,24 @@ class _Gate(torch.autograd.Function):
             wanted,
         )
         if wanted:
-            ctx.save_for_backward(image, rows, w_qz, w_kv, qz, kv, b_out, w_o, b_v, *stats)
+            given = (image, experts, w_q, b_q, w_k, b_k, w_v, b_v, w_o, b_o)
+            ctx.save_for_backward(*given, w_qz, w_kv, qz, kv, b_out, *stats)
             ctx.fused, ctx.heads, ctx.scale, ctx.count = fused, heads, scale, count
         return (logits + image @ b_out).to(image.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_logits: Tensor) -> tuple[Tensor | None, ...]:
-        with as_given(d_logits.device):
-            return _Gate._gradients(ctx, d_logits.resolve_neg())
+        with torch.no_grad(), as_given(d_logits.device):
+            found = _Gate._gradients(ctx, d_logits.resolve_neg())
+        return *found[:3], *once(
+            _RECIPE.name, _RECIPE.instead, found[3:], d_logits, *ctx.saved_tensors[:10]
+        )
 
     @staticmethod
     def _gradients(ctx: Any, d_logits: Tensor) -> tuple[Tensor | None, ...]:
-        image, rows, w_qz, w_kv, qz, kv, b_out, w_o, b_v, *stats = ctx.saved_tensors
+        (image, experts, *_, b_v, w_o, _), rest = ctx.saved_tensors[:10], ctx.saved_tensors[10:]
+        w_qz, w_kv, qz, kv, b_out, *stats = rest
+        rows = experts.flatten(1, 2)
         needs = ctx.needs_input_grad[3:]
         of_image, of_experts, of_w_q, of_b_q, of_w_k, of_b_k, of_w_v, of_b_v, of_w_o, of_b_o = needs
         (clients, images, width), count = image.shape, ctx.count

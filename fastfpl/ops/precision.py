@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 import torch
 from torch import Tensor
 
-__all__ = ["as_given", "autocast_dtype", "widest", "without_autocast"]
+__all__ = ["as_given", "autocast_dtype", "autocast_to", "widest", "without_autocast"]
 
 
 def autocast_dtype(device: torch.device, given: torch.dtype) -> torch.dtype:
@@ -36,6 +36,17 @@ def widest(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
     for tensor in tensors[1:]:
         dtype = torch.promote_types(dtype, tensor.dtype)
     return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+@contextmanager
+def autocast_to(device: torch.device, dtype: torch.dtype, given: torch.dtype) -> Iterator[None]:
+    """Let autocast choose a dtype inside a ``with`` block; where it is the one given, none."""
+    if dtype == given:
+        with as_given(device):
+            yield
+        return
+    with torch.autocast(device.type, dtype=dtype):
+        yield
 
 
 def as_given(device: torch.device) -> AbstractContextManager[object]:

@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,13 +19,23 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fastfpl.errors import InputError, KindError
+from fastfpl.handles import held
 from fastfpl.ops import launch, native
 from fastfpl.ops import tower as engine
 from fastfpl.ops.attention import against_cpu, against_size, against_wide, for_transforms
-from fastfpl.ops.faces import Face, choose
+from fastfpl.ops.faces import BY_HAND, Face, choose, face_or_any, forced, in_transform
+from fastfpl.ops.functional import (
+    Recipe,
+    check_graph,
+    in_front,
+    outside_transforms,
+    spread,
+    transformed_call,
+)
 from fastfpl.ops.lifetime import keep
-from fastfpl.ops.memory import current_limit
-from fastfpl.ops.precision import autocast_dtype
+from fastfpl.ops.memory import current_limit, memory_limit
+from fastfpl.ops.operators import define
+from fastfpl.ops.precision import autocast_dtype, autocast_to
 from fastfpl.reference import text as reference
 from fastfpl.reference.text import (
     PromptLayout,
@@ -97,11 +107,12 @@ def encode_text(
 
     Notes
     -----
-    Differentiable in: ctx and deep, once on the compiled faces, whose place the torch face takes
-    for forward mode and torch.func. Deterministic: yes. LayerNorm and normalisation in float32
-    (float64 for float64). Under autocast matrix products and attention run in its dtype and the
-    residual stream in the tower's; the compiled faces keep the rounded weights. Equal to the
-    full-length pass up to rounding.
+    Differentiable in: ctx and deep, once on the compiled faces, under ``torch.func`` and
+    ``torch.compile`` too; forward mode, and ``torch.func.grad`` of a gradient, take the torch face.
+    There the backward pass computes the call once more. Deterministic: yes. LayerNorm and
+    normalisation in float32 (float64 for float64). Under autocast matrix products and attention run
+    in its dtype and the residual stream in the tower's; the compiled faces keep the rounded
+    weights. Equal to the full-length pass up to rounding.
     The compiled faces compute nothing that no context reaches: SOS, the first layer's keys and
     values of names, all but the EOT rows in the last layer.
     Memory: activations of (prefix + suffix) tokens per context when a gradient is wanted, of C·L
@@ -114,6 +125,10 @@ def encode_text(
     where the context does: what is shared and what is packed stays so.
     """
     op = "fastfpl.ops.encode_text"
+    if torch.compiler.is_compiling():
+        check_graph("encode_text")
+        name = forced("encode_text") or ""
+        return _operator(*_packed(tower, layout, ctx, class_specific, deep, name))[0]
     classes, slots = layout.slots.shape
     known = {"C": classes, "T": slots, "W": tower.width}
     check_shapes(op, known, ctx=(ctx, "... C T W" if class_specific else "... T W"))
@@ -125,6 +140,9 @@ def encode_text(
         deep = broadcast_deep(op, tower, deep, ctx.shape[:-2], slots, "ctx")
     arguments = (tower, layout, ctx, class_specific, deep)
     face = choose("encode_text", FACES["encode_text"], *arguments)
+    if in_transform() and face.name in BY_HAND:
+        tensors, *statics = _packed(tower, layout, ctx, class_specific, deep, face.name)
+        return transformed_call(_RECIPE, tensors, *statics)[0]
     # without context vectors nothing moves: the empty gradient of nothing is attached below
     given = ctx.resolve_neg() if slots else ctx.detach()
     below = deep.resolve_neg() if slots and deep is not None and deep.shape[-3] else None
@@ -138,6 +156,78 @@ def encode_text(
     if not features.numel() and tower.projection_b is None:
         return features.to(_dtype(tower))  # no product has told
     return features
+
+
+# --- torch.compile and torch.func -----------------------------------------------------------------
+
+
+def _packed(
+    tower: TextTower,
+    layout: PromptLayout,
+    ctx: Tensor,
+    class_specific: bool,
+    deep: Tensor | None,
+    name: str,
+) -> tuple[Any, ...]:
+    """Arrange the arguments as an operator takes them: tensors, and what is none."""
+    tensors = [ctx] if deep is None else [ctx, deep]
+    handles = tower.handle, layout.handle
+    return tensors, *handles, class_specific, _dtype(tower), current_limit() or 0, name
+
+
+def _called(
+    tensors: list[Tensor],
+    tower: str,
+    layout: str,
+    class_specific: bool,
+    dtype: torch.dtype,
+    limit: int,
+    name: str,
+) -> list[Tensor]:
+    weights, places = held(tower, TextTower), held(layout, PromptLayout)
+    deep = tensors[1] if len(tensors) > 1 else None
+    with (
+        face_or_any(name, "encode_text"),
+        memory_limit(limit or None),
+        autocast_to(weights.device, dtype, weights.dtype),
+    ):
+        return [encode_text(weights, places, tensors[0], class_specific=class_specific, deep=deep)]
+
+
+def _shaped(
+    tensors: list[Tensor],
+    tower: str,
+    layout: str,
+    class_specific: bool,
+    dtype: torch.dtype,
+    limit: int,
+    name: str,
+) -> list[Tensor]:
+    weights, places = held(tower, TextTower), held(layout, PromptLayout)
+    lead = tensors[0].shape[: -3 if class_specific else -2]
+    if weights.projection_b is not None:
+        dtype = torch.promote_types(dtype, weights.projection_b.dtype)
+    return [tensors[0].new_empty(*lead, len(places.eot), weights.dim, dtype=dtype)]
+
+
+def _batched(
+    size: int, tensors: list[Tensor], dims: list[int | None], *statics: Any
+) -> list[Tensor] | None:
+    ctx, *deep = (in_front(size, x, d) for x, d in zip(tensors, dims, strict=True))
+    # what has fewer leading dimensions keeps the last ones: the batch stands before all
+    missing = ctx.dim() + 1 - deep[0].dim() if deep else 0
+    return [ctx, *(spread(x, missing) for x in deep)]
+
+
+_RECIPE = Recipe(
+    name="encode_text",
+    schema="str tower, str layout, bool class_specific, ScalarType dtype, int limit, str face",
+    run=_called,
+    fake=_shaped,
+    batched=_batched,
+    instead=engine.INSTEAD,
+)
+_operator = define(_RECIPE)
 
 
 def broadcast_deep(
@@ -213,7 +303,9 @@ def packed_tokens(layout: PromptLayout, *, class_specific: bool = False) -> int:
 def _packing(layout: PromptLayout, class_specific: bool) -> _Packing:
     cached = _packings.setdefault(layout, {})
     if class_specific not in cached:
-        cached[class_specific] = _pack(layout, layout.begin if class_specific else layout.shared)
+        with outside_transforms():
+            shared = layout.begin if class_specific else layout.shared
+            cached[class_specific] = _pack(layout, shared)
     packing: _Packing = keep(cached[class_specific])
     return packing
 
@@ -348,10 +440,11 @@ def _some_classes(layout: PromptLayout, part: slice) -> PromptLayout:
     known = _parts.setdefault(layout, {})
     key = (part.start, part.stop)
     if key not in known:
-        known[key] = PromptLayout(
-            *(layout.tokens[part], layout.slots[part], layout.eot[part]),
-            *(layout.shared, layout.begin),
-        )
+        with outside_transforms():
+            known[key] = PromptLayout(
+                *(layout.tokens[part], layout.slots[part], layout.eot[part]),
+                *(layout.shared, layout.begin),
+            )
     return known[key]
 
 

@@ -15,17 +15,18 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastfpl.errors import InputError
 from fastfpl.ops import native
 from fastfpl.ops.attention import Launchers, cpu_launchers, triton_launchers
+from fastfpl.ops.functional import once
 from fastfpl.ops.lifetime import keep
 from fastfpl.ops.memory import current_limit
 from fastfpl.ops.precision import as_given, autocast_dtype
 from fastfpl.reference.text import Block, PromptLayout, TextTower
 
 __all__ = [
+    "INSTEAD",
     "Cut",
     "Kernels",
     "Rows",
@@ -36,6 +37,9 @@ __all__ = [
     "rows_of",
     "triton_kernels",
 ]
+
+#: What takes derivatives of second order of the pass.
+INSTEAD = "torch.func.hessian"
 
 # rows of one pass when no gradient is wanted and no limit is set: large enough for full-speed GEMMs
 _ROWS_PER_PASS = 1 << 14
@@ -684,10 +688,11 @@ class _Encode(torch.autograd.Function):
         return features
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_features: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        with as_given(d_features.device):
-            return *_Encode._gradient(ctx, d_features.resolve_neg()), None
+    def backward(ctx: Any, d_features: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        with torch.no_grad(), as_given(d_features.device):
+            found = _Encode._gradient(ctx, d_features.resolve_neg())
+        d_contexts, d_deep = once("encode_text", INSTEAD, found, d_features, *ctx.saved_tensors)
+        return d_contexts, d_deep, None
 
     @staticmethod
     def _gradient(ctx: Any, d_features: Tensor) -> tuple[Tensor, Tensor | None]:

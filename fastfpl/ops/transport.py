@@ -11,9 +11,12 @@ from torch import Tensor
 
 from fastfpl.errors import InputError, KindError
 from fastfpl.ops import launch, native
-from fastfpl.ops.faces import Face, choose, transformed
+from fastfpl.ops.faces import Face, choose, face_or_any, forced, in_transform, transformed
+from fastfpl.ops.functional import Recipe, check_graph, in_front, once, transformed_call
+from fastfpl.ops.operators import define
 from fastfpl.ops.precision import as_given
 from fastfpl.ops.transport_checks import (
+    INSTEAD,
     LOGITS,
     PLAN,
     check_options,
@@ -21,12 +24,12 @@ from fastfpl.ops.transport_checks import (
     check_similarities,
     check_tensor,
     entropy_of,
-    once,
     refuse_nested,
     refuse_product,
     refuse_similarity,
     refuse_unconverged,
     refuse_vmap,
+    vmapped,
     wide_of,
 )
 from fastfpl.ops.transport_gradient import pull_back
@@ -308,10 +311,11 @@ def transport_logits(
 
     Notes
     -----
-    Differentiable in: patches, prompts, once, backward; forward mode and ``torch.func`` go to
-    ``face("reference")``, and ``vmap`` is a leading dimension. The plan is a constant as in FedOTP,
-    so that d logit / d s = T; with ``plan_gradient`` it is T + T (s - alpha - beta) / eps, the
-    derivative of the optimum (see `transport_plan`), except that the reference face differentiates
+    Differentiable in: patches, prompts, once, backward, under ``torch.func`` and ``torch.compile``
+    too; forward mode, and ``torch.func.grad`` of a gradient, go to ``face("reference")``. The plan
+    is a constant as in FedOTP, so that d logit / d s = T; with ``plan_gradient`` it is
+    T + T (s - alpha - beta) / eps, the derivative of the optimum (see `transport_plan`), except
+    that the reference face differentiates
     its iterations. Deterministic: yes on CPU, whatever the number of threads of the plans.
     Computes in float32, in float64 where one of both has it; 16-bit features are widened piece by
     piece, and autocast is not asked. Memory of the C++ face: some four pieces of 16 MiB, however
@@ -334,6 +338,11 @@ def transport_logits(
 
     Source: Li et al. 2024 (FedOTP), arXiv 2403.00041; Chen et al. 2023 (PLOT), arXiv 2210.01253.
     """
+    if torch.compiler.is_compiling():
+        check_graph("transport_logits")
+        problem = (float(eps), float(mass), balanced, max_iter, float(tol), plan_gradient)
+        found = _operator([patches, prompts], *problem, info, forced("transport_logits") or "")
+        return (found[0], Convergence(*found[1:])) if info else found[0]
     check_tensor(LOGITS, "patches", patches)
     check_tensor(LOGITS, "prompts", prompts)
     sizes = check_shapes(LOGITS, patches=(patches, "... B P D"), prompts=(prompts, "... C N D"))
@@ -355,8 +364,12 @@ def transport_logits(
         *(patches, prompts, float(eps), float(mass)),
         *(balanced or mass == 1, max_iter, float(tol), plan_gradient, info),
     )
-    refuse_vmap(LOGITS, patches, prompts)
+    if transformed(patches, prompts):
+        refuse_vmap(LOGITS, patches, prompts)
     face = choose("transport_logits", FACES["transport_logits"], *arguments)
+    if in_transform() and (face.name != "reference" or vmapped(patches, prompts)):
+        found = transformed_call(_RECIPE, [patches, prompts], *arguments[2:], face.name)
+        return (found[0], Convergence(*found[1:])) if info else found[0]
     logits: Tensor
     with as_given(patches.device):
         logits, iterations, residual, entropy = face.run(*arguments)
@@ -366,6 +379,57 @@ def transport_logits(
         check_products(patches, prompts, residual, float(eps))
         refuse_unconverged(LOGITS, iterations, residual, tol)
     return logits
+
+
+# --- torch.compile and torch.func -----------------------------------------------------------------
+
+
+def _called(
+    tensors: list[Tensor],
+    eps: float,
+    mass: float,
+    balanced: bool,
+    max_iter: int,
+    tol: float,
+    plan_gradient: bool,
+    info: bool,
+    name: str,
+) -> list[Tensor]:
+    options: dict[str, Any] = {"eps": eps, "mass": mass, "balanced": balanced, "tol": tol}
+    options |= {"max_iter": max_iter, "plan_gradient": plan_gradient}
+    with face_or_any(name, "transport_logits"):
+        if not info:
+            return [transport_logits(*tensors, **options)]
+        logits, ended = transport_logits(*tensors, **options, info=True)
+    return [logits, *ended]
+
+
+def _shaped(tensors: list[Tensor], *statics: Any) -> list[Tensor]:
+    patches, prompts = tensors
+    *_, info, _ = statics
+    shape = (*patches.shape[:-2], prompts.shape[-3])
+    dtypes = [torch.promote_types(patches.dtype, prompts.dtype)]
+    if info:
+        dtypes += [torch.int64, *(wide_of(patches, prompts),) * 2]
+    return [patches.new_empty(shape, dtype=dtype) for dtype in dtypes]
+
+
+def _batched(
+    size: int, tensors: list[Tensor], dims: list[int | None], *_: Any
+) -> list[Tensor] | None:
+    return [in_front(size, x, d) for x, d in zip(tensors, dims, strict=True)]
+
+
+_RECIPE = Recipe(
+    name="transport_logits",
+    schema="float eps, float mass, bool balanced, int max_iter, float tol, bool plan_gradient, "
+    "bool info, str face",
+    run=_called,
+    fake=_shaped,
+    batched=_batched,
+    instead=INSTEAD,
+)
+_operator = define(_RECIPE)
 
 
 # opaque to torch.compile: faces, threads and refusals happen when it runs, not when it is traced
@@ -391,6 +455,13 @@ def _(
         sim.new_empty(sim.shape[:-2], dtype=torch.int64),
         sim.new_empty(sim.shape[:-2]),
     )
+
+
+@_solve.register_vmap
+def _(
+    info: Any, dims: tuple[int | None, ...], sim: Tensor, *options: Any
+) -> tuple[_Solved, tuple[int, int, int]]:
+    return _solve(sim.movedim(dims[0] or 0, 0), *options), (0, 0, 0)
 
 
 class _Plan(torch.autograd.Function):
@@ -612,7 +683,8 @@ class _Triton(torch.autograd.Function):
                 of_patches=of_patches,
                 of_prompts=of_prompts,
             )
-        return *once(LOGITS, gradients, d_logits, patches, prompts), None, None, None
+        given = (d_logits, patches, prompts)
+        return *once("transport_logits", INSTEAD, gradients, *given), None, None, None
 
 
 #: The faces of this file's ops, best first.

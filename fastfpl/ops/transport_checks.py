@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch._C._functorch import (
 from fastfpl.errors import InputError, KindError, NotConverged, NotSupported
 
 __all__ = [
+    "INSTEAD",
     "LOGITS",
     "PLAN",
     "Refuse",
@@ -28,17 +29,19 @@ __all__ = [
     "check_similarities",
     "check_tensor",
     "entropy_of",
-    "once",
     "refuse_nested",
     "refuse_product",
     "refuse_similarity",
     "refuse_unconverged",
     "refuse_vmap",
+    "vmapped",
     "wide_of",
 ]
 
 PLAN = "fastfpl.ops.transport_plan"
 LOGITS = "fastfpl.ops.transport_logits"
+#: What takes derivatives of second order of the logits.
+INSTEAD = "face('reference')"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 #: Names the place of a value in similarities that is not finite after division by eps.
 Refuse = Callable[[Tensor, float, int], NoReturn]
@@ -66,19 +69,24 @@ def check_options(op: str, eps: float, mass: float, max_iter: int, tol: float) -
         raise InputError(f"{op}: max_iter must be at least 1; got {max_iter!r}")
 
 
-def refuse_vmap(op: str, *tensors: Tensor) -> None:
-    """Refuse what torch.func.vmap makes of a tensor: values of it cannot be checked."""
-    if torch.compiler.is_compiling():
-        return
+def vmapped(*tensors: Tensor) -> bool:
+    """Say whether a tensor is what torch.func.vmap makes of it, whose values cannot be read."""
     for tensor in tensors:
         inner = tensor
         while is_functorch_wrapped_tensor(inner):
             if is_batchedtensor(inner):
-                raise NotSupported(
-                    f"{op}: tensors must be whole; got a slice that torch.func.vmap makes; give "
-                    "all of them as a leading dimension"
-                )
+                return True
             inner = get_unwrapped(inner)
+    return False
+
+
+def refuse_vmap(op: str, *tensors: Tensor) -> None:
+    """Refuse slices of torch.func.vmap under derivatives that would need to look into them."""
+    if not torch.compiler.is_compiling() and vmapped(*tensors):
+        raise NotSupported(
+            f"{op}: tensors must be whole under forward mode and derivatives of gradients; got a "
+            "slice that torch.func.vmap makes; give all of them as a leading dimension"
+        )
 
 
 def refuse_nested(op: str) -> None:
@@ -90,28 +98,6 @@ def refuse_nested(op: str) -> None:
         raise NotSupported(
             f"{op}: forward mode must not lie within forward mode; got {levels} levels of it; "
             "torch.func.hessian gives second derivatives"
-        )
-
-
-def once(op: str, gradients: tuple[Tensor | None, ...], *of: Tensor) -> tuple[Tensor | None, ...]:
-    """Return gradients of ``of`` whose own derivatives are refused, not taken for 0."""
-    if not torch.is_grad_enabled():
-        return gradients
-    found: tuple[Tensor | None, ...] = _Once.apply(op, len(gradients), *gradients, *of)
-    return found
-
-
-class _Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, op: str, count: int, *tensors: Tensor | None) -> Any:
-        ctx.op = op
-        return tuple(None if x is None else x.view_as(x) for x in tensors[:count])
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> NoReturn:
-        raise NotSupported(
-            f"{ctx.op}: derivatives must be of first order; got one of a gradient; "
-            "face('reference') takes it"
         )
 
 

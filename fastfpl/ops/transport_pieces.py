@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from fastfpl.ops import native
+from fastfpl.ops.functional import once
 from fastfpl.ops.precision import as_given
 from fastfpl.ops.transport_checks import (
-    LOGITS,
+    INSTEAD,
     Refuse,
     check_similarities,
     entropy_of,
-    once,
     refuse_product,
     wide_of,
 )
@@ -226,7 +226,8 @@ class _Logits(torch.autograd.Function):
             None if d_patches is None else d_patches.to(patches.dtype),
             None if d_prompts is None else d_prompts.to(prompts.dtype),
         )
-        return *once(LOGITS, gradients, d_logits, patches, prompts), None, None, None
+        given = (d_logits, patches, prompts)
+        return *once("transport_logits", INSTEAD, gradients, *given), None, None, None
 
 
 def _zeros(like: Tensor, others: Tensor, dtype: torch.dtype) -> Tensor:

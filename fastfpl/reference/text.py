@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastfpl.handles import Handled
+
 __all__ = [
     "Block",
     "PromptLayout",
@@ -55,7 +57,7 @@ class Block:
 
 
 @dataclass(frozen=True, eq=False)
-class TextTower:
+class TextTower(Handled):
     """Frozen weights of a CLIP text transformer, whatever family they came from.
 
     Attributes
@@ -158,7 +160,7 @@ class TextTower:
 
 
 @dataclass(frozen=True, eq=False)
-class PromptLayout:
+class PromptLayout(Handled):
     """Where the tokens of every class prompt stand for one number of context tokens.
 
     Attributes

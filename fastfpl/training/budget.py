@@ -87,6 +87,10 @@ class Budget:
     where a client would not fit otherwise: it is cut into parts of contexts and classes. A trial
     changes nothing.
 
+    Captured graphs keep what a step needs in a pool of their own, for good: it stands beside the
+    steps of other shapes, which run as they are before they are captured, and beside all other
+    passes.
+
     Parameters
     ----------
     limit : int
@@ -102,6 +106,8 @@ class Budget:
         Bytes that are kept for caches of text features.
     decoded : int
         Bytes that are kept for decoded images.
+    pooled : int
+        Bytes that are kept for the pool of captured graphs.
     passes : list of dict
         What was chosen for every kind of cohort: ``what`` it is for, ``clients`` at most,
         ``text_bytes`` for activations of the text pass, and ``tried_bytes`` that
@@ -116,7 +122,8 @@ class Budget:
 
     def __init__(self, limit: int, device: torch.device) -> None:
         self.limit = limit
-        self.taken = self.reserved = self.decoded = 0
+        self.taken = self.reserved = self.decoded = self.pooled = 0
+        self._beside = 0  # most bytes of a pass that no graph is of
         self.passes: list[dict[str, Any]] = []
         self._device = device
         self._shares: dict[Hashable, Share] = {}
@@ -139,7 +146,8 @@ class Budget:
     @property
     def room(self) -> int:
         """Bytes that a pass is planned with."""
-        return int(_PLANNED * (self.limit - self.taken)) - self.reserved - self.decoded
+        whole = int(_PLANNED * (self.limit - self.taken))
+        return whole - self.reserved - self.decoded - self.pooled
 
     def text_features(self) -> TextFeatures:
         """Make a cache of text features, and keep bytes for it."""
@@ -164,6 +172,7 @@ class Budget:
         images: int | None,
         most: int | None,
         after: Callable[[], None],
+        replayed: bool = False,
     ) -> Share:
         """Choose the share of one kind of cohort; measured at its first sight.
 
@@ -185,8 +194,11 @@ class Budget:
             Clients that share a pass at most; None for 64, as more make no device busier.
         after : callable
             Called after the trials, to forget what they left in caches.
+        replayed : bool
+            Whether its steps are captured: then they have their memory twice, in the pool of the
+            graphs and where steps of other shapes run.
         """
-        key = (what, images, *(shapes(state) for state in kind))
+        key = (what, images, replayed, *(shapes(state) for state in kind))
         if key not in self._shares:
             # who gathers a cohort, or puts it into order, holds its states a second time
             twice = sum(tensor.nbytes for state in kind for tensor in state.values())
@@ -196,18 +208,28 @@ class Budget:
                 trial([client] * count, down, stack([kind[1]] * count))
 
             try:
-                self._shares[key] = self._choose(what, run, twice, most)
+                self._shares[key] = self._choose(what, run, twice, most, replayed)
             finally:
                 after()
         return self._shares[key]
 
     def _choose(
-        self, what: str, run: Callable[[int], None], beside: int, most: int | None
+        self,
+        what: str,
+        run: Callable[[int], None],
+        beside: int,
+        most: int | None,
+        replayed: bool,
     ) -> Share:
-        room, text = self.room, self.room // 2
+        # a pool that was counted grows to what this pass needs: it is no other one beside it
+        whole = self.room + self.pooled if replayed else self.room
+        room = min(whole // 2, whole - self._beside) if replayed else whole
+        text = room // 2
         first, known = room + 1, ""
         while first > room:
             try:
+                if text < 1:
+                    raise InputError("a pass of no text takes no less")
                 first = beside + self._needs(run, 1, text)
             except InputError as error:  # not one class fits into so little
                 raise InputError(
@@ -219,8 +241,13 @@ class Budget:
             text //= 2
         text *= 2
         count, tried, needed = self._doubled(
-            lambda n: n * beside + self._needs(run, n, text), first, most or _ENOUGH
+            lambda n: n * beside + self._needs(run, n, text), first, most or _ENOUGH, room
         )
+        all_of_it = -(-count * needed // tried)
+        if replayed:
+            self.pooled = max(self.pooled, all_of_it)
+        else:
+            self._beside = max(self._beside, all_of_it)
         self.passes.append(
             {
                 "what": what,
@@ -232,16 +259,18 @@ class Budget:
         )
         return Share(count, text)
 
-    def _doubled(self, needs: Callable[[int], int], first: int, top: int) -> tuple[int, int, int]:
+    def _doubled(
+        self, needs: Callable[[int], int], first: int, top: int, room: int
+    ) -> tuple[int, int, int]:
         """Double what shares a pass while it fits; return how many do, were tried and needed.
 
         Twice as many need at most twice as much, so that no trial needs more than there is.
         """
         tried, needed = 1, max(first, 1)
-        while 2 * tried <= top and 2 * needed <= self.room:
+        while 2 * tried <= top and 2 * needed <= room:
             tried *= 2
             needed = max(needs(tried), 1)
-        return min(tried * self.room // needed, top), tried, needed
+        return min(tried * room // needed, top), tried, needed
 
     def images(self, encode: Callable[[Tensor], object], size: int, most: int) -> int:
         """Choose how many images the image tower encodes at once, ``most`` at the most.
@@ -259,7 +288,8 @@ class Budget:
                 f"{_readable(self.limit)}, of which {_readable(self.taken)} are taken, but one "
                 f"needs {_readable(first)}; raise it or take a smaller CLIP"
             )
-        count, tried, needed = self._doubled(lambda n: self._needs(run, n, self.room), first, most)
+        room = self.room
+        count, tried, needed = self._doubled(lambda n: self._needs(run, n, room), first, most, room)
         self.passes.append(
             {"what": "encoding", "images": count, "tried_images": tried, "tried_bytes": needed}
         )
@@ -290,6 +320,7 @@ class Budget:
             "taken_bytes": self.taken,
             "text_cache_bytes": self.reserved,
             "image_cache_bytes": self.decoded,
+            "graph_pool_bytes": self.pooled,
             "passes": self.passes,
         }
 

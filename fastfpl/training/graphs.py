@@ -123,6 +123,19 @@ class StepGraphs:
 
         return twin, step
 
+    def give_up(self, reason: str) -> None:
+        """Capture no more, and let go of what was captured.
+
+        Raises
+        ------
+        NotSupported
+            If steps must be captured.
+        """
+        self.reasons = [reason]
+        if self._required:
+            raise _refusal(self.reasons)
+        self._twins.clear()
+
     def _step(
         self, cohort: Cohort, shapes: dict[Hashable, _Shape], live: int, batch: Batch
     ) -> None:

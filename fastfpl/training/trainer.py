@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from fastfpl.config import Settings
+from fastfpl.errors import InputError
 from fastfpl.methods import Method, State
 from fastfpl.ops.memory import current_limit
 from fastfpl.training.budget import Budget
@@ -148,16 +150,20 @@ class Trainer:
         def fit(members: list[int], downs: State, owns: State) -> None:
             self.trial(members, downs, owns, {client: mine}, round_)
 
-        return self.budget.share(
-            "training",
-            (down, own),
-            self.method.apart,
-            fit,
-            client,
-            len(mine),
-            self.settings.cohort,
-            after or self.forget,
+        share = partial(
+            self.budget.share,
+            *("training", (down, own), self.method.apart, fit, client, len(mine)),
+            *(self.settings.cohort, after or self.forget),
         )
+        if self.graphs is None or self.graphs.reasons:
+            return share()
+        try:
+            return share(replayed=True)
+        except InputError:
+            # without graphs a step is not in memory twice
+            found = share()
+            self.graphs.give_up("max_memory leaves no room for the memory of captured steps")
+            return found
 
     def forget(self) -> None:
         """Forget text features: what is encoded together decides the last bit."""
