@@ -4,7 +4,7 @@ Four protocols, every domain left out in turn, few shots, and the papers' own bu
 run that is finished is read back, one that was stopped goes on. Writes ``docs/results.json`` and
 the tables of ``docs/results.md`` between its markers. ``--seed N`` plays one seed and writes
 nothing, for processes side by side; ``--finished`` plays nothing and takes, of each protocol, the
-seeds that all its methods have finished.
+seeds that all its methods have finished; a table of which nothing is finished is left out.
 """
 
 from __future__ import annotations
@@ -143,51 +143,82 @@ def table(first: str, columns: list[str], rows: dict[str, list[str]]) -> str:
 
 
 def tables(found: dict[str, Any]) -> str:
-    """Write the tables in Markdown; headings say how many seeds stand behind a column."""
+    """Write the tables in Markdown whose protocols are all there.
 
-    def seeds(protocol: str) -> str:
-        values = next(iter(found[protocol]["zeroshot"].values()))
-        return f"{len(values)} seed" + "s" * (len(values) > 1)
+    Headings say how many seeds stand behind a column.
+    """
+    whole = (_simple, _novel, _domains, _left_out, _few, _own_budgets)
+    return "\n\n".join(text for one in whole if (text := one(found)))
 
-    def columns(asked: dict[str, tuple[str, str]]) -> dict[str, list[str]]:
-        return {
-            m: [cell(found[protocol][m][name]) for protocol, name in asked.values()]
-            for m in METHODS
-        }
 
-    simple = {
+def _seeds(found: dict[str, Any], protocol: str) -> str:
+    values = next(iter(found[protocol]["zeroshot"].values()))
+    return f"{len(values)} seed" + "s" * (len(values) > 1)
+
+
+def _columns(found: dict[str, Any], asked: dict[str, tuple[str, str]]) -> dict[str, list[str]]:
+    """Cells of every method; none at all where a protocol is not there."""
+    if not all(protocol in found for protocol, _ in asked.values()):
+        return {}
+    return {m: [cell(found[p][m][name]) for p, name in asked.values()] for m in METHODS}
+
+
+def _simple(found: dict[str, Any]) -> str:
+    titles = {
         "pathological": "pathological",
         "dirichlet": "Dirichlet 0.3",
         "domains": "six domains",
     }
-    titles = {f"{title}, {seeds(p)}": (p, "own") for p, title in simple.items()}
-    out = [table("method", list(titles), columns(titles))]
+    asked = {title: (protocol, "own") for protocol, title in titles.items()}
+    rows = _columns(found, asked)
+    heads = [f"{title}, {_seeds(found, p)}" for p, title in titles.items()] if rows else []
+    return table("method", heads, rows) if rows else ""
+
+
+def _novel(found: dict[str, Any]) -> str:
     parts = ("local", "base", "novel", "harmonic mean")
-    novel = {name: ("base-to-novel", name) for name in parts}
-    out.append(table(f"base to novel, {seeds('base-to-novel')}", list(novel), columns(novel)))
-    looks = {name: ("domains", name) for name in DOMAINS}
-    out.append(table(f"six domains, {seeds('domains')}", list(looks), columns(looks)))
+    rows = _columns(found, {name: ("base-to-novel", name) for name in parts})
+    return (
+        table(f"base to novel, {_seeds(found, 'base-to-novel')}", list(parts), rows) if rows else ""
+    )
+
+
+def _domains(found: dict[str, Any]) -> str:
+    rows = _columns(found, {name: ("domains", name) for name in DOMAINS})
+    return table(f"six domains, {_seeds(found, 'domains')}", list(DOMAINS), rows) if rows else ""
+
+
+def _left_out(found: dict[str, Any]) -> str:
     left = {name: (f"unseen {name}", "target") for name in DOMAINS}
-    rows = columns(left)
+    rows = _columns(found, left)
     for method, cells in rows.items():
         each = zip(*(found[p][method][name] for p, name in left.values()), strict=False)
         cells.append(cell([statistics.fmean(one) for one in each]))
-    heading = f"domain left out, {seeds('unseen sketch')}"
-    out.append(table(heading, [*left, "mean"], rows))
+    heading = f"domain left out, {_seeds(found, 'unseen sketch')}" if rows else ""
+    return table(heading, [*left, "mean"], rows) if rows else ""
+
+
+def _few(found: dict[str, Any]) -> str:
     few = {f"{n}": (f"{n} shots", "own") for n in SHOTS} | {"16": ("pathological", "own")}
-    out.append(table(f"shots, pathological, {seeds('1 shots')}", list(few), columns(few)))
+    rows = _columns(found, few)
+    heading = f"shots, pathological, {_seeds(found, '1 shots')}" if rows else ""
+    return table(heading, list(few), rows) if rows else ""
+
+
+def _own_budgets(found: dict[str, Any]) -> str:
+    if not {"own budgets", "pathological", "domains"} <= set(found):
+        return ""
     rows = {}
     for method, asked in OWN_BUDGETS.items():
         budget = BUDGET | asked
         epochs = budget["local_epochs"]
         said = f"{budget['rounds']} rounds of {epochs} epoch" + "s" * (epochs > 1)
         where = "six domains" if asked["partition"] == "domain" else "pathological"
-        protocol = "domains" if asked["partition"] == "domain" else "pathological"
+        short = "domains" if asked["partition"] == "domain" else "pathological"
         mine = found["own budgets"][method]["own"]
-        rows[method] = [where, said, cell(mine), cell(found[protocol][method]["own"])]
-    asked_by = [f"played, {seeds('own budgets')}", "own budget", "accuracy", "in 10 rounds of 1"]
-    out.append(table("method", asked_by, rows))
-    return "\n\n".join(out)
+        rows[method] = [where, said, cell(mine), cell(found[short][method]["own"])]
+    heads = [f"played, {_seeds(found, 'own budgets')}", "own budget", "accuracy"]
+    return table("method", [*heads, "in 10 rounds of 1"], rows)
 
 
 @click.command()
@@ -209,11 +240,10 @@ def main(work: Path, seeds: int, seed: int | None, only: bool) -> None:
     for protocol, method, number in finished(work, seeds):
         final = play(work, protocol, method, number).final
         results[protocol].setdefault(method, []).append(final)
-    missing = [p for p, methods in results.items() if not methods]
-    if missing:
+    if not any(results.values()):
         raise click.ClickException(
-            f"every protocol must have a seed that all methods finished in {work}; got none of "
-            f"{', '.join(missing)}: run without --finished"
+            f"a protocol must have a seed that all its methods finished in {work}; got none: run "
+            "without --finished"
         )
     found = figures(results)
     write_json(DOCS / "results.json", {"budget": BUDGET, "rates": RATES} | found)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 from fastfpl.errors import InputError
 
-__all__ = ["Handled", "held"]
+__all__ = ["Handled", "alive", "held"]
 
 T = TypeVar("T")
 
@@ -58,3 +59,12 @@ def held(handle: str, kind: type[T]) -> T:
             "long as what was compiled with it"
         )
     return found
+
+
+def alive(statics: Iterable[Any]) -> tuple[Any, ...]:
+    """Return the objects whose handles are among an operator's arguments.
+
+    Whoever keeps them keeps the handles good, as a backward pass must.
+    """
+    found = (_objects.get(static) for static in statics if isinstance(static, str))
+    return tuple(one for one in found if one is not None)

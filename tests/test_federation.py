@@ -626,7 +626,7 @@ ELSEWHERE = {
     *("layout", "columns", "digest"),  # test_own_images
     "evaluate_clients",  # test_many_clients
     "unseen",  # test_adapt
-    *("dp_noise", "dp_clip", "dp_delta"),  # test_privacy
+    *("dp_noise", "dp_clip", "dp_delta", "dp_unit"),  # test_privacy, test_private_images
     *("merge", "trim", "krum_malicious", "krum_kept", "clip_update"),  # test_robust
 }
 

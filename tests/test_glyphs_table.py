@@ -100,6 +100,15 @@ def test_tables_are_of_the_figures():
     assert cells(text, "method | played", "fedapt")["played, 2 seeds"] == "six domains"
 
 
+def test_a_table_of_which_something_is_missing_is_left_out():
+    results = made_up(1)
+    del results["unseen sketch"], results["own budgets"]
+    text = tables(figures(results))
+    assert "domain left out" not in text
+    assert "own budget" not in text
+    assert cells(text, "shots, pathological, 1 seed", "local")["16"].count("±") == 0
+
+
 def test_without_finished_runs_nothing_is_written(tmp_path):
     done = CliRunner().invoke(glyphs_table.main, ["--work", str(tmp_path), "--finished"])
     assert done.exit_code == 1

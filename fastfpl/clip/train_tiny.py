@@ -277,15 +277,15 @@ def start_like_a_trained_one(visual: Any, draws: torch.Generator) -> None:
         visual.positional_embedding[1:] = 0.1 * torch.cat([down, across], dim=-1).flatten(0, 1)
         for block in visual.transformer.resblocks:
             attention, scale = block.attn, width**-0.5
-            eye, rank = torch.eye(width), width // attention.num_heads
+            eye, rank = torch.eye(width, dtype=torch.float32), width // attention.num_heads
             queries, keys, values = attention.in_proj_weight.split(width)
             for head in range(attention.num_heads):
                 rows = slice(head * rank, (head + 1) * rank)
-                noise = scale * torch.randn(width, width, generator=draws)
+                noise = scale * torch.randn(width, width, generator=draws, dtype=torch.float32)
                 u, size, v = torch.linalg.svd(0.7 * noise + 0.7 * eye)
                 queries[rows] = (u[:, :rank] * size[:rank].sqrt()).T
                 keys[rows] = v[:rank] * size[:rank].sqrt()[:, None]
-            noise = scale * torch.randn(width, width, generator=draws)
+            noise = scale * torch.randn(width, width, generator=draws, dtype=torch.float32)
             u, size, v = torch.linalg.svd(0.4 * noise - 0.4 * eye)
             values.copy_(v * size.sqrt()[:, None])
             attention.out_proj.weight.copy_(u * size.sqrt())

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
 
 from fastfpl.errors import NotSupported
+from fastfpl.handles import alive
 from fastfpl.ops.faces import in_transform
 
 __all__ = [
@@ -284,6 +285,7 @@ class _Call(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.recipe, ctx.statics, *tensors = inputs
+        ctx.alive = alive(ctx.statics)
         ctx.save_for_backward(*tensors)
         ctx.mark_non_differentiable(*output[1:])
 

@@ -297,7 +297,7 @@ class _Gate(torch.autograd.Function):
             if of_experts:
                 grads["experts"] = (d_kv @ w_kv).view(clients, classes, count, width)
             if of_w_k or of_w_v:
-                grads["w_k"], grads["w_v"] = (d_kv.mT @ rows).split(width, dim=1)
+                grads["w_k"], grads["w_v"] = _over_rows(d_kv, rows).split(width, dim=1)
         if of_b_k:
             grads["b_k"] = torch.zeros_like(b_v)
         names = ("image", "experts", *Gate.tensor_names())
@@ -305,6 +305,22 @@ class _Gate(torch.autograd.Function):
             *(None, None, None),
             *(grads[name] if needed else None for name, needed in zip(names, needs, strict=True)),
         )
+
+
+def _over_rows(left: Tensor, right: Tensor) -> Tensor:
+    """Give ``left.mT @ right``, (U, n, K) and (U, n, D) -> (U, K, D), in up to four sums.
+
+    Where a vector has eight numbers the vendor's product adds up all rows in one chain, whose
+    error grows with its length: four chains err 2.5 times less at 132 rows, and cost nothing.
+    """
+    parts = min(4, left.shape[1] // 32) if left.is_cpu else 1
+    if parts < 2:
+        return left.mT @ right
+    total: Tensor | None = None
+    for x, y in zip(left.tensor_split(parts, dim=1), right.tensor_split(parts, dim=1), strict=True):
+        total = x.mT @ y if total is None else torch.baddbmm(total, x.mT, y)
+    assert total is not None
+    return total
 
 
 def _run(fused: _Fused, image: Tensor, experts: Tensor, gate: Gate) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from fastfpl.handles import alive
 from fastfpl.ops.functional import (
     Recipe,
     batched_call,
@@ -64,6 +65,7 @@ def define(recipe: Recipe) -> Operator:
 
     def remember(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
         tensors, *ctx.statics = inputs
+        ctx.alive = alive(ctx.statics)
         ctx.save_for_backward(*tensors)
         ctx.mark_non_differentiable(*output[1:])
 
