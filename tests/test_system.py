@@ -18,6 +18,7 @@ import pytest
 from fastfpl import system
 from fastfpl.errors import InputError
 from fastfpl.federation.lock import LOCK, alone_in
+from fastfpl.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 LINUX = pytest.mark.skipif(
@@ -83,11 +84,14 @@ def test_the_first_command_needs_nothing_of_posix(tmp_path: Path) -> None:
     done = python(FIRST, json.dumps(command), TMPDIR=str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     results = list(out.glob("*/result.json"))
-    assert len(results) == 5
+    assert {p.parent.name.removesuffix("-seed0") for p in results} == METHODS.keys() & set(command)
+    assert len(results) == 7
     assert json.loads(results[0].read_text(encoding="utf-8"))["peak_memory_bytes"] > 50 << 20
     assert (out / "index.html").exists()
     assert not [p for p in tmp_path.rglob(".*") if p.is_file()]
-    assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".safetensors"] * 2
+    kept = [p.suffix for p in (tmp_path / "cache").iterdir()]
+    # pooled features, as the tower gives them, and patches: of training and of test images
+    assert kept == [".safetensors"] * 6
 
 
 HOLDER = """
