@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import statistics
 import tempfile
 import threading
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import psutil
 
 import fastfpl
 from fastfpl.clip import load_clip
@@ -49,27 +49,12 @@ BUDGET = {
 _LOOKS = 0.5  # seconds between two looks at memory
 
 
-def _pss(pid: int) -> int:
+def _pss(process: psutil.Process) -> int:
     """Return the proportional set of a process in bytes; 0 of one that has gone."""
     try:
-        text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
-    except OSError:
+        return int(process.memory_full_info().pss)
+    except psutil.Error:
         return 0
-    found = re.search(r"^Pss:\s+(\d+) kB", text, re.MULTILINE)
-    return 0 if found is None else 1024 * int(found[1])
-
-
-def _parents() -> dict[int, int]:
-    """Return the parent of every process."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                stat = (entry / "stat").read_text(encoding="utf-8", errors="replace")
-            except OSError:
-                continue
-            found[int(entry.name)] = int(stat.rpartition(")")[2].split()[1])
-    return found
 
 
 class Watch(threading.Thread):
@@ -87,23 +72,14 @@ class Watch(threading.Thread):
 
     def look(self) -> None:
         """Note what every node takes now."""
-        parents = _parents()
-        children: dict[int, list[int]] = {}
-        for pid, parent in parents.items():
-            children.setdefault(parent, []).append(pid)
-        for node in children.get(os.getpid(), ()):
+        for node in psutil.Process().children():
             try:
-                line = Path(f"/proc/{node}/cmdline").read_bytes()
-            except OSError:
+                if not any("flower-supernode" in word for word in node.cmdline()):
+                    continue
+                tree = [node, *node.children(recursive=True)]
+            except psutil.Error:
                 continue
-            if b"flower-supernode" not in line:
-                continue
-            tree, total = [node], 0
-            while tree:
-                pid = tree.pop()
-                total += _pss(pid)
-                tree += children.get(pid, ())
-            self.seen.setdefault(node, []).append(total)
+            self.seen.setdefault(node.pid, []).append(sum(_pss(one) for one in tree))
 
     def end(self) -> None:
         """Stop looking."""

@@ -311,7 +311,8 @@ def _over_rows(left: Tensor, right: Tensor) -> Tensor:
     """Give ``left.mT @ right``, (U, n, K) and (U, n, D) -> (U, K, D), in up to four sums.
 
     Where a vector has eight numbers the vendor's product adds up all rows in one chain, whose
-    error grows with its length: four chains err 2.5 times less at 132 rows, and cost nothing.
+    error grows with its length: four chains err 2.5 times less at 132 rows and 1.4 times at 1000,
+    for 50 µs and for a tenth more of this product's time.
     """
     parts = min(4, left.shape[1] // 32) if left.is_cpu else 1
     if parts < 2:
