@@ -80,7 +80,7 @@ def test_linked_files_are_there(page):
 def test_the_pieces_run():
     page = (ROOT / "docs" / "pieces.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     torch.manual_seed(0)
     names: dict[str, object] = {}
     for block in blocks:
