@@ -278,6 +278,12 @@ class Settings(BaseModel):
         description="decoded images that stay in memory where they are used again, by fresh crops "
         "or several views, such as 4GiB (1GiB); 0 keeps none; decides speed, not figures",
     )
+    resident_features: Bytes | None = Field(
+        None,
+        ge=0,
+        description="stored image features that stay on a CUDA device, training's first, such as "
+        "8GiB (a quarter of what is free there); 0 keeps none; decides speed, not figures",
+    )
     device: str = Field("auto", description="cpu, cuda or auto")
     dtype: Literal["float32", "float16", "bfloat16", "float64"] = Field(
         "float32", description="of the frozen CLIP; prompts train in float32 or wider"
@@ -416,10 +422,10 @@ class Settings(BaseModel):
 def make_settings(values: Mapping[str, Any]) -> Settings:
     """Check values and fill in defaults, or refuse with a sentence that names the key.
 
-    ``shots`` also takes ``"all"``, ``as_released`` names separated by commas, ``max_memory`` and
-    ``resident`` a text such as ``"2GiB"``, ``columns`` a text such as ``"path=file,label=kind"``,
-    ``cuda_graphs`` and ``quick_gelu`` the truth values that
-    YAML makes of on and off, yes and no, and numbers may come as integers where a float is meant.
+    ``shots`` also takes ``"all"``, ``as_released`` names separated by commas, ``max_memory``,
+    ``resident`` and ``resident_features`` a text such as ``"2GiB"``, ``columns`` a text such as
+    ``"path=file,label=kind"``, ``cuda_graphs`` and ``quick_gelu`` the truth values that YAML makes
+    of on and off, yes and no, and numbers may come as integers where a float is meant.
     """
     known = Settings.model_fields
     for key in values:
@@ -437,12 +443,12 @@ def make_settings(values: Mapping[str, Any]) -> Settings:
         )
     if shots == "all":
         clean["shots"] = None
-    none = clean.get("resident") in (0, "0") and clean["resident"] is not False
-    for key in ("max_memory", "resident"):
-        if clean.get(key) is not None and not (none and key == "resident"):
-            clean[key] = parse_bytes("fastfpl.Settings", clean[key], key)
-    if none:
-        clean["resident"] = 0
+    for key in ("max_memory", "resident", "resident_features"):
+        value = clean.get(key)
+        if key != "max_memory" and value in (0, "0") and value is not False:
+            clean[key] = 0
+        elif value is not None:
+            clean[key] = parse_bytes("fastfpl.Settings", value, key)
     for key, on, off in (("cuda_graphs", "on", "off"), ("quick_gelu", "yes", "no")):
         if isinstance(clean.get(key), bool):
             clean[key] = on if clean[key] else off

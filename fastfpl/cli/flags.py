@@ -62,7 +62,8 @@ GROUPS = {
         *("as_released", "seed"),
     ),
     "Device, speed and memory": (
-        *("device", "threads", "workers", "max_memory", "resident", "cohort", "cuda_graphs"),
+        *("device", "threads", "workers", "max_memory", "resident", "resident_features"),
+        *("cohort", "cuda_graphs"),
     ),
 }
 _GROUP = {name: title for title, names in GROUPS.items() for name in names}

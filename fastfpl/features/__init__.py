@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from fastfpl.features.file import FeatureKey, Features
+from fastfpl.features.on_device import DeviceFeatures, DeviceRoom, gathered, moved
 from fastfpl.features.store import FeatureStore, Whole, default_directory
 from fastfpl.features.text import TextFeatures, TextKey
 
 __all__ = [
+    "DeviceFeatures",
+    "DeviceRoom",
     "FeatureKey",
     "FeatureStore",
     "Features",
@@ -14,4 +17,6 @@ __all__ = [
     "TextKey",
     "Whole",
     "default_directory",
+    "gathered",
+    "moved",
 ]

@@ -127,6 +127,11 @@ class Features:
     def __len__(self) -> int:
         return self.shape[0]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
     def __getitem__(
         self, indices: int | slice | Sequence[int] | npt.NDArray[Any] | Tensor
     ) -> Tensor:
@@ -145,6 +150,11 @@ class Features:
         # index gives new memory, for a single row too
         gathered = self._rows[torch.from_numpy(np.atleast_1d(where).astype(np.int64))]
         return gathered if np.ndim(where) else gathered[0]
+
+    def read(self, at: npt.NDArray[np.int64], out: Tensor) -> Tensor:
+        """Gather rows ``at`` (m,), none of them negative, into ``out`` (m, ...); return it."""
+        where = at if self._of is None else self._of[at]
+        return torch.index_select(self._rows, 0, torch.from_numpy(where), out=out)
 
 
 def intact(path: Path, key: FeatureKey, n: int) -> bool:

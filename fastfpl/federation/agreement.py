@@ -22,6 +22,7 @@ __all__ = ["agree", "agree_on_weights", "share_folder"]
 
 # what decides no figure and may be another on each machine
 _OWN = ("root", "target_root", "device", "threads", "workers", "resident", "max_memory")
+_OWN += ("resident_features",)
 
 
 def agree(ranks: Ranks, planned: Plan, *, resume: bool) -> None:

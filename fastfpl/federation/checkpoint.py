@@ -184,7 +184,7 @@ class _Head(_Strict):
 def settings_facts(settings: Settings, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that decide figures, and with them whether a run can be resumed."""
     loose = {*("rounds", "cohort", "threads", "device", "root"), *("max_memory", "cuda_graphs")}
-    loose |= {"workers", "resident"}
+    loose |= {"workers", "resident", "resident_features"}
     if settings.schedule == "cosine-rounds":
         loose.remove("rounds")
     kept = {k: v for k, v in settings.model_dump().items() if k not in loose}

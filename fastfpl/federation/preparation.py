@@ -42,7 +42,13 @@ from fastfpl.training.budget import Budget
 from fastfpl.training.feeds import Observer, evaluation_feed, silent, training_feed
 from fastfpl.training.gathering import stack
 from fastfpl.training.graphs import step_graphs
-from fastfpl.training.preparation import choose_device, load_model, make_eye, make_task
+from fastfpl.training.preparation import (
+    choose_device,
+    load_model,
+    make_eye,
+    make_room,
+    make_task,
+)
 from fastfpl.training.private import image_privacy
 from fastfpl.training.trainer import Trainer
 
@@ -336,6 +342,8 @@ def prepare(
         if ranks is not None:
             store = RankedStore(ranks, cache, chunk=ranks.least(chunk))
         eye = replace(eye, store=store)
+    # what trains comes first, then what is asked
+    eye = replace(eye, room=make_room(settings, clip.device, budget))
     method = as_released(kind, settings.as_released)(
         _task(settings, clip, scenario, budget), options
     )

@@ -29,6 +29,7 @@ from fastfpl.released import visits_of
 from fastfpl.trained.joined import JOINED, Joined, check_name, joined_names, write_joined
 from fastfpl.trained.models import Model, load
 from fastfpl.training.feeds import Observer, evaluation_feed, silent, training_feed
+from fastfpl.training.preparation import make_room
 from fastfpl.training.trainer import Trainer
 
 __all__ = ["Adapted", "adapt"]
@@ -193,6 +194,7 @@ def _joined(
     store.check()
     workers = Workers(choose_workers(trained.clip.device.type, settings.workers))
     eye = trained.look(store, observer, workers)
+    eye = replace(eye, room=make_room(settings, trained.clip.device))
     feed = training_feed(eye, train, shard.train, settings, paired=method.paired)
     trainer = Trainer(settings, method, feed, {number: shard.train}, observer)
     asked = evaluation_feed(eye, dataset.test, "test", shard.test)

@@ -162,6 +162,14 @@ class Budget:
         self.decoded = min(wanted, self.room // 8)
         return self.decoded
 
+    def device_features(self, wanted: int | None) -> int:
+        """Say how many of the bytes that are wanted features may take on a CUDA device.
+
+        They are brought there before the first pass, and so are among what is taken then.
+        """
+        most = self.room // 4
+        return most if wanted is None else min(wanted, most)
+
     def share(
         self,
         what: str,

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from fastfpl.config import Settings
 from fastfpl.errors import NotConverged
+from fastfpl.features import moved
 from fastfpl.methods import Batch, Method, State
 from fastfpl.methods.contract import asked, check_states, furthest, started
 from fastfpl.seeds import generator
-from fastfpl.training.feeds import Feed, Observer, moved
+from fastfpl.training.feeds import Feed, Observer
 from fastfpl.training.graphs import StepGraphs
 from fastfpl.training.private import ImagePrivacy
 from fastfpl.training.steps import Cohort

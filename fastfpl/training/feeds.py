@@ -17,7 +17,16 @@ from fastfpl.data import Images, Split
 from fastfpl.data.loader import Job, Loader, Resident, Workers
 from fastfpl.data.transforms import Preprocess
 from fastfpl.errors import InputError
-from fastfpl.features import FeatureKey, Features, FeatureStore, Whole
+from fastfpl.features import (
+    DeviceFeatures,
+    DeviceRoom,
+    FeatureKey,
+    Features,
+    FeatureStore,
+    Whole,
+    gathered,
+    moved,
+)
 from fastfpl.seeds import seed_for
 from fastfpl.tracking.callback import ENCODING
 
@@ -29,7 +38,6 @@ __all__ = [
     "Feed",
     "Observer",
     "evaluation_feed",
-    "moved",
     "silent",
     "training_feed",
 ]
@@ -46,15 +54,11 @@ Indices = npt.NDArray[np.int64]
 
 # batches on their way to a device
 _AHEAD = 4
+#: Stored features of one view.
+View = Features | DeviceFeatures
 #: Bytes of decoded images that stay where they are used again, unless settings say otherwise: the
 #: few-shot sets of a hundred classes fit.
 RESIDENT = 1 << 30
-
-
-def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor of the CPU to a device, without waiting for the device."""
-    ready = tensor.pin_memory() if device.type == "cuda" else tensor
-    return ready.to(device, non_blocking=True)
 
 
 class Encoder:
@@ -97,10 +101,10 @@ class Feed:
     split : Split
     rows : ndarray, shape (n,), int64
         Images that may be asked for, ascending.
-    plain : list of Features, or Encoder
+    plain : list of Features or DeviceFeatures, or Encoder
         One entry a view, each with n rows; or what encodes every batch afresh.
-    strong : list of Features, or Encoder, optional
-        The strongly augmented view, likewise.
+    strong : likewise, optional
+        The strongly augmented view.
     dtype : torch.dtype, optional
         What features that were stored are converted to; theirs if left out.
     """
@@ -110,8 +114,8 @@ class Feed:
         device: torch.device,
         split: Split,
         rows: Indices,
-        plain: list[Features] | Encoder,
-        strong: list[Features] | Encoder | None = None,
+        plain: list[View] | Encoder,
+        strong: list[View] | Encoder | None = None,
         *,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -154,7 +158,7 @@ class Feed:
         return self._view(self._strong, indices, draws)
 
     def _view(
-        self, source: list[Features] | Encoder, indices: Indices, draws: Indices | None
+        self, source: list[View] | Encoder, indices: Indices, draws: Indices | None
     ) -> Tensor:
         flat = indices.reshape(-1)
         if isinstance(source, Encoder):
@@ -163,11 +167,11 @@ class Feed:
         else:
             at = np.searchsorted(self._rows, flat)
             if len(source) == 1:
-                features = source[0][at]
+                features = gathered(source[0], at, self._device)
             else:
                 assert draws is not None
-                features = _chosen(source, draws.reshape(-1) % len(source), at)
-            features = moved(features, self._device)
+                which = draws.reshape(-1) % len(source)
+                features = _chosen(source, which, at, self._device)
             if self._dtype is not None:
                 features = features.to(self._dtype)
         self._stay_near()
@@ -185,12 +189,13 @@ class Feed:
             self._copies.popleft().synchronize()
 
 
-def _chosen(views: list[Features], which: Indices, at: Indices) -> Tensor:
+def _chosen(views: list[View], which: Indices, at: Indices, device: torch.device) -> Tensor:
     """Gather of each row the view that is chosen for it, and nothing of the others."""
-    rows = torch.empty((len(at), *views[0].shape[1:]), dtype=views[0].dtype)
+    rows = torch.empty((len(at), *views[0].shape[1:]), dtype=views[0].dtype, device=device)
     for v in sorted(set(which.tolist())):
         mine = np.flatnonzero(which == v)
-        rows[torch.from_numpy(mine)] = views[v][at[mine]]
+        part = gathered(views[v], at[mine], device)
+        rows.index_copy_(0, moved(torch.from_numpy(mine), device), part)
     return rows
 
 
@@ -213,6 +218,8 @@ class Eye:
         Bytes of decoded images that stay in memory where they are used again.
     dtype : torch.dtype
         Of features that are stored; the CLIP's if left out.
+    room : DeviceRoom, optional
+        Of the device, for features that are used again; without one they come batch by batch.
     """
 
     clip: FrozenCLIP
@@ -224,6 +231,7 @@ class Eye:
     workers: Workers = field(default_factory=lambda: Workers(0))
     resident: int = RESIDENT
     dtype: torch.dtype | None = None
+    room: DeviceRoom | None = None
 
     def __post_init__(self) -> None:
         if self.kind == "patches" and self.clip.patches is None:
@@ -267,7 +275,7 @@ def training_feed(
         assert seeds is not None
         return prepare.distorted(images, seeds)
 
-    def views(cut: Callable[[Images, Indices | None], Tensor], name: str) -> list[Features]:
+    def views(cut: Callable[[Images, Indices | None], Tensor], name: str) -> list[View]:
         # views do not depend on the run's seed, so that runs share them
         return [
             _stored(
@@ -280,13 +288,13 @@ def training_feed(
 
     fresh, dtype = settings.augment == "fresh", eye.clip.dtype
     if paired:
-        plain = [_plain(eye, split, "train", rows, read)]
+        plain: list[View] = [_plain(eye, split, "train", rows, read)]
         strong = Encoder(eye, read, distort) if fresh else views(distort, "strong")
         return Feed(eye.clip.device, split, rows, plain, strong, dtype=dtype)
     if fresh:
         return Feed(eye.clip.device, split, rows, Encoder(eye, read, crop))
     if settings.augment == "none":
-        stores = [_plain(eye, split, "train", rows, read)]
+        stores: list[View] = [_plain(eye, split, "train", rows, read)]
     else:
         stores = views(crop, f"crop-{settings.crop}-{settings.flip}")
     return Feed(eye.clip.device, split, rows, stores, dtype=dtype)
@@ -294,13 +302,13 @@ def training_feed(
 
 def evaluation_feed(eye: Eye, split: Split, name: str, rows: Indices) -> Feed:
     """Feed evaluations: one deterministic view of every image."""
-    stores = [_plain(eye, split, name, rows, split.images)]
+    stores: list[View] = [_plain(eye, split, name, rows, split.images)]
     return Feed(eye.clip.device, split, rows, stores, dtype=eye.clip.dtype)
 
 
 def _plain(
     eye: Eye, split: Split, name: str, rows: Indices, read: Callable[[Indices], Images]
-) -> Features:
+) -> View:
     encode = Encoder(eye, read, lambda images, seeds: eye.prepare.squares(images))
     return _stored(eye, split, name, rows, "centre", encode, what="images")
 
@@ -315,7 +323,7 @@ def _stored(
     *,
     what: str,
     seed: int | None = None,
-) -> Features:
+) -> View:
     """Open the features of images, encoding what is not there; ``seed`` draws the view of each."""
     # few-shot runs need a small part of the training split: only that part is encoded
     every = len(rows) == len(split)
@@ -339,7 +347,7 @@ def _stored(
         return (job(at) for at in chunks)
 
     title = f"{ENCODING} {name} {what}"
-    return eye.store.get(
+    found = eye.store.get(
         key,
         len(rows),
         lambda at: encode(*job(at)),
@@ -350,3 +358,4 @@ def _stored(
         if every
         else Whole(replace(key, split=f"{name}-all"), len(split), rows.astype(np.int64)),
     )
+    return found if eye.room is None else eye.room.keep(found)

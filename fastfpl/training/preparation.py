@@ -11,13 +11,13 @@ from fastfpl.config import Settings
 from fastfpl.data import Dataset
 from fastfpl.data.loader import Workers, choose_workers
 from fastfpl.errors import InputError, cut, near, shown
-from fastfpl.features import FeatureStore, TextFeatures
+from fastfpl.features import DeviceRoom, FeatureStore, TextFeatures
 from fastfpl.methods import Task
 from fastfpl.prompts import ClassPrompts
 from fastfpl.training.budget import Budget
 from fastfpl.training.feeds import RESIDENT, Eye, Observer
 
-__all__ = ["choose_device", "load_model", "make_eye", "make_task"]
+__all__ = ["choose_device", "load_model", "make_eye", "make_room", "make_task"]
 
 
 def choose_device(name: str, local: int | None = None) -> torch.device:
@@ -135,3 +135,9 @@ def make_eye(
         resident,
         None if wanted == "auto" else getattr(torch, wanted),
     )
+
+
+def make_room(settings: Settings, device: torch.device, budget: Budget | None = None) -> DeviceRoom:
+    """Lay out what of a device stored features may stay in."""
+    wanted = settings.resident_features
+    return DeviceRoom(device, wanted if budget is None else budget.device_features(wanted))
