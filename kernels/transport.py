@@ -11,7 +11,6 @@ takes more than max_iter passes.
 
 from __future__ import annotations
 
-from fastfpl.kernels.transport_gradient import transport_logits_bwd
 from fastfpl.kernels.transport_logits import transport_logits_fwd
 from fastfpl.kernels.transport_plan import transport_plan_fwd
 
@@ -19,7 +18,6 @@ __all__ = [
     "MOST_PATCHES",
     "MOST_PATCHES_DOUBLE",
     "MOST_PROMPTS",
-    "transport_logits_bwd",
     "transport_logits_fwd",
     "transport_plan_fwd",
 ]

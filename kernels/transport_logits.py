@@ -30,7 +30,7 @@ def _transport_logits_fwd_kernel(
     iterations_ptr,
     residual_ptr,
     entropy_ptr,
-    state_ptr,
+    plan_ptr,
     images,
     classes,
     x_stride_u,
@@ -89,7 +89,8 @@ def _transport_logits_fwd_kernel(
     there = c < classes
     at = image * classes + c
     inside_p = (p < P)[:, None]
-    FIELDS: tl.constexpr = 3 * N + 1
+    if KEEP:  # a row of an image's plans is a patch, (P, C, N), as the gradient's products take it
+        rows = plan_ptr + (image * P + p.to(tl.int64)) * (classes * N)
     if N <= 2:
         if N == 2:
             pair = tl.permute(tl.reshape(sim, (BLOCK_P, 2, BLOCK_C)), (0, 2, 1))
@@ -112,15 +113,11 @@ def _transport_logits_fwd_kernel(
             parts = tl.where(inside_p, parts, 0.0)
             entropy = tl.sum(parts, 0)
         if KEEP:
-            kept = state_ptr + at * FIELDS
-            tl.store(kept, centre, mask=there)
-            tl.store(kept + 1, g1, mask=there)
-            tl.store(kept + (N + 1), g1_low, mask=there)
-            tl.store(kept + (2 * N + 1), v1, mask=there)
+            entry = rows[:, None] + (c * N)[None, :]
+            mask = inside_p & there[None, :]
+            tl.store(entry, t1, mask=mask)
             if N == 2:
-                tl.store(kept + 2, g2, mask=there)
-                tl.store(kept + 4, g2_low, mask=there)
-                tl.store(kept + 6, v2, mask=there)
+                tl.store(entry + 1, t2, mask=mask)
     else:
         sim = tl.reshape(sim, (BLOCK_P, BLOCK_N, BLOCK_C))
         n = tl.arange(0, BLOCK_N)[:, None]
@@ -135,12 +132,8 @@ def _transport_logits_fwd_kernel(
         if MEASURE:
             entropy = tl.sum(tl.sum(_entropy(t / mass), 0), 0)
         if KEEP:
-            kept = state_ptr + at * FIELDS
-            tl.store(kept, centre, mask=there)
-            fields = kept[None, :] + 1 + n
-            tl.store(fields, g, mask=there[None, :] & (n < N))
-            tl.store(fields + N, g_low, mask=there[None, :] & (n < N))
-            tl.store(fields + 2 * N, v, mask=there[None, :] & (n < N))
+            entry = rows[:, None, None] + (n + (c * N)[None, :])[None, :, :]
+            tl.store(entry, t, mask=inside & valid & there[None, None, :])
     if MEASURE:
         most = tl.log(miss * 0 + P * N)
         entropy = tl.where(most == 0, 1.0, entropy / most)
@@ -169,10 +162,9 @@ def transport_logits_fwd(
     """Score (U, B, P, D) against (U, C, N, D), any strides.
 
     Returns logits, iterations, residual and if ``measure`` entropy (U, B, C), logits as wide as the
-    sums and the entropy over its largest value, log(P N), or 1 where that is 0; and if ``keep``
-    what `transport_logits_bwd` needs to know of each plan, (U, B, C, 3 N + 1): the similarity that
-    z is relative to, then of every column both parts of log v and the factor that makes the column
-    exact. A problem with a similarity that is not finite is NaN in all but its iterations.
+    sums and the entropy over its largest value, log(P N), or 1 where that is 0; and if ``keep`` the
+    plans (U, B, P, C, N), as wide. A problem with a similarity that is not finite is NaN in all but
+    its iterations.
     """
     clients, images, n_patches, width = patches.shape
     classes, n_prompts = prompts.shape[1:3]
@@ -182,10 +174,11 @@ def transport_logits_fwd(
     logits = patches.new_empty(shape, dtype=wide)
     iterations = patches.new_empty(shape, dtype=torch.int64)
     residual = patches.new_empty(shape, dtype=wide)
-    state = patches.new_empty((*shape, 3 * n_prompts + 1), dtype=wide) if keep else None
+    kept = (clients, images, n_patches, classes, n_prompts)
+    plans = patches.new_empty(kept, dtype=wide) if keep else None
     entropy = patches.new_empty(shape, dtype=wide) if measure else None
     if not logits.numel():
-        return logits, iterations, residual, entropy, state
+        return logits, iterations, residual, entropy, plans
     block_p, block_n = max(16, power(n_patches)), power(n_prompts)
     # Sixteen columns feed the matrix units, and leave a thread 8 to 32 numbers of the tile and the
     # two dozen scalars of two to four problems. 320 problems are at least 40 programs, 32000 are
@@ -209,7 +202,7 @@ def transport_logits_fwd(
         iterations,
         residual,
         entropy,
-        state,
+        plans,
         images,
         classes,
         *patches.stride(),
@@ -229,4 +222,4 @@ def transport_logits_fwd(
         **warps(4 if size <= 4096 else 8 if size <= 8192 else 16),
         num_stages=2 if 2 * step <= 1 << 16 else 1,
     )
-    return logits, iterations, residual, entropy, state
+    return logits, iterations, residual, entropy, plans

@@ -15,32 +15,14 @@ import torch
 GPU = torch.cuda.is_available()
 
 
-def _patch_once_a_launch() -> None:
-    """Spare the interpreter a third of its time.
-
-    Of every function that a kernel calls it lists all of triton.language anew, to put its own in
-    place of what it has put there already.
-    """
-    import triton.runtime.interpreter as interpreter
-
-    plain, is_builtin = interpreter._patch_lang, interpreter.tl.core.is_builtin
-
-    def patch(fn: Any) -> Any:
-        tl = interpreter.tl
-        named = {id(value) for value in fn.__globals__.values()}
-        used = [lang for lang in (tl, tl.core) if id(lang) in named]
-        there = used and not any(is_builtin(lang.load) for lang in used)
-        return interpreter._LangPatchScope() if there else plain(fn)
-
-    interpreter._patch_lang = patch
-
-
 if not GPU:
     # Triton decides when it is first imported; set later, its own library functions would be wrong.
     assert "triton" not in sys.modules, "import torch has imported triton: set the variable earlier"
     os.environ["TRITON_INTERPRET"] = "1"
     if importlib.util.find_spec("triton"):
-        _patch_once_a_launch()
+        from tests.quick_interpreter import keep_what_is_made_anew
+
+        keep_what_is_made_anew()
 else:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mode asks for it
 

@@ -616,6 +616,7 @@ ELSEWHERE = {
     *("method", "options", "evaluate_every", "cohort", "dtype", "threads", "device"),
     *("max_memory", "cuda_graphs"),  # test_memory, test_graphs
     *("workers", "resident", "feature_dtype"),  # test_images
+    "resident_features",  # test_features_on_device
     *("split_test", "partition_seed"),  # the seed in test_scenarios
     *("on_corrupt", "statistics"),  # test_scenarios
     "as_released",  # test_released

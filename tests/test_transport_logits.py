@@ -194,7 +194,7 @@ def test_pieces_do_not_change_the_result(monkeypatch, face, at_once):
         monkeypatch.setattr(transport_pieces, "_KEPT", kept)
         for mine, exact in zip(with_gradients(face, *pair, **options), whole, strict=True):
             torch.testing.assert_close(mine, exact, rtol=1e-9, atol=1e-12)
-    for u, b, c in transport_pieces._pieces(*pair):
+    for u, b, c in transport_pieces.pieces(*pair):
         x, t = pair[0][u, b], pair[1][u, c]
         problems = len(x) * x.shape[1] * t.shape[1]
         assert problems * 5 * 2 <= max(at_once, 10)

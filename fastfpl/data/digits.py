@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from typing import cast
@@ -56,16 +57,7 @@ def digits() -> Dataset:
     Deterministic: yes; of each class a third, rounded, is test, drawn once with a fixed seed.
     Source: Alpaydin and Kaynak 1998, UCI Optical Recognition of Handwritten Digits (test part).
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise Missing(
-            "fastfpl.data.digits: scikit-learn must be installed; got "
-            f'{error}: pip install "fastfpl[digits]"'
-        ) from error
-    bundle = load_digits()
-    labels = np.asarray(bundle.target, dtype=np.int64)
-    pixels = np.stack([_drawn(grey) for grey in np.asarray(bundle.images)])
+    pixels, labels = _all()
     rng = np.random.default_rng(_SEED)
     is_test = np.zeros(len(labels), dtype=bool)
     for label in range(len(_NAMES)):
@@ -78,6 +70,24 @@ def digits() -> Dataset:
         train=_Drawings(pixels[~is_test], labels[~is_test]),
         test=_Drawings(pixels[is_test], labels[is_test]),
     )
+
+
+@functools.cache
+def _all() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """Draw all digits, once a process (4 MB): pixels and labels, which nobody may write to."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise Missing(
+            "fastfpl.data.digits: scikit-learn must be installed; got "
+            f'{error}: pip install "fastfpl[digits]"'
+        ) from error
+    bundle = load_digits()
+    labels = np.asarray(bundle.target, dtype=np.int64)
+    pixels = np.stack([_drawn(grey) for grey in np.asarray(bundle.images)])
+    for array in (pixels, labels):
+        array.flags.writeable = False
+    return pixels, labels
 
 
 def _drawn(grey: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:

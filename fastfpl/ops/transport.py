@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -33,7 +34,18 @@ from fastfpl.ops.transport_checks import (
     wide_of,
 )
 from fastfpl.ops.transport_gradient import pull_back
-from fastfpl.ops.transport_pieces import CPU, TORCH, Problem, Scored, pieced
+from fastfpl.ops.transport_pieces import (
+    CPU,
+    TORCH,
+    Corner,
+    Problem,
+    Scored,
+    are_kept,
+    multiplied,
+    pieced,
+    pieces,
+    weigh_torch,
+)
 from fastfpl.reference import transport as reference
 from fastfpl.shapes import check_shapes
 
@@ -647,7 +659,10 @@ def _triton_logits(
 
 
 class _Triton(torch.autograd.Function):
-    """The kernels; of each plan the few numbers that determine it are kept for the gradient."""
+    """The kernel forward; back the plans, weighed, in the vendor's products.
+
+    Where plans are too many to be kept, their problems are solved again, piece by piece.
+    """
 
     @staticmethod
     def forward(
@@ -655,11 +670,12 @@ class _Triton(torch.autograd.Function):
     ) -> Scored:
         from fastfpl.kernels.transport import transport_logits_fwd
 
-        logits, iterations, residual, entropy, state = transport_logits_fwd(
-            patches, prompts, *problem, keep=keep, measure=measure
+        entries = math.prod((*patches.shape[:3], *prompts.shape[1:3]))
+        logits, iterations, residual, entropy, plans = transport_logits_fwd(
+            patches, prompts, *problem, keep=keep and are_kept(entries), measure=measure
         )
-        if state is not None:
-            ctx.save_for_backward(patches, prompts, state)
+        if keep:
+            ctx.save_for_backward(patches, prompts, plans)
         ctx.problem = problem
         ended = (iterations, residual) if entropy is None else (iterations, residual, entropy)
         ctx.mark_non_differentiable(*ended)
@@ -668,21 +684,21 @@ class _Triton(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_logits: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        from fastfpl.kernels.transport import transport_logits_bwd
+        from fastfpl.kernels.transport import transport_logits_fwd
 
-        patches, prompts, state = ctx.saved_tensors
-        of_patches, of_prompts = ctx.needs_input_grad[:2]
-        with torch.no_grad():
-            gradients = transport_logits_bwd(
-                d_logits.resolve_neg().contiguous(),
-                patches,
-                prompts,
-                state,
-                ctx.problem.eps,
-                ctx.problem.balanced,
-                of_patches=of_patches,
-                of_prompts=of_prompts,
-            )
+        patches, prompts, plans = ctx.saved_tensors
+
+        def weights() -> Iterator[tuple[Corner, Tensor]]:
+            if plans is not None:
+                yield (slice(None),) * 3, weigh_torch(plans, d_logits)
+                return
+            for u, b, c in pieces(patches, prompts):
+                *_, part = transport_logits_fwd(
+                    *(patches[u, b], prompts[u, c], *ctx.problem), keep=True, measure=False
+                )
+                yield (u, b, c), weigh_torch(part, d_logits[u, b, c])
+
+        gradients = multiplied(patches, prompts, weights(), *ctx.needs_input_grad[:2])
         given = (d_logits, patches, prompts)
         return *once("transport_logits", INSTEAD, gradients, *given), None, None, None
 

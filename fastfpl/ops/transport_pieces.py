@@ -24,10 +24,24 @@ from fastfpl.ops.transport_checks import (
 from fastfpl.ops.transport_gradient import pull_back
 from fastfpl.reference import transport as reference
 
-__all__ = ["CPU", "TORCH", "Engine", "Problem", "Scored", "pieced"]
+__all__ = [
+    "CPU",
+    "TORCH",
+    "Corner",
+    "Engine",
+    "Problem",
+    "Scored",
+    "are_kept",
+    "multiplied",
+    "pieced",
+    "pieces",
+    "weigh_torch",
+]
 
 #: Logits, iterations, residual, entropy.
 Scored = tuple[Tensor, Tensor, Tensor, Tensor | None]
+#: Clients, images and classes of a piece.
+Corner = tuple[slice, slice, slice]
 
 # similarities of one piece of the logits: 16 MiB, enough for full-speed GEMMs and for all threads
 _AT_ONCE = 1 << 22
@@ -90,12 +104,18 @@ def _score_torch(
     return plan, sim.mul_(plan).sum((2, 4)), iterations, residual
 
 
-def _weigh_torch(plan: Tensor, by: Tensor) -> Tensor:
+def are_kept(entries: int) -> bool:
+    """Say whether so many entries of plans are kept for the backward pass."""
+    return entries <= _KEPT
+
+
+def weigh_torch(plan: Tensor, by: Tensor) -> Tensor:
+    """Multiply plans (u, b, P, c, N) with by (u, b, c), in the dtype of the plans."""
     out = torch.empty_like(plan, memory_format=torch.contiguous_format)
-    return torch.mul(plan, by[:, :, None, :, None], out=out)
+    return torch.mul(plan, by.to(plan.dtype)[:, :, None, :, None], out=out)
 
 
-CPU, TORCH = Engine(_score_cpu, _weigh_cpu), Engine(_score_torch, _weigh_torch)
+CPU, TORCH = Engine(_score_cpu, _weigh_cpu), Engine(_score_torch, weigh_torch)
 
 
 def pieced(
@@ -119,7 +139,7 @@ def pieced(
     wanted = torch.is_grad_enabled() and (x.requires_grad or t.requires_grad)
     work = _Work(engine, Problem(eps, mass, balanced, max_iter, tol), tuple(lead), plan_gradient)
     logits, iterations, residual, entropy = _Logits.apply(
-        x, t, work, wanted and plans <= _KEPT, measure
+        x, t, work, wanted and are_kept(plans), measure
     )
     shape = (*lead, x.shape[1], t.shape[1])
     ended = (iterations.reshape(shape), residual.reshape(shape))
@@ -150,7 +170,7 @@ class _Work(NamedTuple):
         return slope, plan, logits, iterations, residual
 
 
-def _pieces(x: Tensor, t: Tensor) -> Iterator[tuple[slice, slice, slice]]:
+def pieces(x: Tensor, t: Tensor) -> Iterator[Corner]:
     """Cut clients, images and classes so that no piece has more than `_AT_ONCE` numbers.
 
     Images are cut first: whole rows of classes keep the GEMMs wide.
@@ -187,7 +207,7 @@ class _Logits(torch.autograd.Function):
         residual = patches.new_empty(shape, dtype=wide)
         entropy = patches.new_empty(shape, dtype=wide) if measure else None
         slopes = []
-        for u, b, c in _pieces(patches, prompts):
+        for u, b, c in pieces(patches, prompts):
             x, t = patches[u, b].to(wide), prompts[u, c].to(wide)
             slope, plan, logits[u, b, c], iterations[u, b, c], residual[u, b, c] = work.score(
                 x, t, (u.start, b.start, c.start)
@@ -206,28 +226,46 @@ class _Logits(torch.autograd.Function):
     def backward(ctx: Any, d_logits: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         patches, prompts, *slopes = ctx.saved_tensors
         wide = wide_of(patches, prompts)
-        of_patches, of_prompts = ctx.needs_input_grad[:2]
-        d_patches = _zeros(patches, prompts, wide) if of_patches else None
-        d_prompts = _zeros(prompts, patches, wide) if of_prompts else None
-        with torch.no_grad(), as_given(patches.device):
-            for i, (u, b, c) in enumerate(_pieces(patches, prompts)):
-                x, t = patches[u, b].to(wide), prompts[u, c].to(wide)
+
+        def weights() -> Iterator[tuple[Corner, Tensor]]:
+            for i, (u, b, c) in enumerate(pieces(patches, prompts)):
                 if slopes:
                     slope = slopes[i]
                 else:
+                    x, t = patches[u, b].to(wide), prompts[u, c].to(wide)
                     slope, *_ = ctx.work.score(x, t, (u.start, b.start, c.start))
-                weight = ctx.work.engine.weigh(slope, d_logits[u, b, c].to(wide))
-                weight = weight.view(len(x), x.shape[1] * x.shape[2], -1)
-                if d_patches is not None:
-                    _multiply(weight, t, d_patches[u, b], first=c.start == 0)
-                if d_prompts is not None:
-                    _multiply(weight.mT, x, d_prompts[u, c], first=b.start == 0)
-        gradients = (
-            None if d_patches is None else d_patches.to(patches.dtype),
-            None if d_prompts is None else d_prompts.to(prompts.dtype),
-        )
+                yield (u, b, c), ctx.work.engine.weigh(slope, d_logits[u, b, c].to(wide))
+
+        gradients = multiplied(patches, prompts, weights(), *ctx.needs_input_grad[:2])
         given = (d_logits, patches, prompts)
         return *once("transport_logits", INSTEAD, gradients, *given), None, None, None
+
+
+def multiplied(
+    patches: Tensor,
+    prompts: Tensor,
+    weights: Iterator[tuple[Corner, Tensor]],
+    of_patches: bool,
+    of_prompts: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of patches and prompts where wanted, from d loss / d sim (u, b, P, c, N) by piece.
+
+    One batched product a piece and gradient, in float32 or wider.
+    """
+    wide = wide_of(patches, prompts)
+    d_patches = _zeros(patches, prompts, wide) if of_patches else None
+    d_prompts = _zeros(prompts, patches, wide) if of_prompts else None
+    with torch.no_grad(), as_given(patches.device):
+        for (u, b, c), weight in weights:
+            flat = weight.flatten(3, 4).flatten(1, 2)
+            if d_patches is not None:
+                _multiply(flat, prompts[u, c].to(wide), d_patches[u, b], first=not c.start)
+            if d_prompts is not None:
+                _multiply(flat.mT, patches[u, b].to(wide), d_prompts[u, c], first=not b.start)
+    return (
+        None if d_patches is None else d_patches.to(patches.dtype),
+        None if d_prompts is None else d_prompts.to(prompts.dtype),
+    )
 
 
 def _zeros(like: Tensor, others: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import base64
+import functools
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from fastfpl.config import Settings
@@ -32,6 +33,9 @@ from fastfpl.report.runs import (
 from fastfpl.report.table import INCOMPLETE, REFUSAL, UNEQUAL, cells, headings
 from fastfpl.report.words import NONE, count, listed, percent, public, size
 from fastfpl.terminal import plain
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 __all__ = ["html_page"]
 
@@ -63,25 +67,11 @@ def html_page(
     InputError
         If a comparison holds no result.
     """
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
-
-    def written(value: Any) -> Any:
-        return plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
     all_of = each(comparisons)
     flat = [r for comparison in all_of for r in runs(comparison)]
-    text = resources.files("fastfpl.report").joinpath("page.html").read_text(encoding="utf-8")
-    template = Environment(
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=written,  # nothing of others' reaches the page but through here
-    ).from_string(text)
     names = group_names(all_of)
     methods = len({r.method for r in flat})
-    page: str = template.render(
+    page: str = _template().render(
         title=f"{count(methods, 'method')} on {listed(_names(flat))}",
         groups=[
             _part(comparison, name, f"-{number}" if len(all_of) > 1 else "")
@@ -95,6 +85,25 @@ def html_page(
         folders=_folders(flat, None if folder is None else Path(folder)),
     )
     return page
+
+
+@functools.cache
+def _template() -> Template:
+    """Read and compile the page, once a process."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    def written(value: Any) -> Any:
+        return plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+    text = resources.files("fastfpl.report").joinpath("page.html").read_text(encoding="utf-8")
+    return Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=written,  # nothing of others' reaches the page but through here
+    ).from_string(text)
 
 
 def _part(comparison: Comparison, name: str, at: str) -> dict[str, Any]:

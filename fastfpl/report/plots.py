@@ -484,12 +484,14 @@ def swarm(places: Sequence[float], width: float, limit: float) -> list[float]:
         options = [0.0]
         for (_, dy), r in zip(near, reach, strict=True):
             options += [dy + r, dy - r]
-        free = [
-            o
-            for o in options
-            if all(abs(o - dy) >= r - 1e-9 for (_, dy), r in zip(near, reach, strict=True))
-        ]
-        offsets.append(min(free, key=lambda o: (abs(o), o)))
+        options.sort(key=lambda o: (abs(o), o))
+        offsets.append(
+            next(
+                o
+                for o in options
+                if all(abs(o - dy) >= r - 1e-9 for (_, dy), r in zip(near, reach, strict=True))
+            )
+        )
     furthest = max((abs(o) for o in offsets), default=0.0)
     squeeze = min(1.0, limit / furthest) if furthest else 1.0
     return [o * squeeze for o in offsets]
