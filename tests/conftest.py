@@ -6,7 +6,6 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 import hypothesis
 import pytest

@@ -84,13 +84,13 @@ def watched(monkeypatch):
 
 @pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].trains])
 def test_a_run_stays_within_its_limit(method, play, nothing_taken, watched):
-    free = play(method)
+    free = play(method, rounds=2)
     most = max(size for passes in watched.values() for _, size in passes)
     sizes = {name: max(n for n, _ in passes) for name, passes in watched.items()}
     assert sizes["training"] >= 7  # who has more images than others trains apart, where it counts
     for limit in (int(0.9 * most), most // 2):
         watched.clear()
-        result = play(method, max_memory=limit)
+        result = play(method, rounds=2, max_memory=limit)
         # the states of a cohort stand beside its passes
         for passes in watched.values():
             assert max(size for _, size in passes) <= 0.95 * limit
@@ -109,7 +109,8 @@ def test_a_run_stays_within_its_limit(method, play, nothing_taken, watched):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_budget_that_binds_nothing_changes_no_bit(method, play):
     """Trials leave no trace: no draw, no state, no cached feature."""
-    assert figures(play(method, max_memory="1 TiB")) == figures(play(method))
+    free = figures(play(method, rounds=2))
+    assert figures(play(method, rounds=2, max_memory="1 TiB")) == free
 
 
 @pytest.mark.slow
