@@ -4,11 +4,14 @@ Four protocols, every domain left out in turn, few shots, and the papers' own bu
 run that is finished is read back, one that was stopped goes on. Writes ``docs/results.json`` and
 the tables of ``docs/results.md`` between its markers. ``--seed N`` plays one seed and writes
 nothing, for processes side by side; ``--finished`` plays nothing and takes, of each protocol, the
-seeds that all its methods have finished; a table of which nothing is finished is left out.
+seeds that all its methods have finished; a table of which nothing is finished is left out. What
+``docs/results.json`` holds of other seeds, of the same weights and budget, stays: seeds may be
+played on several machines, one after another.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -116,6 +119,49 @@ def cell(values: list[float]) -> str:
     """Mean and standard deviation (n-1) over seeds, in per cent."""
     mean = f"{100 * statistics.fmean(values):.1f}"
     return mean if len(values) < 2 else f"{mean} ± {100 * statistics.stdev(values):.1f}"
+
+
+def facts() -> dict[str, Any]:
+    """Say what figures of two machines must share to stand in one table."""
+    digest = fastfpl.load_clip("tiny").weights_digest
+    return {"library": fastfpl.__version__, "weights": digest, "budget": BUDGET, "rates": RATES}
+
+
+def with_committed(
+    mine: dict[str, Any], seeds: dict[str, list[int]], committed: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, list[int]]]:
+    """Add figures of other seeds, or of other protocols, that are written down already.
+
+    Parameters
+    ----------
+    mine : dict
+        As `figures` returns it, one number a seed.
+    seeds : dict
+        Of every protocol in it, ascending.
+    committed : dict
+        ``docs/results.json`` as it is; of other facts nothing is taken.
+    """
+    if any(committed.get(name) != value for name, value in facts().items()):
+        return mine, seeds
+    table, known = {}, {}
+    for protocol in PROTOCOLS:
+        parts = [(mine, seeds.get(protocol, [])), (committed, committed["seeds"].get(protocol, []))]
+        # what was played here counts before what was written down
+        where = {
+            seed: (of, nth) for of, listed in reversed(parts) for nth, seed in enumerate(listed)
+        }
+        if not where:
+            continue
+        known[protocol] = sorted(where)
+        first = next(iter(where.values()))[0]
+        table[protocol] = {
+            method: {
+                name: [of[protocol][method][name][nth] for _, (of, nth) in sorted(where.items())]
+                for name in names
+            }
+            for method, names in first[protocol].items()
+        }
+    return table, known
 
 
 def figures(results: dict[str, dict[str, list[Any]]]) -> dict[str, Any]:
@@ -237,16 +283,19 @@ def main(work: Path, seeds: int, seed: int | None, only: bool) -> None:
     if seed is not None:
         return
     results: dict[str, dict[str, list[Any]]] = {p: {} for p in PROTOCOLS}
+    played: dict[str, list[int]] = {}
     for protocol, method, number in finished(work, seeds):
         final = play(work, protocol, method, number).final
         results[protocol].setdefault(method, []).append(final)
+        played[protocol] = sorted({*played.get(protocol, []), number})
     if not any(results.values()):
         raise click.ClickException(
             f"a protocol must have a seed that all its methods finished in {work}; got none: run "
             "without --finished"
         )
-    found = figures(results)
-    write_json(DOCS / "results.json", {"budget": BUDGET, "rates": RATES} | found)
+    before = json.loads((DOCS / "results.json").read_text(encoding="utf-8"))
+    found, all_seeds = with_committed(figures(results), played, before)
+    write_json(DOCS / "results.json", {**facts(), "seeds": all_seeds, **found})
     between(DOCS / "results.md", "tables", tables(found))
 
 

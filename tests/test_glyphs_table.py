@@ -109,6 +109,36 @@ def test_a_table_of_which_something_is_missing_is_left_out():
     assert cells(text, "shots, pathological, 1 seed", "local")["16"].count("±") == 0
 
 
+def test_other_seeds_that_are_written_down_stay():
+    results = made_up(3)
+    whole = figures(results)
+
+    def each(*seeds):
+        return {protocol: list(seeds) for protocol in PROTOCOLS}
+
+    every = each(0, 1, 2)
+
+    def part(seeds, of=tuple(PROTOCOLS)):
+        return figures({p: {m: [f[s] for s in seeds] for m, f in results[p].items()} for p in of})
+
+    def merged(mine, seeds, committed, its):
+        return glyphs_table.with_committed(
+            mine, seeds, {**glyphs_table.facts(), "seeds": its, **committed}
+        )
+
+    for mine, others in (((0, 2), (1,)), ((1,), (0, 2)), ((0, 1), (1, 2)), ((0, 1, 2), ())):
+        here, there = (each(*seeds) for seeds in (mine, others))
+        assert merged(part(mine), here, part(others), there if others else {}) == (whole, every)
+    few = {"pathological": [2]}
+    found, seeds = merged(part((2,), few), few, part((0, 1)), each(0, 1))
+    assert seeds == {p: [0, 1, 2] if p in few else [0, 1] for p in PROTOCOLS}
+    assert found["pathological"] == whole["pathological"]
+    assert found["dirichlet"] == part((0, 1))["dirichlet"]
+    # of other weights nothing is taken
+    old = {**glyphs_table.facts(), "weights": "another", "seeds": every, **whole}
+    assert glyphs_table.with_committed(part((0,), few), few, old) == (part((0,), few), few)
+
+
 def test_without_finished_runs_nothing_is_written(tmp_path):
     done = CliRunner().invoke(glyphs_table.main, ["--work", str(tmp_path), "--finished"])
     assert done.exit_code == 1

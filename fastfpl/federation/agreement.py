@@ -21,8 +21,10 @@ from fastfpl.files import on_disk
 __all__ = ["agree", "agree_on_weights", "share_folder"]
 
 # what decides no figure and may be another on each machine
-_OWN = ("root", "target_root", "device", "threads", "workers", "resident", "max_memory")
-_OWN += ("resident_features",)
+_OWN = (
+    *("root", "target_root", "device", "threads", "workers", "resident", "resident_features"),
+    "max_memory",
+)
 
 
 def agree(ranks: Ranks, planned: Plan, *, resume: bool) -> None:

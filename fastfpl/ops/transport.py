@@ -696,6 +696,7 @@ class _Triton(torch.autograd.Function):
                 *_, part = transport_logits_fwd(
                     *(patches[u, b], prompts[u, c], *ctx.problem), keep=True, measure=False
                 )
+                assert part is not None
                 yield (u, b, c), weigh_torch(part, d_logits[u, b, c])
 
         gradients = multiplied(patches, prompts, weights(), *ctx.needs_input_grad[:2])
