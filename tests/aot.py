@@ -23,9 +23,10 @@ compiled again but for a sample, so that a test run spends its minutes on what h
 
 ``python -m tests.aot tests.test_gate`` prints the table of what the functions named ``launches`` or
 ``..._launches`` of a test file launch; several files may be named, all of `SOURCES` if none is.
-``--write`` puts the figures of this Triton into both files; ``--triton FOLDER``, where
-``pip install --no-deps --target FOLDER triton==X`` has put another version, compiles with that one
-(``nox -s compiled`` does it for all).
+``--write`` puts the figures of this Triton into both files, and compiles for it the kernels of
+which a launch is new, all with ``--all``; ``--triton FOLDER``, where ``pip install --no-deps
+--target FOLDER triton==X`` has put another version, compiles with that one (``nox -s compiled``
+does it for all).
 
 A kernel that upcasts for the interpreter alone does so under a constant of its module,
 ``INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)``; it is False where kernels are
@@ -472,13 +473,25 @@ def _serve(order: Path, answer: Path) -> None:
     answer.write_text(json.dumps(figures))
 
 
-def _write(reports: Iterable[Report], version: str) -> None:
-    """Put the figures of one version into the committed tables, beside those of others."""
-    reports = list(reports)
-    kept = digests() | {version: frozenset(digest(report.launch) for report in reports)}
+def _changed(launches: Iterable[Launch], known: frozenset[str]) -> list[Launch]:
+    """Return the launches of all kernels of which one is not known: rows of the others stand."""
+    launches = list(launches)
+    new = {launch.kernel for launch in launches if digest(launch) not in known}
+    return [launch for launch in launches if launch.kernel in new]
+
+
+def _write(reports: Iterable[Report], launches: Iterable[Launch], version: str) -> None:
+    """Put the figures of one version into the committed tables, beside those of others.
+
+    ``launches`` are all that there are, ``reports`` of the kernels whose rows are written anew.
+    """
+    launches = list(launches)
+    kept = digests() | {version: frozenset(digest(launch) for launch in launches)}
     text = json.dumps({name: sorted(kept[name]) for name in sorted(kept)}, indent=0)
     LAUNCHES.write_text(text + "\n", encoding="utf-8")
-    merged = {**figures(), version: summary(reports)}
+    names = {launch.kernel for launch in launches}
+    rows = {name: row for name, row in figures().get(version, {}).items() if name in names}
+    merged = {**figures(), version: rows | summary(reports)}
     key = lambda name: [int(x) for x in re.findall(r"\d+", name)]  # noqa: E731
     lines = []
     for name in sorted(merged, key=key):
@@ -520,17 +533,22 @@ def _main(arguments: list[str]) -> None:
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported
     parser = argparse.ArgumentParser(prog="python -m tests.aot")
     parser.add_argument("--write", action="store_true", help=f"put the figures into {FIGURES.name}")
+    parser.add_argument("--all", action="store_true", help="compile what has not changed, too")
     parser.add_argument("--triton", type=Path, help="folder of another version of Triton")
     parser.add_argument("files", nargs="*", default=SOURCES, help="test files, as modules")
     asked = parser.parse_args(arguments)
     launches = dict.fromkeys(launch for name in asked.files for launch in _launched(name))
-    reports = compiled(launches, triton=asked.triton)
+    version = _version(asked.triton)
+    chosen = list(launches)
+    if asked.write and not asked.all:
+        chosen = _changed(launches, digests().get(version, frozenset()))
+    reports = compiled(chosen, triton=asked.triton) if chosen else []
     sys.stdout.write(table(reports) + "\n")
     found = faults(reports)
     if found:
         sys.exit("\n".join(found))
     if asked.write:
-        _write(reports, _version(asked.triton))
+        _write(reports, launches, version)
 
 
 if __name__ == "__main__":

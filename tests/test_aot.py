@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests import aot
 from tests.aot import (
     CARDS,
     MOST_SPILLED,
@@ -232,6 +233,27 @@ def test_the_digest_of_a_launch_holds_what_its_kernel_calls_and_names():
             found.append(digest(launch))
     assert len(set(found)) == 3
     assert digest(launch) == found[0]
+
+
+def test_only_kernels_with_a_new_launch_are_written_anew(monkeypatch, tmp_path):
+    def launch(kernel, constant):
+        return Launch("tests.test_aot", kernel, (("N", "constexpr"),), ((0, constant),), (), ())
+
+    old = [launch("_double_kernel", n) for n in (16, 32)]
+    other = launch("_outer_kernel", 16)
+    new = launch("_double_kernel", 64)
+    known = frozenset(map(digest, [*old, other]))
+    assert aot._changed([*old, other], known) == []
+    assert aot._changed([*old, other, new], known) == [*old, new]
+    monkeypatch.setattr(aot, "FIGURES", tmp_path / "compiled.json")
+    monkeypatch.setattr(aot, "LAUNCHES", tmp_path / "launches.json")
+    gone = launch("_product_kernel", 16)
+    first = [Report(x, 90, 8 * n, 0, 0) for n, x in enumerate([*old, other, gone], 1)]
+    aot._write(first, [x.launch for x in first], "3.8.0")
+    aot._write([Report(new, 90, 99, 0, 0)], [*old, other, new], "3.8.0")
+    rows = {name: row["sm_90"]["registers"] for name, row in figures()["3.8.0"].items()}
+    assert rows == {"_double_kernel": 99, "_outer_kernel": 24}
+    assert digests()["3.8.0"] == known | {digest(new)}
 
 
 def test_every_version_with_figures_has_launches():
