@@ -335,9 +335,9 @@ def transport_logits(
     take less than 256 MiB. Above that the backward pass solves them again.
 
     The C++ face is that of `transport_plan`; the torch face takes any N and device with the
-    published iteration. The Triton face forms similarities, plans and logits in one launch, and
-    keeps 3 N + 1 numbers of each plan, from which the backward pass builds it again; both sum in a
-    fixed order, and neither writes anything of the size of the plans.
+    published iteration. The Triton face forms similarities, plans and logits in one launch. Where a
+    gradient is wanted it keeps plans as the C++ face does, and multiplies them, weighed, in the
+    vendor's batched products; without one it writes nothing of their size.
 
     A step that must not wait for a GPU asks for ``info`` and looks at the numbers later::
 
