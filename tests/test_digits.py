@@ -85,6 +85,7 @@ def test_what_is_returned_cannot_change_the_split(dataset):
 
 
 def test_missing_scikit_learn_names_the_cure(monkeypatch):
+    digits_module._all.cache_clear()  # drawn once a process
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(Missing, match=r'pip install "fastfpl\[digits\]"$'):
         digits()

@@ -30,27 +30,36 @@ def test_rows_are_the_same_wherever_they_stay(dtype, part, monkeypatch):
         of = np.array([30, 2, 2, 11, 36])
         features, rows = features.part(of), rows[of]
     monkeypatch.setattr(on_device, "_PIECE", 4 * rows[0].nbytes)  # several pieces, the last short
-    kept = DeviceFeatures(features, CPU)
+    kept = DeviceFeatures([features], CPU)
     assert kept.rows.dtype == dtype
     assert torch.equal(kept.rows, rows)
     for at in ([1, 4, 0, 4], []):
         where = np.array(at, dtype=np.int64)
         out = torch.empty(len(at), *rows.shape[1:], dtype=dtype)
         assert features.read(where, out) is out
-        for found in (gathered(kept, where, CPU), gathered(features, where, CPU), out):
+        for found in (gathered(kept, where, CPU), gathered([features], where, CPU), out):
             assert torch.equal(found, rows[where])
             assert found.data_ptr() != kept.rows.data_ptr() or not at
+        other, _ = features_of(dtype)
+        views = [features, other.part(np.arange(36, 36 - len(rows), -1))]
+        which = np.array([1, 0, 0, 1][: len(at)], dtype=np.int64)
+        wanted = gathered(views, where, CPU, which)
+        for one, row, v in zip(wanted, at, which, strict=True):
+            assert torch.equal(one, views[v][row])
+        assert torch.equal(gathered(DeviceFeatures(views, CPU), where, CPU, which), wanted)
 
 
 def test_who_asks_first_has_the_room():
     features, _ = features_of()
     room = DeviceRoom(CPU)
-    assert room.keep(features) is features  # files are mapped there
-    room.left = 2 * features.nbytes + 1
-    assert isinstance(room.keep(features), DeviceFeatures)
-    assert isinstance(room.keep(features.part(np.arange(37))), DeviceFeatures)
+    views = [features, features.part(np.arange(37))]
+    assert room.keep(views) is views  # files are mapped there
+    room.left = 3 * features.nbytes + 1
+    assert isinstance(room.keep(views), DeviceFeatures)
+    assert room.keep(views) is views  # all of them, or none
+    assert isinstance(room.keep([features]), DeviceFeatures)
     assert room.left == 1
-    assert room.keep(features) is features
+    assert room.keep([features]) == [features]
 
 
 def test_a_quarter_of_what_is_free(monkeypatch):
@@ -103,11 +112,15 @@ def test_a_run_is_the_same_and_reads_its_features_once(method, more, tmp_path, m
         return found
 
     reads = []
-    read = Features.__getitem__
+    plain_read, plain_item = Features.read, Features.__getitem__
 
-    def seen(self, indices):
+    def read(self, at, out):
+        reads.append(len(at))
+        return plain_read(self, at, out)
+
+    def item(self, indices):
         reads.append(len(indices))
-        return read(self, indices)
+        return plain_item(self, indices)
 
     batches = []
     view = Feed._view
@@ -115,11 +128,12 @@ def test_a_run_is_the_same_and_reads_its_features_once(method, more, tmp_path, m
     def noted(self, source, indices, draws):
         if not batches:
             batches.append(len(reads))  # all that was brought before the first batch
-        assert all(isinstance(one, DeviceFeatures) for one in source)
+        assert isinstance(source, DeviceFeatures)
         return view(self, source, indices, draws)
 
     monkeypatch.setattr("fastfpl.federation.preparation.make_room", room)
-    monkeypatch.setattr(Features, "__getitem__", seen)
+    monkeypatch.setattr(Features, "read", read)
+    monkeypatch.setattr(Features, "__getitem__", item)
     monkeypatch.setattr(Feed, "_view", noted)
     near = play("near")
     assert len(reads) == batches[0] > 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -10,6 +12,8 @@ from torch import Tensor
 from fastfpl.features.file import Features
 
 __all__ = ["DeviceFeatures", "DeviceRoom", "gathered", "moved"]
+
+Indices = npt.NDArray[np.int64]
 
 _PIECE = 1 << 26  # bytes on their way to a device at a time
 # of what is free on a device, for features, unless settings say otherwise: steps need the rest
@@ -23,27 +27,39 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class DeviceFeatures:
-    """Rows of features that stay on a device: a batch is gathered there, not on the host.
+    """Views of features that stay on a device: a batch is gathered there, not on the host.
 
     Parameters
     ----------
-    features : Features
-        n rows, copied as they are stored, 16 bits as 16 bits.
+    views : sequence of Features
+        V of them, each with n rows of one shape; copied as they are stored, 16 bits as 16 bits.
     device : torch.device
 
     Attributes
     ----------
-    rows : Tensor, shape (n, ...)
+    rows : Tensor, shape (V n, ...)
         On the device.
     """
 
-    def __init__(self, features: Features, device: torch.device) -> None:
-        self.rows = torch.empty(features.shape, dtype=features.dtype, device=device)
-        self.dtype, self.shape = features.dtype, features.shape
-        count = max(1, _PIECE // max(1, features.nbytes // max(1, len(features))))
-        for start in range(0, len(features), count):
-            at = np.arange(start, min(len(features), start + count))
-            self.rows[start : start + count] = gathered(features, at, device)
+    def __init__(self, views: Sequence[Features], device: torch.device) -> None:
+        first = views[0]
+        self._views, self._each = len(views), len(first)
+        shape = (len(views) * len(first), *first.shape[1:])
+        self.rows = torch.empty(shape, dtype=first.dtype, device=device)
+        count = max(1, _PIECE // max(1, first.nbytes // max(1, len(first))))
+        for v, view in enumerate(views):
+            for start in range(0, len(view), count):
+                at = np.arange(start, min(len(view), start + count))
+                place = v * self._each + start
+                self.rows[place : place + len(at)] = gathered([view], at, device)
+
+    def __len__(self) -> int:
+        return self._views
+
+    def gather(self, at: Indices, which: Indices | None) -> Tensor:
+        """Return rows ``at`` of the views ``which``, of the only one if left out."""
+        flat = at if which is None else which * self._each + at
+        return self.rows.index_select(0, moved(torch.from_numpy(flat), self.rows.device))
 
 
 class DeviceRoom:
@@ -69,22 +85,43 @@ class DeviceRoom:
             self.left = free // _SHARE if wanted is None else wanted
         self._device = device
 
-    def keep(self, features: Features) -> Features | DeviceFeatures:
-        """Bring all rows to the device if they fit, once; else return what is on disk."""
-        if not 0 < features.nbytes <= self.left:
-            return features
-        self.left -= features.nbytes
-        return DeviceFeatures(features, self._device)
+    def keep(self, views: list[Features]) -> list[Features] | DeviceFeatures:
+        """Bring all views to the device if they fit, once; else return what is on disk."""
+        size = sum(view.nbytes for view in views)
+        if not 0 < size <= self.left:
+            return views
+        self.left -= size
+        return DeviceFeatures(views, self._device)
 
 
 def gathered(
-    features: Features | DeviceFeatures, at: npt.NDArray[np.int64], device: torch.device
+    views: Sequence[Features] | DeviceFeatures,
+    at: Indices,
+    device: torch.device,
+    which: Indices | None = None,
 ) -> Tensor:
-    """Gather rows ``at`` (m,), onto a device: (m, ...), new memory, in the dtype that is stored."""
-    if isinstance(features, DeviceFeatures):
-        return features.rows.index_select(0, moved(torch.from_numpy(at), device))
-    if device.type != "cuda":
-        return features[at].to(device)
-    # straight into memory that the card reads by itself: torch keeps it for the next batch
-    host = torch.empty((len(at), *features.shape[1:]), dtype=features.dtype, pin_memory=True)
-    return features.read(at, host).to(device, non_blocking=True)
+    """Gather rows onto a device: (m, ...), new memory, in the dtype that is stored.
+
+    Parameters
+    ----------
+    views : sequence of Features, or DeviceFeatures
+    at : ndarray, shape (m,), int64
+        Rows.
+    device : torch.device
+    which : ndarray, shape (m,), int64, optional
+        The view of each row; the only one if left out. Nothing of the others is read.
+    """
+    if isinstance(views, DeviceFeatures):
+        return views.gather(at, which)
+    first = views[0]
+    # memory that the card reads by itself, which torch keeps for the next batch
+    host = torch.empty(
+        (len(at), *first.shape[1:]), dtype=first.dtype, pin_memory=device.type == "cuda"
+    )
+    if which is None:
+        first.read(at, host)
+    else:
+        for v in sorted(set(which.tolist())):
+            mine = np.flatnonzero(which == v)
+            host[torch.from_numpy(mine)] = views[v][at[mine]]
+    return host.to(device, non_blocking=True)

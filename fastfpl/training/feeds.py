@@ -54,8 +54,8 @@ Indices = npt.NDArray[np.int64]
 
 # batches on their way to a device
 _AHEAD = 4
-#: Stored features of one view.
-View = Features | DeviceFeatures
+#: Stored features of one side of a feed, one entry a view; on the host, or all on the device.
+Views = list[Features] | DeviceFeatures
 #: Bytes of decoded images that stay where they are used again, unless settings say otherwise: the
 #: few-shot sets of a hundred classes fit.
 RESIDENT = 1 << 30
@@ -101,12 +101,14 @@ class Feed:
     split : Split
     rows : ndarray, shape (n,), int64
         Images that may be asked for, ascending.
-    plain : list of Features or DeviceFeatures, or Encoder
+    plain : list of Features, or Encoder
         One entry a view, each with n rows; or what encodes every batch afresh.
     strong : likewise, optional
         The strongly augmented view.
     dtype : torch.dtype, optional
         What features that were stored are converted to; theirs if left out.
+    room : DeviceRoom, optional
+        Where they stay if they fit; without one they come batch by batch.
     """
 
     def __init__(
@@ -114,18 +116,21 @@ class Feed:
         device: torch.device,
         split: Split,
         rows: Indices,
-        plain: list[View] | Encoder,
-        strong: list[View] | Encoder | None = None,
+        plain: list[Features] | Encoder,
+        strong: list[Features] | Encoder | None = None,
         *,
         dtype: torch.dtype | None = None,
+        room: DeviceRoom | None = None,
     ) -> None:
         self.split = split
         self.paired = strong is not None
-        self.random = not isinstance(plain, list) or len(plain) != 1 or self.paired
+        self.random = isinstance(plain, Encoder) or len(plain) != 1 or self.paired
         self._device = device
         self._rows = rows
-        self._plain = plain
-        self._strong = strong
+        self._plain, self._strong = (
+            side if room is None or not isinstance(side, list) else room.keep(side)
+            for side in (plain, strong)
+        )
         self._dtype = dtype
         self._copies: deque[torch.cuda.Event] = deque()
 
@@ -157,21 +162,18 @@ class Feed:
         assert self._strong is not None
         return self._view(self._strong, indices, draws)
 
-    def _view(
-        self, source: list[View] | Encoder, indices: Indices, draws: Indices | None
-    ) -> Tensor:
+    def _view(self, source: Views | Encoder, indices: Indices, draws: Indices | None) -> Tensor:
         flat = indices.reshape(-1)
         if isinstance(source, Encoder):
             assert draws is not None
             features = source(flat, draws.reshape(-1))  # on the device: the tower made them
         else:
             at = np.searchsorted(self._rows, flat)
-            if len(source) == 1:
-                features = gathered(source[0], at, self._device)
-            else:
+            which = None
+            if len(source) > 1:
                 assert draws is not None
                 which = draws.reshape(-1) % len(source)
-                features = _chosen(source, which, at, self._device)
+            features = gathered(source, at, self._device, which)
             if self._dtype is not None:
                 features = features.to(self._dtype)
         self._stay_near()
@@ -187,16 +189,6 @@ class Feed:
         if len(self._copies) > _AHEAD:
             # the device has the work of the batches since then
             self._copies.popleft().synchronize()
-
-
-def _chosen(views: list[View], which: Indices, at: Indices, device: torch.device) -> Tensor:
-    """Gather of each row the view that is chosen for it, and nothing of the others."""
-    rows = torch.empty((len(at), *views[0].shape[1:]), dtype=views[0].dtype, device=device)
-    for v in sorted(set(which.tolist())):
-        mine = np.flatnonzero(which == v)
-        part = gathered(views[v], at[mine], device)
-        rows.index_copy_(0, moved(torch.from_numpy(mine), device), part)
-    return rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -275,7 +267,7 @@ def training_feed(
         assert seeds is not None
         return prepare.distorted(images, seeds)
 
-    def views(cut: Callable[[Images, Indices | None], Tensor], name: str) -> list[View]:
+    def views(cut: Callable[[Images, Indices | None], Tensor], name: str) -> list[Features]:
         # views do not depend on the run's seed, so that runs share them
         return [
             _stored(
@@ -288,27 +280,27 @@ def training_feed(
 
     fresh, dtype = settings.augment == "fresh", eye.clip.dtype
     if paired:
-        plain: list[View] = [_plain(eye, split, "train", rows, read)]
+        plain = [_plain(eye, split, "train", rows, read)]
         strong = Encoder(eye, read, distort) if fresh else views(distort, "strong")
-        return Feed(eye.clip.device, split, rows, plain, strong, dtype=dtype)
+        return Feed(eye.clip.device, split, rows, plain, strong, dtype=dtype, room=eye.room)
     if fresh:
         return Feed(eye.clip.device, split, rows, Encoder(eye, read, crop))
     if settings.augment == "none":
-        stores: list[View] = [_plain(eye, split, "train", rows, read)]
+        stores = [_plain(eye, split, "train", rows, read)]
     else:
         stores = views(crop, f"crop-{settings.crop}-{settings.flip}")
-    return Feed(eye.clip.device, split, rows, stores, dtype=dtype)
+    return Feed(eye.clip.device, split, rows, stores, dtype=dtype, room=eye.room)
 
 
 def evaluation_feed(eye: Eye, split: Split, name: str, rows: Indices) -> Feed:
     """Feed evaluations: one deterministic view of every image."""
-    stores: list[View] = [_plain(eye, split, name, rows, split.images)]
-    return Feed(eye.clip.device, split, rows, stores, dtype=eye.clip.dtype)
+    stores = [_plain(eye, split, name, rows, split.images)]
+    return Feed(eye.clip.device, split, rows, stores, dtype=eye.clip.dtype, room=eye.room)
 
 
 def _plain(
     eye: Eye, split: Split, name: str, rows: Indices, read: Callable[[Indices], Images]
-) -> View:
+) -> Features:
     encode = Encoder(eye, read, lambda images, seeds: eye.prepare.squares(images))
     return _stored(eye, split, name, rows, "centre", encode, what="images")
 
@@ -323,7 +315,7 @@ def _stored(
     *,
     what: str,
     seed: int | None = None,
-) -> View:
+) -> Features:
     """Open the features of images, encoding what is not there; ``seed`` draws the view of each."""
     # few-shot runs need a small part of the training split: only that part is encoded
     every = len(rows) == len(split)
@@ -347,7 +339,7 @@ def _stored(
         return (job(at) for at in chunks)
 
     title = f"{ENCODING} {name} {what}"
-    found = eye.store.get(
+    return eye.store.get(
         key,
         len(rows),
         lambda at: encode(*job(at)),
@@ -358,4 +350,3 @@ def _stored(
         if every
         else Whole(replace(key, split=f"{name}-all"), len(split), rows.astype(np.int64)),
     )
-    return found if eye.room is None else eye.room.keep(found)
