@@ -127,10 +127,12 @@ class Feed:
         self.random = isinstance(plain, Encoder) or len(plain) != 1 or self.paired
         self._device = device
         self._rows = rows
-        self._plain, self._strong = (
-            side if room is None or not isinstance(side, list) else room.keep(side)
-            for side in (plain, strong)
-        )
+
+        def kept(side: list[Features] | Encoder) -> Views | Encoder:
+            return side if room is None or isinstance(side, Encoder) else room.keep(side)
+
+        self._plain = kept(plain)
+        self._strong = None if strong is None else kept(strong)
         self._dtype = dtype
         self._copies: deque[torch.cuda.Event] = deque()
 
