@@ -1,4 +1,4 @@
-"""Spares Triton's interpreter half of its time: what it makes anew at every operation is kept.
+"""Spares Triton's interpreter two fifths of its time: what it makes anew each time is kept.
 
 It lists its language once more for every function that a kernel calls, builds a table of dtypes for
 every value, and describes every type and every tensor's shape from nothing. What is computed stays:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastfpl
 from fastfpl.errors import InputError, NotConverged, NotSupported
-from fastfpl.ops import launch, transport_logits, transport_plan
+from fastfpl.ops import launch, transport_logits, transport_pieces, transport_plan
 from fastfpl.ops.faces import recorded_faces
 from fastfpl.ops.transport import Convergence
 from fastfpl.reference import transport as reference
@@ -302,6 +302,19 @@ def test_logits_and_gradients_equal_the_reference(shape, balanced, device):
     options = {"eps": 0.2, "mass": 0.8, "balanced": balanced}
     found = with_gradients(*pair, device, tol=1e-13, max_iter=10**4, **options)
     for mine, exact in zip(found, true_gradients(*pair, **options), strict=True):
+        torch.testing.assert_close(mine, exact, rtol=1e-9, atol=1e-12)
+
+
+@DEVICE
+@pytest.mark.parametrize("prompts", [1, 2, 3])
+def test_plans_that_are_too_many_are_solved_again(prompts, device, monkeypatch):
+    pair = features(3, 7, 5, prompts, 6, (2,))
+    options = {"eps": 0.2, "mass": 0.8, "tol": 1e-12}
+    kept = with_gradients(*pair, device, **options)
+    monkeypatch.setattr(transport_pieces, "_KEPT", 0)
+    monkeypatch.setattr(transport_pieces, "_AT_ONCE", 7 * 3 * prompts)  # several pieces a side
+    assert len(list(transport_pieces.pieces(*pair))) > 6
+    for mine, exact in zip(with_gradients(*pair, device, **options), kept, strict=True):
         torch.testing.assert_close(mine, exact, rtol=1e-9, atol=1e-12)
 
 
