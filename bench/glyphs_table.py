@@ -3,10 +3,10 @@
 Four protocols, every domain left out in turn, few shots, and the papers' own budgets. Resumable: a
 run that is finished is read back, one that was stopped goes on. Writes ``docs/results.json`` and
 the tables of ``docs/results.md`` between its markers. ``--seed N`` plays one seed and writes
-nothing, for processes side by side; ``--finished`` plays nothing and takes, of each protocol, the
-seeds that all its methods have finished; a table of which nothing is finished is left out. What
-``docs/results.json`` holds of other seeds, of the same weights and budget, stays: seeds may be
-played on several machines, one after another.
+nothing, for processes side by side; ``--protocol NAME`` plays no other one; ``--finished`` plays
+nothing and takes, of each protocol, the seeds that all its methods have finished; a table of which
+nothing is finished is left out. What ``docs/results.json`` holds of other seeds, of the same
+weights and budget, stays: seeds may be played on several machines, one after another.
 """
 
 from __future__ import annotations
@@ -271,13 +271,16 @@ def _own_budgets(found: dict[str, Any]) -> str:
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="runs and features")
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), help="play this one, write nothing")
+@click.option(
+    "--protocol", "asked", type=click.Choice(list(PROTOCOLS)), multiple=True, help="these alone"
+)
 @click.option("--finished", "only", is_flag=True, help="play nothing, write what is finished")
-def main(work: Path, seeds: int, seed: int | None, only: bool) -> None:
+def main(work: Path, seeds: int, seed: int | None, asked: tuple[str, ...], only: bool) -> None:
     """Play what is missing and write the tables."""
     chosen = range(seeds) if seed is None else (seed,)
     for number in () if only else chosen:
-        for protocol, asked in PROTOCOLS.items():
-            for method in asked.settings:
+        for protocol in asked or PROTOCOLS:
+            for method in PROTOCOLS[protocol].settings:
                 accuracy = play(work, protocol, method, number).final["accuracy"]
                 click.echo(f"seed {number}  {protocol}  {method}  {accuracy:.3f}")
     if seed is not None:
