@@ -22,6 +22,7 @@ import click
 
 import fastfpl
 from bench.kept import between
+from fastfpl.features.file import KINDS
 from fastfpl.files import write_json
 from fastfpl.methods import METHODS
 
@@ -101,6 +102,7 @@ def play(work: Path, protocol: str, method: str, seed: int) -> fastfpl.Result:
         cache=work / "features",
         seed=seed,
         evaluate_every=settings["rounds"],
+        also=KINDS,
         **settings,
         **views,
     )

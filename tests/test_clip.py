@@ -291,6 +291,38 @@ def test_tokens_begin_with_the_pooled_feature(name):
     torch.testing.assert_close(unit.norm(dim=-1), torch.ones(2, clip.patches))
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_one_pass_gives_both_bit_for_bit(name, normalize):
+    clip = load_clip(family(name))
+    pixels = pixels_of(3)
+    pooled, tokens = clip.encode_image_both(pixels, normalize)
+    assert torch.equal(pooled, clip.encode_image(pixels, normalize))
+    assert torch.equal(tokens, clip.encode_image_tokens(pixels, normalize))
+    none = clip.encode_image_both(pixels[:0], normalize)
+    assert [x.shape for x in none] == [(0, clip.dim), (0, clip.patches, clip.dim)]
+    assert not any(x.requires_grad for x in (pooled, tokens))
+    pixels.requires_grad_()
+    pooled, tokens = clip.encode_image_both(pixels, normalize)
+    (ours,) = torch.autograd.grad(pooled.square().sum(-1)[0] + tokens[1].norm(), pixels)
+    pooled, tokens = (
+        clip.encode_image(pixels, normalize),
+        clip.encode_image_tokens(pixels, normalize),
+    )
+    (want,) = torch.autograd.grad(pooled.square().sum(-1)[0] + tokens[1].norm(), pixels)
+    torch.testing.assert_close(ours, want)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_one_pass_goes_through_the_blocks_once(name):
+    clip = load_clip(family(name))
+    seen = []
+    convolutions = [m for m in clip._image.module.modules() if isinstance(m, torch.nn.Conv2d)]
+    convolutions[0].register_forward_hook(lambda *_: seen.append(1))
+    clip.encode_image_both(pixels_of())
+    assert len(seen) == 1
+
+
 @pytest.mark.parametrize("name", ["open_clip", "openai", "transformers"])
 def test_vit_tokens_are_projected_states(name):
     model = family(name)

@@ -27,6 +27,8 @@ from tests.worlds import GATE, TINY_RUN, figures, small_clip
 
 ROOT = Path(__file__).parent.parent
 SMALL = {**TINY_RUN, "clients": 5, "cohort": 1, "threads": 1, "local_epochs": 1}
+# whoever encodes stores every kind of features
+SMALL["also"] = ["raw", "patches"]
 # every method, and what else is played another way over ranks
 RUNS: dict[str, dict[str, Any]] = {
     **{name: {"method": name} for name in METHODS if name != "pfedmoap"},

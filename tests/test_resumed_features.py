@@ -269,18 +269,19 @@ def test_a_device_gets_the_next_chunk_before_the_last_one_is_written(monkeypatch
         if at == [3]:
             raise Stop
         order.append(f"build {at}")
-        return at
+        return [at]
 
     monkeypatch.setattr(features, "_leave", leave)
 
     def consume():
-        for count, leaving in features._built([[1], [2], [3], [4]], build, KEY):
-            order.append(f"write {leaving.rows} {count}")
+        files = [SimpleNamespace(column=0, key=KEY)]
+        for at, (leaving,) in features._built([[1], [2], [3], [4]], build, files):
+            order.append(f"write {leaving.rows} {at}")
 
     with pytest.raises(Stop):
         consume()
     # and what was built before an error is written all the same
-    assert order == ["build [1]", "build [2]", "write [1] 1", "write [2] 1"]
+    assert order == ["build [1]", "build [2]", "write [1] [1]", "write [2] [2]"]
 
 
 # --- kills ----------------------------------------------------------------------------------------

@@ -192,7 +192,7 @@ class FrozenCLIP:
             if not len(ready):
                 return ready.new_zeros(0, self.dim)  # the families' reshapes refuse no images
             features = self._image.pooled(ready)
-            return _unit(features) if normalize else features
+            return unit(features) if normalize else features
 
     def encode_image_tokens(self, pixels: Tensor, normalize: bool = True) -> Tensor:
         """Encode images into one feature per patch, for transport.
@@ -221,19 +221,58 @@ class FrozenCLIP:
         -----
         Differentiable in: pixels; no graph is kept unless they require a gradient.
         """
+        patches = self._has_patches("encode_image_tokens")
+        with self._grad(pixels):
+            ready = self._pixels("encode_image_tokens", pixels)
+            if not len(ready):
+                return ready.new_zeros(0, patches, self.dim)
+            tokens = self._image.tokens(ready)[:, 1:]
+            return unit(tokens) if normalize else tokens
+
+    def encode_image_both(self, pixels: Tensor, normalize: bool = True) -> tuple[Tensor, Tensor]:
+        """Give what `encode_image` and `encode_image_tokens` give, of one pass through the tower.
+
+        Parameters
+        ----------
+        pixels : Tensor, shape (B, 3, S, S)
+            Normalised with ``mean`` and ``std``; any device and dtype.
+        normalize : bool
+            Give unit length.
+
+        Returns
+        -------
+        pooled : Tensor, shape (B, D), dtype of the CLIP
+        tokens : Tensor, shape (B, P, D), dtype of the CLIP
+
+        Raises
+        ------
+        NotSupported
+            If the tower has no such tokens (``patches`` is None).
+
+        Notes
+        -----
+        Differentiable in: pixels; no graph is kept unless they require a gradient. Deterministic:
+        bit for bit what the two calls give.
+        """
+        patches = self._has_patches("encode_image_both")
+        with self._grad(pixels):
+            ready = self._pixels("encode_image_both", pixels)
+            if not len(ready):
+                return ready.new_zeros(0, self.dim), ready.new_zeros(0, patches, self.dim)
+            pooled, tokens = self._image.both(ready)
+            tokens = tokens[:, 1:]
+            return (unit(pooled), unit(tokens)) if normalize else (pooled, tokens)
+
+    def _has_patches(self, op: str) -> int:
+        """Count the patches of an image, or refuse a tower that has none."""
         if self.patches is None:
             raise NotSupported(
-                "fastfpl.FrozenCLIP.encode_image_tokens: the image tower must be a vision "
+                f"fastfpl.FrozenCLIP.{op}: the image tower must be a vision "
                 "transformer that pools by its class token, or a modified ResNet; got "
                 f"{type(self._image.module).__name__} of {self.name!r}, which "
                 f"{self._image.why_no_patches()}"
             )
-        with self._grad(pixels):
-            ready = self._pixels("encode_image_tokens", pixels)
-            if not len(ready):
-                return ready.new_zeros(0, self.patches, self.dim)
-            tokens = self._image.tokens(ready)[:, 1:]
-            return _unit(tokens) if normalize else tokens
+        return self.patches
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -321,7 +360,8 @@ def _weights(text: TextTower) -> Iterator[tuple[str, Tensor]]:
             yield f"blocks.{i}.{field.name}", getattr(block, field.name)
 
 
-def _unit(x: Tensor) -> Tensor:
+def unit(x: Tensor) -> Tensor:
+    """Give vectors (..., D) length 1, as `FrozenCLIP` normalises features, in their dtype."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return F.normalize(wide, dim=-1).to(x.dtype)
 

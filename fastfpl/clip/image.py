@@ -206,6 +206,10 @@ class ImageTower:
         """Pixels (B, 3, S, S) -> (B, 1 + P, D), not normalised; the first is the pooled one."""
         raise NotImplementedError  # FrozenCLIP refuses first: patches is None
 
+    def both(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Give what `pooled` and `tokens` give, bit for bit, of one pass through the blocks."""
+        return self.pooled(pixels), self.tokens(pixels)
+
     def why_no_patches(self) -> str:
         """Say how the tower pools, where its patches have no features of their own."""
         visual = self.module
@@ -236,11 +240,33 @@ class TimmTower(ForeignTower):
 
     def tokens(self, pixels: Tensor) -> Tensor:
         """Apply the last norm and the heads, which work token by token, to every token."""
+        return self._of(self.module.trunk.forward_features(pixels))
+
+    def both(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pool what the blocks give as the trunk's own pass does."""
         trunk = self.module.trunk
-        x = trunk.fc_norm(trunk.forward_features(pixels))
-        features: Tensor = self.module.head(trunk.head(x))
+        x = trunk.forward_features(pixels)
+        pooled: Tensor = self.module.head(trunk.forward_head(x))
+        return pooled, self._of(x)
+
+    def _of(self, x: Tensor) -> Tensor:
+        trunk = self.module.trunk
+        features: Tensor = self.module.head(trunk.head(trunk.fc_norm(x)))
         # behind the class token there may be registers
         return torch.cat((features[:, :1], features[:, trunk.num_prefix_tokens :]), dim=1)
+
+
+class _Kept(nn.Module):
+    """Blocks that keep what they gave last."""
+
+    def __init__(self, blocks: nn.Module) -> None:
+        super().__init__()
+        self.blocks = blocks
+        self.states: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.states = self.blocks(x)
+        return self.states
 
 
 class ViTTower(ImageTower):
@@ -260,12 +286,27 @@ class ViTTower(ImageTower):
         cls = visual.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
         x = torch.cat([cls, x], dim=1) + visual.positional_embedding.to(x.dtype)
         x = visual.ln_pre(x)
+        if self._batch_first:
+            return self._of(visual.transformer(x))
+        return self._of(visual.transformer(x.transpose(0, 1)).transpose(0, 1))
+
+    def both(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep what the blocks give to the family's own forward pass."""
+        # a view of the modules of this call's own: others may be in the same tower meanwhile
+        whole = copy.copy(self.module)
+        kept = _Kept(self.module.transformer)
+        whole._modules = {**self.module._modules, "transformer": kept}
+        features = whole(pixels)
+        states = kept.states if self._batch_first else kept.states.transpose(0, 1)
+        return (features[0] if isinstance(features, tuple) else features), self._of(states)
+
+    @property
+    def _batch_first(self) -> bool:
         # open_clip's transformer takes (B, tokens, width) and says so; the original's has no word
-        if hasattr(visual.transformer, "batch_first"):
-            x = visual.transformer(x)
-        else:
-            x = visual.transformer(x.transpose(0, 1)).transpose(0, 1)
-        features: Tensor = visual.ln_post(x) @ visual.proj
+        return hasattr(self.module.transformer, "batch_first")
+
+    def _of(self, states: Tensor) -> Tensor:
+        features: Tensor = self.module.ln_post(states) @ self.module.proj
         return features
 
 
@@ -285,8 +326,17 @@ class ResNetTower(ImageTower):
 
     def tokens(self, pixels: Tensor) -> Tensor:
         """Pool with every token as the query; the first, the mean token, is the usual one."""
+        return self._of(self.trunk(pixels))
+
+    def both(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pool one feature map in the family's way, and with every token as the query."""
+        x = self.trunk(pixels)
+        pooled: Tensor = self.module.attnpool(x)
+        return pooled, self._of(x)
+
+    def _of(self, x: Tensor) -> Tensor:
         pool = self.module.attnpool
-        x = self.trunk(pixels).flatten(2).permute(2, 0, 1)  # (P, B, C)
+        x = x.flatten(2).permute(2, 0, 1)  # (P, B, C)
         x = torch.cat([x.mean(dim=0, keepdim=True), x], dim=0)
         x = x + pool.positional_embedding[:, None].to(x.dtype)
         x, _ = F.multi_head_attention_forward(
@@ -327,10 +377,13 @@ class TransformersTower(ImageTower):
 
     def tokens(self, pixels: Tensor) -> Tensor:
         """Apply the last LayerNorm and the projection to every token."""
-        model = self.module.model
+        return self.both(pixels)[1]
+
+    def both(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Take both of the model's outputs."""
+        model, project = self.module.model, self.module.projection
         out = model(pixel_values=pixels, return_dict=True)
-        features: Tensor = self.module.projection(model.post_layernorm(out.last_hidden_state))
-        return features
+        return project(out.pooler_output), project(model.post_layernorm(out.last_hidden_state))
 
 
 def image_of(model: Any, device: torch.device, dtype: torch.dtype) -> ImageTower:

@@ -203,12 +203,15 @@ class _Twin:
             return
         try:
             tokens = tower.tokens(pixels)
+            beside = tower.both(pixels)
         except Exception as error:  # the modules are somebody else's
             image.forget_patches(f"refuses its tokens with {first_line(error)}")
             return
         pooled = tower.pooled(pixels)
-        fits = tokens.shape == (1, tower.patches + 1, pooled.shape[-1])
-        if not fits or not _distance(tokens[:, 0], pooled) <= self._off(pixels):
+        shape = (1, tower.patches + 1, pooled.shape[-1])
+        same = ((tokens[:, 0], pooled), (beside[0], pooled), (beside[1], tokens))
+        fits = tokens.shape == shape and all(a.shape == b.shape for a, b in same)
+        if not fits or not all(_distance(a, b) <= self._off(pixels) for a, b in same):
             image.forget_patches("does more in its own pass than CLIP's image towers do")
 
     def _image(self) -> tuple[ImageTower, Tensor]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,10 @@ from fastfpl.features.file import (
 )
 from fastfpl.files import Growing, growing_elsewhere, on_disk, sweep_parts
 
-__all__ = ["STALLED", "FeatureStore", "Whole", "default_directory"]
+__all__ = ["STALLED", "Build", "FeatureStore", "Whole", "default_directory"]
+
+#: ``build(indices)`` encodes images: one Tensor of rows, or one of each key that is asked for.
+Build = Callable[[npt.NDArray[np.int64]], Tensor | Sequence[Tensor]]
 
 _LOG = logging.getLogger("fastfpl")
 # stems of the files of keys
@@ -119,11 +123,12 @@ class FeatureStore:
         self,
         key: FeatureKey,
         n: int,
-        build: Callable[[npt.NDArray[np.int64]], Tensor],
+        build: Build,
         progress: Callable[[int, int], None] | None = None,
         *,
         ahead: Callable[[Iterable[npt.NDArray[np.int64]]], None] | None = None,
         whole: Whole | None = None,
+        also: Sequence[FeatureKey] = (),
     ) -> Features:
         """Open the features of a key, computing them first if they are not there.
 
@@ -134,7 +139,8 @@ class FeatureStore:
             Number of rows, i.e. of images.
         build : callable
             ``build(indices)`` with indices (m,), int64, returns finite features, floating Tensor of
-            shape (m, ...), which are converted to the key's dtype.
+            shape (m, ...), which are converted to the key's dtype. With ``also`` one Tensor a key,
+            that of ``key`` first.
         progress : callable, optional
             Called as ``progress(done, n)`` after each chunk that is computed, and before the first
             one if some are there already.
@@ -143,6 +149,10 @@ class FeatureStore:
         whole : Whole, optional
             A larger file that has these rows: it serves where it is there, or another process is
             encoding it, and the key itself is not.
+        also : sequence of FeatureKey
+            What else is known of the same images once they are encoded. Where ``key`` has to be
+            computed, files of these are written beside it but for those that are there, or that
+            another process writes.
 
         Returns
         -------
@@ -164,7 +174,7 @@ class FeatureStore:
         except Damaged as error:
             _LOG.warning("%s; it is computed again", error)
             found = None
-        job = _Job(build, progress or _unseen, ahead or _unseen)
+        job = _Job(build, progress or _unseen, ahead or _unseen, tuple(also))
         if found is None and whole is not None:
             found = self._from(whole, job)
         if found is None:
@@ -202,13 +212,30 @@ class FeatureStore:
                     growing.forget()
                     return
                 if growing.shared or not growing.locks or not looks:
-                    self._fill(growing, key, n, job)
+                    with contextlib.ExitStack() as held:
+                        files = [_File(growing, key, 0), *self._beside(job.also, n, held)]
+                        self._fill(files, n, job)
                     return
-            held, gone = self._wait(path, n, job)
-            if held and not gone:
+            seen, gone = self._wait(path, n, job)
+            if seen and not gone:
                 looks = 0
-            elif not held:
+            elif not seen:
                 looks -= 1
+
+    def _beside(
+        self, also: Sequence[FeatureKey], n: int, held: contextlib.ExitStack
+    ) -> Iterator[_File]:
+        """Open those files of other keys that are not there and that nobody else writes."""
+        for column, key in enumerate(also, 1):
+            path = self.directory / key.filename
+            if path.exists():
+                continue
+            with _disk(self.directory):
+                growing = held.enter_context(
+                    Growing(path, {**facts_of(key, (n,)), "chunk": self.chunk})
+                )
+            if not path.exists() and (growing.shared or not growing.locks):
+                yield _File(growing, key, column)
 
     def _wait(self, path: Path, n: int, job: _Job) -> tuple[bool, bool]:
         """Wait for whoever encodes a file: whether somebody did, and has ended or died since."""
@@ -234,20 +261,12 @@ class FeatureStore:
             time.sleep(_POLL)
         return held, True
 
-    def _fill(self, growing: Growing, key: FeatureKey, n: int, job: _Job) -> None:
-        counts = [min(self.chunk, n - start) for start in range(0, n, self.chunk)]
-        shape: tuple[int, ...] = ()
-        digest = hashlib.blake2b(digest_size=16)
-        done = 0
-        if _is_row(growing.note):
-            shape = (n, *growing.note)
-            digest, row = digest_of(key, shape), nbytes_of(key, shape[1:])
-            with _disk(self.directory):
-                for kept in growing.resume(offset_of(key, shape), (c * row for c in counts)):
-                    digest.update(kept)
-                    done += len(kept) // row
-        resumed = done
-        if resumed:
+    def _fill(self, files: Sequence[_File], n: int, job: _Job) -> None:
+        with _disk(self.directory):
+            for file in files:
+                file.resume(n, self.chunk)
+        done = min(file.done for file in files)
+        if done:
             _LOG.info("fastfpl.features: %d of %d images are there already", done, n)
             job.progress(done, n)
         chunks = [
@@ -255,26 +274,74 @@ class FeatureStore:
             for at in range(done, n, self.chunk)
         ]
         job.ahead(chunks)
-        for count, leaving in _built(chunks, job.build, key):
-            row_shape = tuple(leaving.rows.shape[1:])
-            if done == 0:
-                shape = (n, *row_shape)
-                digest = digest_of(key, shape)
-                with _disk(self.directory):
-                    growing.begin(offset_of(key, shape), list(row_shape))
-            elif done == resumed and row_shape != shape[1:]:
+        for at, leaving in _built(chunks, job.build, files):
+            if any(not file.takes(rows, at) for file, rows in zip(files, leaving, strict=True)):
                 # what is there was built by something else
-                growing.forget()
-                return self._fill(growing, key, n, job)
-            data = _raw(leaving, (count, *shape[1:]), key)
-            digest.update(data)
-            with _disk(self.directory):
-                growing.append(data)
-            done += count
-            job.progress(done, n)
+                for file in files:
+                    file.growing.forget()
+                return self._fill(files, n, job)
+            for file, rows in zip(files, leaving, strict=True):
+                file.append(rows, at, n, self.directory)
+            job.progress(int(at[-1]) + 1, n)
         # the checksum is known only now; the header keeps its length
         with _disk(self.directory):
-            growing.finish(header_of(key, shape, digest.hexdigest()))
+            for file in files:
+                file.growing.finish(header_of(file.key, file.shape, file.digest.hexdigest()))
+
+
+class _File:
+    """A file of one key that grows.
+
+    Attributes
+    ----------
+    growing : Growing
+    key : FeatureKey
+    column : int
+        Which of the tensors that are built its rows are.
+    shape : tuple of int
+        (n, ...), once a chunk is there.
+    done : int
+        Rows.
+    """
+
+    def __init__(self, growing: Growing, key: FeatureKey, column: int) -> None:
+        self.growing, self.key, self.column = growing, key, column
+        self.shape: tuple[int, ...] = ()
+        self.digest = hashlib.blake2b(digest_size=16)
+        self.done = self._resumed = 0
+
+    def resume(self, n: int, chunk: int) -> None:
+        """Take what a process that is gone has left, chunk by chunk."""
+        self.done = 0
+        if _is_row(self.growing.note):
+            self.shape = (n, *self.growing.note)
+            self.digest, row = digest_of(self.key, self.shape), nbytes_of(self.key, self.shape[1:])
+            sizes = (min(chunk, n - start) * row for start in range(0, n, chunk))
+            for kept in self.growing.resume(offset_of(self.key, self.shape), sizes):
+                self.digest.update(kept)
+                self.done += len(kept) // row
+        self._resumed = self.done
+
+    def takes(self, leaving: _Leaving, at: npt.NDArray[np.int64]) -> bool:
+        """Whether rows go on with those that another process has left."""
+        first = self.done > 0 and at[0] <= self.done == self._resumed
+        return not first or tuple(leaving.rows.shape[1:]) == self.shape[1:]
+
+    def append(self, leaving: _Leaving, at: npt.NDArray[np.int64], n: int, directory: Path) -> None:
+        """Write rows, but those that are there."""
+        if at[0] < self.done:
+            return
+        if not self.done:
+            row_shape = tuple(leaving.rows.shape[1:])
+            self.shape = (n, *row_shape)
+            self.digest = digest_of(self.key, self.shape)
+            with _disk(directory):
+                self.growing.begin(offset_of(self.key, self.shape), list(row_shape))
+        data = _raw(leaving, (len(at), *self.shape[1:]), self.key)
+        self.digest.update(data)
+        with _disk(directory):
+            self.growing.append(data)
+        self.done += len(at)
 
 
 @dataclass(frozen=True, eq=False)
@@ -299,9 +366,10 @@ class Whole:
 class _Job:
     """Who builds features, and who is told of it."""
 
-    build: Callable[[npt.NDArray[np.int64]], Tensor]
+    build: Build
     progress: Callable[[int, int], None]
     ahead: Callable[[Iterable[npt.NDArray[np.int64]]], None]
+    also: tuple[FeatureKey, ...]
 
 
 def _unseen(*_: Any) -> None:
@@ -318,23 +386,23 @@ class _Leaving:
 
 
 def _built(
-    chunks: Iterable[npt.NDArray[np.int64]],
-    build: Callable[[npt.NDArray[np.int64]], Tensor],
-    key: FeatureKey,
-) -> Iterator[tuple[int, _Leaving]]:
+    chunks: Iterable[npt.NDArray[np.int64]], build: Build, files: Sequence[_File]
+) -> Iterator[tuple[npt.NDArray[np.int64], list[_Leaving]]]:
     """Build chunk after chunk; a CUDA device gets the next one before the last one is written."""
-    waiting: tuple[int, _Leaving] | None = None
+    waiting: tuple[npt.NDArray[np.int64], list[_Leaving]] | None = None
     for at in chunks:
         try:
-            leaving = _leave(build(at), key)
+            made = build(at)
+            columns = (made,) if isinstance(made, Tensor) else made
+            leaving = [_leave(columns[file.column], file.key) for file in files]
         except BaseException:
             if waiting is not None:
                 yield waiting
             raise
         if waiting is not None:
             yield waiting
-        waiting = (len(at), leaving)
-        if leaving.event is None:
+        waiting = (at, leaving)
+        if all(rows.event is None for rows in leaving):
             yield waiting
             waiting = None
     if waiting is not None:

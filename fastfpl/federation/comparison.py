@@ -43,6 +43,7 @@ __all__ = [
     "Job",
     "Sweep",
     "compare",
+    "kinds_of",
     "listed",
     "say_what_belongs",
     "say_what_sweeps",
@@ -348,7 +349,7 @@ def _play(
             say_what_belongs(methods, jobs)
 
     results: dict[str, list[Result]] = {name: [] for name in methods}
-    for job in jobs:
+    for nth, job in enumerate(jobs):
 
         def tell(what: str, done: int, total: int, label: str = job.label) -> None:
             observer(f"{label}: {what}", done, total)
@@ -369,10 +370,30 @@ def _play(
                 observer=tell,
                 on_round=tell_round,
                 callbacks=callbacks,
+                also=kinds_of([job, *jobs[nth + 1 :]]),
             )
         )
         begin()
     return Comparison(results)
+
+
+#: Settings that decide neither which images a run sees nor how.
+_UNSEEN = frozenset({"method", "options", "as_released", "lr", "rounds", "local_epochs"})
+
+
+def kinds_of(jobs: Sequence[Job]) -> tuple[str, ...]:
+    """Name the kinds of image features that runs still to come ask of the images of the first.
+
+    Methods that learn from pairs see images in views of their own.
+    """
+    first, *later = jobs
+    same = first.settings.model_dump(exclude=set(_UNSEEN))
+    kinds = [
+        find_method(job.settings.method)
+        for job in later
+        if job.settings.model_dump(exclude=set(_UNSEEN)) == same
+    ]
+    return tuple(dict.fromkeys(kind.image_kind for kind in kinds if not kind.paired))
 
 
 def sweep(

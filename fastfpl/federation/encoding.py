@@ -107,9 +107,12 @@ def encode(
     found: dict[str, Encoded] = {}
     with threads(first.threads), without_autocast():
         clip = model or load_model(first, plans[0].device)
-        for planned in plans:
+        for nth, planned in enumerate(plans):
             chosen, kind, scenario = planned.settings, planned.kind, planned.scenario
-            eye = make_eye(chosen, clip, planned.dataset, kind.image_kind, store, observer)
+            later = [p.kind for p in plans[nth + 1 :] if p.settings.dataset == chosen.dataset]
+            also = tuple(k.image_kind for k in later if not k.paired)
+            dataset = planned.dataset
+            eye = make_eye(chosen, clip, dataset, kind.image_kind, store, observer, also=also)
             train = scenario.dataset.train
             training_feed(eye, train, np.arange(len(train)), chosen, paired=kind.paired)
             tests = {

@@ -15,7 +15,8 @@ import torch
 from fastfpl.clip import FrozenCLIP
 from fastfpl.config import Settings, load_preset, make_settings
 from fastfpl.data import Dataset, short_name
-from fastfpl.errors import Damaged, InputError, cut, shown
+from fastfpl.errors import Damaged, InputError, cut, near, shown
+from fastfpl.features.file import KINDS
 from fastfpl.federation.agreement import agree, agree_on_weights, share_folder
 from fastfpl.federation.checkpoint import (
     CHECKPOINT,
@@ -87,6 +88,7 @@ def run(
     on_round: RoundObserver = unseen,
     callbacks: Sequence[Callback] = (),
     dataset: str | Path | Dataset | None = None,
+    also: Sequence[str] = (),
     **settings: Any,
 ) -> Result:
     """Run one federated experiment.
@@ -123,6 +125,10 @@ def run(
         of a folder, zip file or manifest; or a data set at hand, as `fastfpl.data.from_arrays`
         makes it. The settings of the result then call it ``live:`` and its name, and a resumed run
         must be given one of the same images.
+    also : sequence of str
+        Of image features the kinds (``pooled``, ``raw``, ``patches``; `Method.image_kind`) that
+        other runs will ask of the same images: where the run encodes, they are stored of the same
+        pass. `compare` knows them by itself.
     **settings
         Fields of `fastfpl.Settings`.
 
@@ -160,6 +166,12 @@ def run(
         chosen = make_settings(origin.on_top(method_name(method), settings))
     else:
         chosen = make_settings({**settings, "method": method_name(method)})
+    for kind in also:
+        if kind not in KINDS:
+            raise InputError(
+                f"fastfpl.run: also must be of {', '.join(KINDS)}; got {shown(kind)}"
+                + near(str(kind), KINDS)
+            )
     folder = None if out is None else Path(out)
     if folder is None and resume:
         raise InputError("fastfpl.run: out must name the folder to resume; got none")
@@ -184,7 +196,9 @@ def run(
                 observer(what, done, total)
                 told.step(what, done, total)
 
-            how = _Run(folder, held, resume, model, store, step, on_round, told, ranks)
+            how = _Run(
+                *(folder, held, resume, model, store, step, on_round, told, ranks), tuple(also)
+            )
             try:
                 with stoppable(chosen, folder):
                     result = _play(chosen, live, how)
@@ -222,6 +236,7 @@ class _Run:
     on_round: RoundObserver
     told: Told
     ranks: Ranks | None
+    also: tuple[str, ...]
 
 
 @contextlib.contextmanager
@@ -318,7 +333,12 @@ def _play(chosen: Settings, live: Dataset | None, how: _Run) -> Result | None:
             )
         )
         federation = prepare(
-            planned, model=model, cache=how.cache, observer=how.observer, ranks=ranks
+            planned,
+            model=model,
+            cache=how.cache,
+            observer=how.observer,
+            ranks=ranks,
+            also=how.also,
         )
         if folder is not None:
             _take_up(federation, folder, how.resume, faces)

@@ -310,6 +310,7 @@ def prepare(
     observer: Observer = silent,
     members: Sequence[int] | None = None,
     ranks: Ranks | None = None,
+    also: tuple[str, ...] = (),
 ) -> Federation:
     """Load, partition and encode what the settings name.
 
@@ -327,6 +328,8 @@ def prepare(
         encoded.
     ranks : Ranks, optional
         The other processes that play the run, which encode images and train clients with this one.
+    also : tuple of str
+        Kinds of image features that are stored too, for other runs on the same images.
     """
     planned = settings if isinstance(settings, Plan) else plan(settings, model=model)
     settings, kind, options = planned.settings, planned.kind, planned.options
@@ -335,9 +338,9 @@ def prepare(
     store.check()
     clip = model or load_model(settings, planned.device)
     budget = None if settings.max_memory is None else Budget(settings.max_memory, clip.device)
-    eye = make_eye(settings, clip, dataset, kind.image_kind, store, observer, budget)
+    eye = make_eye(settings, clip, dataset, kind.image_kind, store, observer, budget, also)
     if budget is not None:
-        chunk = budget.images(eye.encode, clip.image_size, store.chunk)
+        chunk = budget.images(eye.encode_kinds, clip.image_size, store.chunk)
         store = FeatureStore(cache, chunk=chunk)
         if ranks is not None:
             store = RankedStore(ranks, cache, chunk=ranks.least(chunk))

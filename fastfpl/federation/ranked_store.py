@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 from fastfpl.errors import InputError
 from fastfpl.features import FeatureKey, Features, FeatureStore, Whole
 from fastfpl.features.file import DTYPES, open_features
+from fastfpl.features.store import Build
 from fastfpl.federation.ranks import Ranks
 
 __all__ = ["RankedStore"]
@@ -42,11 +43,12 @@ class RankedStore(FeatureStore):
         self,
         key: FeatureKey,
         n: int,
-        build: Callable[[_Chunk], Tensor],
+        build: Build,
         progress: Callable[[int, int], None] | None = None,
         *,
         ahead: Callable[[Iterable[_Chunk]], None] | None = None,
         whole: Whole | None = None,
+        also: Sequence[FeatureKey] = (),
     ) -> Features:
         """Open the features of a key, which all ranks encode first if they are not there.
 
@@ -54,16 +56,22 @@ class RankedStore(FeatureStore):
         that rank 0 has.
         """
         if self._ranks.first:
-            return self._lead(key, n, build, progress, ahead, whole)
+            return self._lead(key, n, build, progress, ahead, whole, also)
         while (spans := self._ranks.say(_NONE)) is not None:
             of_mine = spans[self._ranks.rank :: self._ranks.size]
             mine = [np.arange(*span, dtype=np.int64) for span in of_mine]
             if ahead is not None:
                 ahead(mine)
             for at in mine:
-                rows = build(at)
-                kept = rows.detach().to(DTYPES[key.dtype][0]) if rows.is_floating_point() else rows
-                self._ranks.give([("chunk", {"rows": kept})])
+                made = build(at)
+                columns = (made,) if isinstance(made, Tensor) else made
+                kept = {
+                    str(k): rows.detach().to(DTYPES[one.dtype][0])
+                    if rows.is_floating_point()
+                    else rows
+                    for k, (one, rows) in enumerate(zip((key, *also), columns, strict=True))
+                }
+                self._ranks.give([("chunk", kept)])
         found = open_features(self.directory / key.filename, key, n)
         if found is None and whole is not None:
             larger = open_features(self.directory / whole.key.filename, whole.key, whole.n)
@@ -80,10 +88,11 @@ class RankedStore(FeatureStore):
         self,
         key: FeatureKey,
         n: int,
-        build: Callable[[_Chunk], Tensor],
+        build: Build,
         progress: Callable[[int, int], None] | None,
         ahead: Callable[[Iterable[_Chunk]], None] | None,
         whole: Whole | None,
+        also: Sequence[FeatureKey],
     ) -> Features:
         """Write the file on rank 0, of its own chunks and those that the others send."""
         size = self._ranks.size
@@ -100,14 +109,14 @@ class RankedStore(FeatureStore):
             if ahead is not None:
                 ahead(listed[::size])
 
-        def one(at: _Chunk) -> Tensor:
+        def one(at: _Chunk) -> Tensor | Sequence[Tensor]:
             owner = owners.pop(int(at[0]))
             return self._received(owner) if owner else build(at)
 
-        found = super().get(key, n, one, progress, ahead=begin, whole=whole)
+        found = super().get(key, n, one, progress, ahead=begin, whole=whole, also=also)
         self._ranks.say(None)
         return found
 
-    def _received(self, rank: int) -> Tensor:
+    def _received(self, rank: int) -> Sequence[Tensor]:
         (state,) = (state for _, state in self._ranks.take(rank))
-        return state["rows"]
+        return [state[str(k)] for k in range(len(state))]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastfpl.clip import FrozenCLIP
+from fastfpl.clip.frozen import unit
 from fastfpl.config import Settings
 from fastfpl.data import Images, Split
 from fastfpl.data.loader import Job, Loader, Resident, Workers
@@ -90,6 +91,10 @@ class Encoder:
     def __call__(self, indices: Indices, seeds: Indices | None = None) -> Tensor:
         """Features of images (b,), each drawn by its seed, on the device."""
         return self._eye.encode(self._loader.pixels(indices, seeds))
+
+    def kinds(self, indices: Indices, seeds: Indices | None = None) -> tuple[Tensor, ...]:
+        """Features of every one of the eye's kinds, in their order."""
+        return self._eye.encode_kinds(self._loader.pixels(indices, seeds))
 
 
 class Feed:
@@ -214,6 +219,8 @@ class Eye:
         Of features that are stored; the CLIP's if left out.
     room : DeviceRoom, optional
         Of the device, for features that are used again; without one they come batch by batch.
+    also : tuple of str
+        Kinds that other methods will ask of the same images: of the same pass, they are stored too.
     """
 
     clip: FrozenCLIP
@@ -226,21 +233,44 @@ class Eye:
     resident: int = RESIDENT
     dtype: torch.dtype | None = None
     room: DeviceRoom | None = None
+    also: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.kind == "patches" and self.clip.patches is None:
+        if "patches" in self.kinds and self.clip.patches is None:
+            whom = "this method" if self.kind == "patches" else "a method of these"
             raise InputError(
-                "fastfpl.run: clip must give features of patches for this method; got "
+                f"fastfpl.run: clip must give features of patches for {whom}; got "
                 f"{self.clip.name!r}, which has none; use a ViT or a modified ResNet"
             )
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Its kind, then those that others will ask for."""
+        return tuple(dict.fromkeys((self.kind, *self.also)))
+
+    def alone(self) -> Eye:
+        """Look for one method only."""
+        return replace(self, also=())
+
     def encode(self, pixels: Tensor) -> Tensor:
         """Encode pixels, uint8 as they were cut, into features of the kind."""
+        return self.alone().encode_kinds(pixels)[0]
+
+    def encode_kinds(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """Encode pixels as `encode` does, into features of every kind, in one pass."""
         here = moved(pixels, self.clip.device)
         ready = self.prepare.normalised(here).to(self.clip.dtype)
-        if self.kind == "patches":
-            return self.clip.encode_image_tokens(ready)
-        return self.clip.encode_image(ready, normalize=self.kind == "pooled")
+        kinds, found = self.kinds, dict[str, Tensor]()
+        if kinds == ("patches",):
+            found["patches"] = self.clip.encode_image_tokens(ready)
+        elif "patches" in kinds:
+            found["raw"], tokens = self.clip.encode_image_both(ready, normalize=False)
+            found["patches"] = unit(tokens)
+        else:
+            found["raw"] = self.clip.encode_image(ready, normalize=False)
+        if "pooled" in kinds:
+            found["pooled"] = unit(found["raw"])
+        return tuple(found[kind] for kind in kinds)
 
     @property
     def prepare(self) -> Preprocess:
@@ -256,7 +286,7 @@ def training_feed(
     A paired feed's plain view is the deterministic one; ``augment`` decides whether the strong view
     is drawn anew every time or is one of a fixed number of views.
     """
-    prepare = eye.prepare
+    prepare, alone = eye.prepare, eye.alone()
     # crops of one image are cut anew from the same pixels
     again = settings.augment == "fresh" or settings.views + paired > 1
     read = Resident(split, eye.resident).images if again and eye.resident else split.images
@@ -269,11 +299,13 @@ def training_feed(
         assert seeds is not None
         return prepare.distorted(images, seeds)
 
-    def views(cut: Callable[[Images, Indices | None], Tensor], name: str) -> list[Features]:
+    def views(
+        cut: Callable[[Images, Indices | None], Tensor], name: str, of: Eye = eye
+    ) -> list[Features]:
         # views do not depend on the run's seed, so that runs share them
         return [
             _stored(
-                *(eye, split, "train", rows, f"{name}-{v}", Encoder(eye, read, cut)),
+                *(of, split, "train", rows, f"{name}-{v}", Encoder(of, read, cut)),
                 what=f"view {v + 1} of {settings.views}",
                 seed=v,
             )
@@ -282,8 +314,9 @@ def training_feed(
 
     fresh, dtype = settings.augment == "fresh", eye.clip.dtype
     if paired:
-        plain = [_plain(eye, split, "train", rows, read)]
-        strong = Encoder(eye, read, distort) if fresh else views(distort, "strong")
+        # others see the images of their training in other views
+        plain = [_plain(alone, split, "train", rows, read)]
+        strong = Encoder(eye, read, distort) if fresh else views(distort, "strong", alone)
         return Feed(eye.clip.device, split, rows, plain, strong, dtype=dtype, room=eye.room)
     if fresh:
         return Feed(eye.clip.device, split, rows, Encoder(eye, read, crop))
@@ -344,11 +377,12 @@ def _stored(
     return eye.store.get(
         key,
         len(rows),
-        lambda at: encode(*job(at)),
+        lambda at: encode.kinds(*job(at)),
         lambda done, n: eye.observer(title, done, n),
         ahead=lambda chunks: encode.expect(jobs(chunks)),
         # as `fastfpl encode` makes it; views are drawn for an image, whatever is encoded with it
         whole=None
         if every
         else Whole(replace(key, split=f"{name}-all"), len(split), rows.astype(np.int64)),
+        also=[replace(key, kind=kind) for kind in eye.kinds[1:]],
     )

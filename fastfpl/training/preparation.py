@@ -114,6 +114,7 @@ def make_eye(
     store: FeatureStore,
     observer: Observer,
     budget: Budget | None = None,
+    also: tuple[str, ...] = (),
 ) -> Eye:
     """Lay out how a CLIP looks at the images of a run."""
     mean, std = clip.mean, clip.std
@@ -134,6 +135,7 @@ def make_eye(
         Workers(choose_workers(clip.device.type, settings.workers)),
         resident,
         None if wanted == "auto" else getattr(torch, wanted),
+        also=also,
     )
 
 
