@@ -49,8 +49,7 @@ OWN_BUDGETS: dict[str, dict[str, Any]] = {
     "fedotp": PATHOLOGICAL | {"rounds": 10, "local_epochs": 5},
     "fedpgp": PATHOLOGICAL | {"rounds": 25, "local_epochs": 2},
     "fedapt": DOMAIN | {"rounds": 50, "local_epochs": 1},
-    "fedapt-unsupervised": DOMAIN
-    | {"rounds": 30, "options": {"fedapt-unsupervised": {"pseudo_rounds": 10}}},
+    "fedapt-unsupervised": DOMAIN | {"rounds": 30, "options": {"pseudo_rounds": 10}},
 }
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -87,25 +86,22 @@ def folder_of(work: Path, protocol: str, method: str, seed: int) -> Path:
     return work / protocol.replace(" ", "-") / f"{method}-seed{seed}"
 
 
+def settings_of(protocol: str, method: str, seed: int) -> dict[str, Any]:
+    """Return the settings of a run of the table."""
+    settings = BUDGET | {"lr": RATES.get(method, 0.002)} | PROTOCOLS[protocol].settings[method]
+    # learning without labels needs a second view of every image
+    views = {} if METHODS[method].supervised else {"augment": "views:2"}
+    return settings | views | {"seed": seed, "evaluate_every": settings["rounds"]}
+
+
 def play(work: Path, protocol: str, method: str, seed: int) -> fastfpl.Result:
     """Play one run to its end, or read it back."""
     folder = folder_of(work, protocol, method, seed)
     if (folder / "result.json").is_file():
         return fastfpl.Result.load(folder)
-    settings = BUDGET | {"lr": RATES.get(method, 0.002)} | PROTOCOLS[protocol].settings[method]
-    # learning without labels needs a second view of every image
-    views = {} if METHODS[method].supervised else {"augment": "views:2"}
-    return fastfpl.run(
-        method,
-        out=folder,
-        resume=True,
-        cache=work / "features",
-        seed=seed,
-        evaluate_every=settings["rounds"],
-        also=KINDS,
-        **settings,
-        **views,
-    )
+    how: dict[str, Any] = settings_of(protocol, method, seed)
+    cache = work / "features"
+    return fastfpl.run(method, out=folder, resume=True, cache=cache, also=KINDS, **how)
 
 
 def finished(work: Path, seeds: int) -> Iterator[tuple[str, str, int]]:

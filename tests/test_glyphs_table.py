@@ -6,17 +6,28 @@ import pytest
 from click.testing import CliRunner
 
 from bench import glyphs_table
-from bench.glyphs_table import BUDGET, DOMAINS, OWN_BUDGETS, PROTOCOLS, SHOTS, figures, tables
+from bench.glyphs_table import (
+    BUDGET,
+    DOMAINS,
+    OWN_BUDGETS,
+    PROTOCOLS,
+    SHOTS,
+    figures,
+    settings_of,
+    tables,
+)
 from fastfpl.config import make_settings
-from fastfpl.federation.preparation import plan
+from fastfpl.federation.preparation import plan, settled
 from fastfpl.methods import METHODS
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_every_run_of_the_table_can_be_asked_for(protocol):
-    for method, asked in PROTOCOLS[protocol].settings.items():
-        settings = make_settings({"method": method, **BUDGET, **asked})
-        assert settings.batch_size == 16
+    for method in PROTOCOLS[protocol].settings:
+        # with its options and its views
+        asked = make_settings({"method": method, **settings_of(protocol, method, seed=0)})
+        settings, kind, _ = settled(asked)
+        assert (settings.batch_size, kind.name) == (16, method)
         assert settings.partition in ("pathological", "dirichlet", "domain")
 
 
