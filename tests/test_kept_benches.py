@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from bench import accuracy_against_epsilon, attacks, flower_overhead
+from bench import accuracy_against_epsilon, attacks, first_command, flower_overhead
 from bench.kept import between, kept
 from fastfpl.config import make_settings
 from fastfpl.errors import InputError
@@ -113,3 +114,42 @@ def test_memory_is_that_of_the_whole_tree():
     finally:
         os.killpg(node.pid, 9)
         node.wait()
+
+
+def test_time_goes_to_the_inner_part():
+    now = iter([0.0, 1.0, 3.0, 6.0, 10.0, 15.0])
+    clock = first_command.Clock(lambda: next(now))  # begins at 0
+    with clock.during("cache"):  # at 1
+        counted = clock.counted("tower", lambda x: x + 1)
+        assert counted(1) == 2  # from 3 to 6
+    clock.end()
+    spent = {part: seconds for part, seconds in clock.seconds.items() if seconds}
+    assert spent == {"else": 1 + 5, "cache": 2 + 4, "tower": 3}
+    lines = first_command.table(clock.seconds).splitlines()
+    assert lines[2].startswith(f"| {first_command.PARTS['cache']} | 6.0 | 40 % |")
+    assert lines[-2].startswith(f"| {first_command.PARTS['else']} | 6.0 | 40 % |")
+    assert lines[-1] == "| **all** | 15.0 | |"
+
+
+def test_the_first_command_is_the_readmes():
+    given = first_command.words()
+    assert given[:2] == ["compare", "zeroshot"]
+    assert "--out" not in given
+    assert "<!-- first command -->\n" in (ROOT / "docs" / "running.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_every_part_of_the_first_command_is_seen(tmp_path):
+    small = ["compare", "local", "fedotp", "--dataset", "digits", "--clients", "2", "--shots", "2"]
+    small += ["--rounds", "1", "--local-epochs", "1", "--threads", "1"]
+    code = f"import bench.first_command as b; b.words = lambda: {small}; b.main(['--print'])"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    rows = dict(re.findall(r"^\| (.+?) \| ([\d.]+) \|", done.stdout, re.MULTILINE))
+    assert set(first_command.PARTS.values()) < set(rows)
+    # every patched name is still the one that is called
+    told = {part: float(rows[words]) for part, words in first_command.PARTS.items()}
+    assert all(told[part] > 0 for part in ("library", "tower", "training", "page")), told
