@@ -26,7 +26,7 @@ def keep_what_is_made_anew() -> None:
     _dtypes(interpreter)
     _types(interpreter)
     _tensors(interpreter.tl.core)
-    _shapes(interpreter.TritonSemantic)
+    _shapes(interpreter.tl.core, interpreter.TritonSemantic)
 
 
 def _overflows(builder: Any) -> None:
@@ -143,14 +143,30 @@ def _tensors(core: Any) -> None:
     core.tensor.__init__ = init
 
 
-def _shapes(semantic: Any) -> None:
-    """Leave blocks of one shape as they are."""
+def _shapes(core: Any, semantic: Any) -> None:
+    """Leave blocks of one shape as they are, and keep what two shapes give."""
     plain = semantic.broadcast_impl_value
+    known: dict[Any, Any] = {}
+
+    def sizes_of(tensor: Any) -> Any:
+        return tensor.type.__dict__.get("_sizes")  # of a block
+
+    def widened(self: Any, tensor: Any, sizes: Any) -> Any:
+        if sizes_of(tensor) == sizes:
+            return tensor
+        kind = core.block_type(tensor.type.element_ty, [*sizes])
+        return self.tensor(self.builder.create_broadcast(tensor.handle, sizes), kind)
 
     def broadcast(self: Any, lhs: Any, rhs: Any) -> Any:
-        sizes = lhs.type.__dict__.get("_sizes")
-        if sizes is not None and sizes == rhs.type.__dict__.get("_sizes"):
+        shapes = sizes_of(lhs), sizes_of(rhs)
+        if shapes[0] == shapes[1]:
             return lhs, rhs
-        return plain(self, lhs, rhs)
+        both = known.get(shapes)
+        if both is None:
+            found = plain(self, lhs, rhs)
+            if None not in shapes and len(shapes[0]) == len(shapes[1]):
+                known[shapes] = sizes_of(found[0])
+            return found
+        return widened(self, lhs, both), widened(self, rhs, both)
 
     semantic.broadcast_impl_value = broadcast
