@@ -6,6 +6,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import pytest
@@ -77,6 +78,20 @@ def _bfloat16_rounds() -> Iterator[None]:
 
     with bfloat16_rounds():
         yield
+
+
+@pytest.fixture
+def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let runs on the digits be tested on 60 images of 599, as `worlds.few_digits` has them."""
+    from fastfpl.federation import preparation
+    from tests import worlds
+
+    plain = preparation.load_dataset
+
+    def load(name: str, *place: Any, **how: Any) -> Any:
+        return worlds.few_digits() if name == "digits" else plain(name, *place, **how)
+
+    monkeypatch.setattr(preparation, "load_dataset", load)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

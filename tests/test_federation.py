@@ -798,6 +798,7 @@ def test_dtypes(outcome, clip, cache, dtype):
     assert losses(result) == pytest.approx(losses(outcome("promptfl", {})), rel=rel)
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_where_the_clip_comes_from(cache):
     small = {**TINY_RUN, "rounds": 1, "local_epochs": 1}
     tiny = fastfpl.run("promptfl", cache=cache, **small)

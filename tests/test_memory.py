@@ -283,6 +283,7 @@ def test_prompts_are_encoded_within_a_limit(clip, limits):
         encode_prompts(classes, ctx, max_memory=0)
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_the_flag(capsys, tmp_path):
     quick = ["--dataset", "digits", "--clients", "2", "--shots", "2", "--threads", "1"]
     where = ["--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "a")]
