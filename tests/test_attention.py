@@ -17,6 +17,7 @@ from fastfpl.errors import InputError, KindError, NotSupported
 from fastfpl.ops import native, prefix_attention
 from fastfpl.ops.attention import FACES
 from tests.truth import assert_as_good_as_eager, assert_fences_hold, fenced
+from tests.warm import warm_python
 
 pytestmark = pytest.mark.usefixtures("_bfloat16_rounds")
 COMPILED = [f.name for f in FACES["prefix_attention"] if f.name in ("triton", "cpu")]
@@ -275,5 +276,5 @@ else:
 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 small(), large()
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = subprocess.run([*warm_python(), "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

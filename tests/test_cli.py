@@ -41,6 +41,7 @@ from fastfpl.plain_yaml import parse_yaml
 from fastfpl.report import machine
 from fastfpl.tracking import bars
 from fastfpl.training import preparation
+from tests.warm import warm_python
 
 QUICK = (
     *("--dataset", "digits", "--clients", "2", "--rounds", "2", "--local-epochs", "1"),
@@ -920,7 +921,7 @@ def test_ctrl_c_leaves_a_resumable_run(tmp_path: Path) -> None:
     arguments = ["run", "promptfl", *QUICK, "--out", str(tmp_path / "o")]
     arguments += ["--cache", str(tmp_path / "cache")]
     first = subprocess.run(
-        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False
+        [*warm_python(), "-c", program, *arguments], capture_output=True, text=True, check=False
     )
     assert first.returncode == 130
     assert "--resume" in first.stderr

@@ -43,6 +43,7 @@ from fastfpl.report.facts import augmentation, rows
 from fastfpl.report.plots import _DARK, LIGHT, _colours, _round_ticks, curve, spread, swarm
 from fastfpl.report.runs import group_names
 from fastfpl.report.words import duration, percent, public, rate, size
+from tests.warm import warm_python
 
 EVIL = '<script>alert("x")</script>'
 
@@ -527,7 +528,7 @@ assert "matplotlib.pyplot" not in sys.modules
 """
     here = Path(__file__).resolve().parent
     subprocess.run(
-        [sys.executable, "-c", code, str(here)], check=True, cwd=here.parent, timeout=120
+        [*warm_python(), "-c", code, str(here)], check=True, cwd=here.parent, timeout=120
     )
 
 
@@ -1055,7 +1056,7 @@ assert {k: os.environ.get(k) for k in before} == before
     if backend == "nonsense":
         mine["MPLCONFIGDIR"] = str(tmp_path / "file" / "x")
     drawn = subprocess.run(
-        [sys.executable, "-c", code, str(here)],
+        [*warm_python(), "-c", code, str(here)],
         check=True,
         cwd=here.parent,
         timeout=120,

@@ -1,11 +1,12 @@
-"""Processes that begin with torch, open_clip and the library imported: forks of one that has them.
+"""Processes that begin with torch and open_clip imported: forks of one that has them.
 
     subprocess.run([*warm_python(), "-c", code], ...)  # or -m module
 
-Imports are most of what a short process costs. A fork is a process of its own all the same: with the
-caller's folder, environment and streams; who kills the one that was started kills it, and how it
-ends is how that one ends. Not for tests of what an import does, of PYTHON's own variables, or of a
-process by its number: that is another. Where the system does not fork well, Python is started.
+Imports are most of what a short process costs; the library itself is imported by each anew. A fork
+is a process of its own: with the caller's folder, environment and streams; who kills the one that
+was started kills it, and how it ends is how that one ends. Not for tests of what imports do, of
+PYTHON's own variables, or of a process by its number, which is another. Where forks are not to be
+relied on, Python is started.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import Any
 __all__ = ["warm_python"]
 
 #: Imported once; nothing here computes, so that there are no threads to lose in a fork.
-MODULES = ("open_clip", "torchvision", "sklearn.datasets", "fastfpl.cli", "fastfpl.federation")
+MODULES = ("torch", "open_clip", "torchvision", "sklearn.datasets", "click", "pydantic")
 _LENGTH = struct.Struct("!Q")
 _STATUS = struct.Struct("!i")
 
@@ -190,8 +191,10 @@ def play(arguments: list[str], cwd: str, environment: dict[str, str]) -> None:
 
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         like = getattr(sys, name)
-        more = {"encoding": like.encoding, "errors": like.errors, "closefd": False}
-        stream = open(number, "w" if number else "r", **more)  # noqa: SIM115
+        stream = open(  # noqa: SIM115
+            number, "w" if number else "r", buffering=1,
+            encoding=like.encoding, errors=like.errors, closefd=False,
+        )  # fmt: skip
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
     before = [x for x in os.environ.get("PYTHONPATH", "").split(os.pathsep) if x]
@@ -203,6 +206,7 @@ def play(arguments: list[str], cwd: str, environment: dict[str, str]) -> None:
     own = os.path.dirname(__file__)
     sys.path[:] = [first, *named, *(x for x in sys.path if x not in (own, *before))]
     importlib.invalidate_caches()
+    tempfile.tempdir = None
     random.seed()
     np.random.seed()  # noqa: NPY002  # as in any new process
     torch.seed()
