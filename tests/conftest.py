@@ -6,7 +6,6 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 import hypothesis
 import pytest
@@ -81,17 +80,12 @@ def _bfloat16_rounds() -> Iterator[None]:
 
 
 @pytest.fixture
-def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let runs on the digits be tested on 60 images of 599, as `worlds.few_digits` has them."""
-    from fastfpl.federation import preparation
-    from tests import worlds
+def few_digits() -> Iterator[None]:
+    """Let runs on the digits be tested on 60 images of 599."""
+    from tests.worlds import on_few_digits
 
-    plain = preparation.load_dataset
-
-    def load(name: str, *place: Any, **how: Any) -> Any:
-        return worlds.few_digits() if name == "digits" else plain(name, *place, **how)
-
-    monkeypatch.setattr(preparation, "load_dataset", load)
+    with on_few_digits():
+        yield
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -13,7 +16,7 @@ from open_clip.model import CLIP
 from fastfpl.clip import FrozenCLIP, load_clip
 from fastfpl.data import Dataset, load_dataset
 from fastfpl.data.digits import _Drawings
-from fastfpl.federation import Result
+from fastfpl.federation import Result, preparation
 from fastfpl.reference.gate import Gate
 from fastfpl.testing.worlds import (
     NAMES,
@@ -42,6 +45,7 @@ __all__ = [
     "drawn",
     "few_digits",
     "figures",
+    "on_few_digits",
     "random_gate",
     "random_tower",
     "small_clip",
@@ -69,6 +73,18 @@ def few_digits() -> Dataset:
     kept = np.sort(np.concatenate([np.flatnonzero(labels == c)[:6] for c in range(10)]))
     pixels = np.asarray(digits.test.images(kept))
     return replace(digits, test=_Drawings(pixels, labels[kept]))
+
+
+@contextmanager
+def on_few_digits() -> Iterator[None]:
+    """Let runs on the digits play on `few_digits`."""
+    plain = preparation.load_dataset
+
+    def load(name: str, *place: Any, **how: Any) -> Dataset:
+        return few_digits() if name == "digits" else plain(name, *place, **how)
+
+    with mock.patch.object(preparation, "load_dataset", load):
+        yield
 
 
 #: A run of `fastfpl.run` that takes a fraction of a second: 2, 2, 2 and 4 classes a client.
