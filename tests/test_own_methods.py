@@ -56,6 +56,7 @@ def _as_before(monkeypatch):
     """Forget what a test made known."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     before = dict(KNOWN), set(sys.modules)
+    KNOWN.clear()
     yield
     KNOWN.clear()
     KNOWN.update(before[0])
