@@ -26,6 +26,7 @@ OPTIONS = {
     "pfedmoap": GATE,
     # the second round is the second phase's first, and builds banks
     "fedapt-unsupervised": {"pseudo_rounds": 1},
+    "promptfl-ft": {"epochs": 2},  # what five hold, two hold
 }
 
 
