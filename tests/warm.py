@@ -123,7 +123,7 @@ def serve(path: str) -> None:
         else:
             for process in answering:
                 os.waitpid(process, 0)
-            return
+            os._exit(0)
     end(lambda: play(**asked))
 
 
