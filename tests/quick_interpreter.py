@@ -144,7 +144,7 @@ def _tensors(core: Any) -> None:
 
 
 def _shapes(core: Any, semantic: Any) -> None:
-    """Leave blocks of one shape as they are, and keep what two shapes give."""
+    """Leave blocks of one shape and one dtype as they are, and keep what two shapes give."""
     plain = semantic.broadcast_impl_value
     known: dict[Any, Any] = {}
 
@@ -169,4 +169,15 @@ def _shapes(core: Any, semantic: Any) -> None:
             return found
         return widened(self, lhs, both), widened(self, rhs, both)
 
+    plain_checked = semantic.binary_op_type_checking_impl
+
+    def checked(self: Any, lhs: Any, rhs: Any, *allowed: Any, **how: Any) -> Any:
+        tensors = lhs.__class__ is core.tensor and rhs.__class__ is core.tensor
+        if tensors and len(allowed) < 4 and not how.get("div_or_mod"):
+            kind, other = lhs.type.scalar, rhs.type.scalar
+            if kind.__class__ is core.dtype and kind.name == other.name:
+                return self.broadcast_impl_value(lhs, rhs)  # of one dtype: that is the result's
+        return plain_checked(self, lhs, rhs, *allowed, **how)
+
     semantic.broadcast_impl_value = broadcast
+    semantic.binary_op_type_checking_impl = checked
