@@ -79,6 +79,15 @@ def _bfloat16_rounds() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def few_digits() -> Iterator[None]:
+    """Let runs on the digits be tested on 60 images of 599."""
+    from tests.worlds import on_few_digits
+
+    with on_few_digits():
+        yield
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Repeat what tests of compiled kernels said: with xdist their output stays in the workers."""
     from tests.aot import SAYS

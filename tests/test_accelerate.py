@@ -25,6 +25,7 @@ from tests.coop_style import (
 )
 from tests.test_clip import OpenAIClip, halve, scramble
 from tests.truth import assert_as_good_as_eager
+from tests.warm import warm_python
 
 COUNTS = [1, 3, 2, 6, 1]
 
@@ -535,7 +536,7 @@ def test_module_sent_to_another_process(tmp_path):
         "print(fastfpl.explain(model))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "model.pt")],
+        [*warm_python(), "-c", code, str(tmp_path / "model.pt")],
         capture_output=True,
         text=True,
         check=False,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ import fastfpl
 from fastfpl.data import load_dataset
 from fastfpl.federation.lock import LOCK
 from fastfpl.trained import adapt
+from tests.warm import warm_python
 from tests.worlds import TINY_RUN, small_clip
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,7 +92,7 @@ def test_killed_before_any_change_of_a_file_a_client_joins_again(tmp_path: Path)
     step = int(os.environ.get("FASTFPL_KILLS", "3"))
     job = json.dumps([str(tmp_path), str(run), str(cache), step])
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, job],
+        [*warm_python(), "-c", KILLED, job],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,

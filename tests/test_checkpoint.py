@@ -31,6 +31,7 @@ from fastfpl.federation.checkpoint import (
 from fastfpl.federation.lock import LOCK, alone_in
 from fastfpl.federation.shared import DOWNLOADS, SharedStates
 from fastfpl.federation.states import CLIENTS, StateFiles
+from tests.warm import warm_python
 from tests.worlds import GATE, TINY_RUN, figures, small_clip
 
 ROOT = Path(__file__).parent.parent
@@ -388,7 +389,7 @@ def killed(cache, tmp_path_factory):
         for name, (method, changes, moments) in KILLED.items()
     ]
     done = subprocess.run(
-        [sys.executable, "-c", KILLER, json.dumps([str(cache), jobs])],
+        [*warm_python(), "-c", KILLER, json.dumps([str(cache), jobs])],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -41,11 +41,20 @@ from fastfpl.plain_yaml import parse_yaml
 from fastfpl.report import machine
 from fastfpl.tracking import bars
 from fastfpl.training import preparation
+from tests.warm import warm_python
+from tests.worlds import on_few_digits
 
 QUICK = (
     *("--dataset", "digits", "--clients", "2", "--rounds", "2", "--local-epochs", "1"),
     *("--shots", "2", "--n-ctx", "2", "--threads", "1"),
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_digits() -> Iterator[None]:
+    """A real tower encodes all test images, and none of them is the point."""
+    with on_few_digits():
+        yield
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -913,6 +922,7 @@ def test_settings_refuse_unknown_keys_and_wrong_types() -> None:
 def test_ctrl_c_leaves_a_resumable_run(tmp_path: Path) -> None:
     program = (
         "import sys; from fastfpl.cli import main; import fastfpl.federation.experiment as r\n"
+        "from tests.worlds import on_few_digits\nfew = on_few_digits()\nfew.__enter__()\n"
         "old = r.save_checkpoint\n"
         "def stop(*a):\n    old(*a)\n    raise KeyboardInterrupt\n"
         "r.save_checkpoint = stop\nmain(sys.argv[1:])\n"
@@ -920,7 +930,11 @@ def test_ctrl_c_leaves_a_resumable_run(tmp_path: Path) -> None:
     arguments = ["run", "promptfl", *QUICK, "--out", str(tmp_path / "o")]
     arguments += ["--cache", str(tmp_path / "cache")]
     first = subprocess.run(
-        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False
+        [*warm_python(), "-c", program, *arguments],
+        cwd=Path(__file__).resolve().parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert first.returncode == 130
     assert "--resume" in first.stderr

@@ -3,7 +3,6 @@
 import logging
 import os
 import subprocess
-import sys
 import time
 
 import pytest
@@ -13,6 +12,7 @@ from fastfpl.cli import main
 from fastfpl.errors import InputError
 from fastfpl.features import store as features
 from fastfpl.training.feeds import ENCODING
+from tests.warm import warm_python
 from tests.worlds import TINY_RUN, figures, small_clip
 
 RUN = {**TINY_RUN, "rounds": 1, "local_epochs": 1, "threads": 1}
@@ -113,7 +113,7 @@ def test_a_few_shot_run_waits_for_the_encoder_and_survives_its_death(
 ):
     monkeypatch.setattr(features, "_POLL", 0.05)
     root = os.path.dirname(os.path.dirname(fastfpl.__file__))
-    command = [sys.executable, "-c", CHILD, str(tmp_path / "c"), str(tmp_path / "there")]
+    command = [*warm_python(), "-c", CHILD, str(tmp_path / "c"), str(tmp_path / "there")]
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": root})
     try:
         while not (tmp_path / "there").exists():

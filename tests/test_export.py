@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from fastfpl.methods.promptfl import PromptFL
 from fastfpl.reference.text import _transformed
 from fastfpl.trained import export
 from fastfpl.trained.program import _Program
+from tests.warm import warm_python
 from tests.worlds import GATE, TINY_RUN, small_clip
 
 RUN = {**TINY_RUN, "local_epochs": 1, "threads": 1, "shots": 3}
@@ -63,7 +63,7 @@ def alone(code, *arguments):
     """Run Python without this library, and give what it prints."""
     guard = "assert not any(m.split('.')[0] == 'fastfpl' for m in sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-I", "-c", f"import sys\n{code}\n{guard}", *map(str, arguments)],
+        [*warm_python(), "-c", f"import sys\n{code}\n{guard}", *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import fastfpl
 from fastfpl.errors import Damaged, InputError, KindError
 from fastfpl.features import FeatureKey, FeatureStore, TextFeatures, default_directory
 from fastfpl.features import file as module
+from tests.warm import warm_python
 
 KEY = FeatureKey("w0", "d0", "train", "none", "pooled", "float32")
 N = 37
@@ -345,6 +345,8 @@ def test_the_default_directory_follows_xdg(monkeypatch, tmp_path):
 # --- several processes ----------------------------------------------------------------------------
 
 CHILD = """
+import warnings
+warnings.simplefilter("error")
 import sys, time
 from pathlib import Path
 import torch
@@ -370,7 +372,7 @@ assert torch.equal(FeatureStore(directory, chunk=8).get(key, 37, build)[:], rows
 
 def child(store, marks, me, wait_for):
     return subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", CHILD, store.directory, marks, me, wait_for],
+        [*warm_python(), "-c", CHILD, store.directory, marks, me, wait_for],
         env={**os.environ, "PYTHONPATH": str(Path(fastfpl.__file__).parents[1])},
         stderr=subprocess.PIPE,
         text=True,

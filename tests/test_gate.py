@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -17,6 +16,7 @@ from fastfpl.errors import InputError, KindError, NotSupported
 from fastfpl.ops.faces import face
 from fastfpl.ops.gate import FACES, Gate, gate_experts
 from tests.truth import assert_as_good_as_eager, assert_fences_hold, fenced
+from tests.warm import warm_python
 
 COMPILED = [f.name for f in FACES["gate_experts"] if f.name in ("triton", "cpu")]
 FAST = [*COMPILED, "torch"]
@@ -567,7 +567,7 @@ if not os.fork():
     os._exit(0 if seen() == (True, 'tf32', 'tf32') else print({how!r}, seen()) or 1)
 assert os.wait()[1] == 0, {how!r}
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = subprocess.run([*warm_python(), "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from fastfpl.config import load_preset, preset_names
 from fastfpl.errors import InputError
 from fastfpl.federation import Result
 from fastfpl.federation.comparison import listed
+from tests.warm import warm_python
 
 ROOT = Path(__file__).parent.parent
 QUICK = [
@@ -162,7 +162,7 @@ def test_what_another_machine_plays_is_left_to_it_and_a_failure_is_said(
     arguments += [f"--cache={tmp_path / 'cache'}", "--resume"]
     (out / "promptfl-seed0").mkdir(parents=True)
     (out / "promptfl-seed0" / "checkpoint.json").write_text("{}", encoding="utf-8")
-    command = [sys.executable, "-c", HOLDER, str(out / "zeroshot-seed0")]
+    command = [*warm_python(), "-c", HOLDER, str(out / "zeroshot-seed0")]
     with subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as holder:

@@ -286,6 +286,7 @@ def test_a_run_on_16_bit_features_is_near_one_on_32(method, augment, clip, tmp_p
     assert not names[0] & names[2]
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_auto_is_the_clips_dtype(tmp_path):
     for name in ("float32", "bfloat16"):
         arguments = {**TINY_RUN, "clip": "tiny", "dtype": name, "rounds": 1}
@@ -343,6 +344,7 @@ def test_settings_that_make_no_sense_are_refused(more, error, sentence):
         settings_of(**more)
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_the_flags(capsys, tmp_path):
     quick = ["--dataset", "digits", "--clients", "2", "--shots", "2", "--threads", "1"]
     quick += ["--n-ctx", "2", "--rounds", "1", "--augment", "views:2"]

@@ -26,6 +26,7 @@ OPTIONS = {
     "pfedmoap": GATE,
     # the second round is the second phase's first, and builds banks
     "fedapt-unsupervised": {"pseudo_rounds": 1},
+    "promptfl-ft": {"epochs": 2},  # what five hold, two hold
 }
 
 
@@ -283,6 +284,7 @@ def test_prompts_are_encoded_within_a_limit(clip, limits):
         encode_prompts(classes, ctx, max_memory=0)
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_the_flag(capsys, tmp_path):
     quick = ["--dataset", "digits", "--clients", "2", "--shots", "2", "--threads", "1"]
     where = ["--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "a")]

@@ -40,6 +40,7 @@ from fastfpl.report import load_comparisons, write_report
 from fastfpl.report.table import csv_table, markdown_table
 from fastfpl.report.words import NONE
 from tests.own_trees import VENDORS, WORDS, save, table, tree, vendors
+from tests.warm import warm_python
 
 SHORT = ["--rounds", "1", "--local-epochs", "1", "--n-ctx", "2"]
 TWO = ("cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png")
@@ -48,7 +49,7 @@ TWO = ("cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png")
 def told(*arguments: str, cwd: Path | None = None) -> tuple[int, str, str]:
     """Run the command as a person does: exit code, what is printed, what is said beside it."""
     done = subprocess.run(
-        [sys.executable, "-m", "fastfpl.cli", *arguments],
+        [*warm_python(), "-m", "fastfpl.cli", *arguments],
         cwd=cwd,
         capture_output=True,
         text=True,

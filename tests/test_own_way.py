@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from fastfpl.clip.tiny import tiny_weights
 from fastfpl.methods.own import KNOWN
 from tests.own_trees import VENDORS, WORDS, draw, table, vendors
 from tests.pages import command
+from tests.warm import warm_python
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -67,7 +67,7 @@ print(json.dumps(dict(zip(classnames, logits.softmax(-1)[0].tolist()))))
 def classified(head: str, image: str) -> dict[str, float]:
     """Ask open_clip alone, in a process that has never heard of fastfpl."""
     done = subprocess.run(
-        [sys.executable, "-I", "-c", CLASSIFY, head, image],
+        [*warm_python(), "-c", CLASSIFY, head, image],
         capture_output=True,
         text=True,
         check=False,

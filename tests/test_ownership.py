@@ -22,6 +22,7 @@ from fastfpl.errors import Damaged, FastfplError, InputError
 from fastfpl.federation.checkpoint import CHECKPOINT, _checksum
 from fastfpl.federation.lock import LOCK
 from fastfpl.files import own_folder, read_file, write_json, write_new, write_whole
+from tests.warm import warm_python
 from tests.worlds import GATE, TINY_RUN, figures, small_clip
 
 ROOT = Path(__file__).parent.parent
@@ -489,7 +490,7 @@ def killed(outs, cache, temporary):
 
 def python(code, job):
     done = subprocess.run(
-        [sys.executable, "-c", code, job],
+        [*warm_python(), "-c", code, job],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -198,6 +198,7 @@ def float64_by_default() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("method", ["fedotp", "pfedmoap", "fedapt", "fedtpg"])
+@pytest.mark.usefixtures("few_digits")
 def test_nothing_round_a_run_changes_its_figures(method: str, tmp_path: Path) -> None:
     short = {"clients": 3, "rounds": 1, "local_epochs": 1, "shots": 2}
     if method == "pfedmoap":

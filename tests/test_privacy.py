@@ -19,12 +19,20 @@ from fastfpl.flower.server import serve
 from fastfpl.flower.site import Site
 from fastfpl.report import html_page
 from tests.post import Mailbox
-from tests.worlds import TINY_RUN
+from tests.worlds import TINY_RUN, on_few_digits
 
 RUN = {**TINY_RUN, "clients": 3, "local_epochs": 1, "threads": 1}
+
 accounted = pytest.mark.skipif(
     importlib.util.find_spec("dp_accounting") is None, reason="dp_accounting is not installed"
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_digits():
+    """A real tower encodes all test images, and none of them is the point."""
+    with on_few_digits():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from fastfpl.federation.ranked import changed, patched
 from fastfpl.federation.ranks import elsewhere, parts, ranks_asked
 from fastfpl.methods import METHODS
 from fastfpl.training.preparation import choose_device
+from tests.warm import warm_python
 from tests.worlds import GATE, TINY_RUN, figures, small_clip
 
 ROOT = Path(__file__).parent.parent
@@ -79,7 +80,7 @@ def places(size: int, port: int | None = None) -> list[dict[str, str]]:
 def spawn(here: Path, jobs: list[dict[str, Any]], size: int) -> list[dict[str, dict[str, Any]]]:
     """Let ranks play jobs; return what each said, by job."""
     (here / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
-    command = [sys.executable, "-m", "tests.rank_play", str(here)]
+    command = [*warm_python(), "-m", "tests.rank_play", str(here)]
     running = [
         subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
         for env in places(size)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import functools
 import html.parser
 import io
 import json
@@ -43,6 +44,7 @@ from fastfpl.report.facts import augmentation, rows
 from fastfpl.report.plots import _DARK, LIGHT, _colours, _round_ticks, curve, spread, swarm
 from fastfpl.report.runs import group_names
 from fastfpl.report.words import duration, percent, public, rate, size
+from tests.warm import warm_python
 
 EVIL = '<script>alert("x")</script>'
 
@@ -348,6 +350,21 @@ def two(first: dict[str, Any], second: dict[str, Any]) -> Comparison:
     )
 
 
+@functools.cache
+def drawn_once(kind: str) -> bytes:
+    return accuracy_plot(pair(), kind)
+
+
+@pytest.fixture
+def plots_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw one plot for all: they take their time, and see no text but names."""
+    for home in ("fastfpl.report", "fastfpl.report.page"):
+        for name in ("accuracy_plot", "clients_plot"):
+            monkeypatch.setattr(
+                f"{home}.{name}", lambda comparison, kind="png", **_: drawn_once(kind)
+            )
+
+
 def test_equal_runs_give_no_warning() -> None:
     assert warnings(pair((0, 1))) == []
     assert "Caution" not in html_page(pair((0, 1)))
@@ -364,6 +381,7 @@ def test_equal_runs_give_no_warning() -> None:
         ({}, {"classes": ("a",)}, "class names: list 1 of 3 (local); list 2 of 1 (promptfl)"),
     ],
 )
+@pytest.mark.usefixtures("plots_are_known")
 def test_what_decides_accuracy_is_warned_about(
     first: dict[str, Any], second: dict[str, Any], sentence: str
 ) -> None:
@@ -527,7 +545,7 @@ assert "matplotlib.pyplot" not in sys.modules
 """
     here = Path(__file__).resolve().parent
     subprocess.run(
-        [sys.executable, "-c", code, str(here)], check=True, cwd=here.parent, timeout=120
+        [*warm_python(), "-c", code, str(here)], check=True, cwd=here.parent, timeout=120
     )
 
 
@@ -714,6 +732,7 @@ def test_a_report_into_a_file_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.usefixtures("plots_are_known")
 def test_a_report_is_new_or_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = write_report(pair(), tmp_path)
     before = {path: path.read_bytes() for path in files}
@@ -793,6 +812,7 @@ def test_what_is_not_finished_is_named(tmp_path: Path, capsys: pytest.CaptureFix
         load_comparisons(tmp_path)
 
 
+@pytest.mark.usefixtures("plots_are_known")
 def test_runs_of_different_tasks_are_never_ranked_together(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -848,6 +868,7 @@ def test_runs_of_different_tasks_are_never_ranked_together(
         ("iid", {}, "every seed deals the images anew: client 0 of one"),
     ],
 )
+@pytest.mark.usefixtures("plots_are_known")
 def test_the_page_says_what_seeds_deal(kind: str, options: dict[str, Any], sentence: str) -> None:
     labels, domains = [i % 4 for i in range(96)], [i // 48 for i in range(96)]
     made = pair((0, 1), partition=kind)
@@ -913,9 +934,8 @@ def test_long_names_leave_room_for_the_plot() -> None:
     assert clients_plot(comparison)
 
 
-def test_values_of_a_sweep_are_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastfpl.report.page.accuracy_plot", lambda *_, **__: b"")
-    monkeypatch.setattr("fastfpl.report.page.clients_plot", lambda *_, **__: b"")
+@pytest.mark.usefixtures("plots_are_known")
+def test_values_of_a_sweep_are_text(tmp_path: Path) -> None:
     values = ["$x^{$", "a|b", "<i>", "../../up", "a/b", "%2F"]
     swept = Sweep("ctx_init", {value: pair(ctx_init=value) for value in values})
     files = write_sweep(swept, tmp_path / "o")
@@ -970,17 +990,13 @@ def damaged(text: str, draw: random.Random) -> str:
     return json.dumps(content)
 
 
-def test_a_damaged_result_is_a_report_or_a_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("plots_are_known")
+def test_a_damaged_result_is_a_report_or_a_sentence(tmp_path: Path) -> None:
     for one in pair().results.values():
         one[0].save(tmp_path / one[0].method)
     path = tmp_path / "promptfl" / "result.json"
     text = path.read_text()
     draw = random.Random(0)
-    # plots take their time, and see no text but names
-    monkeypatch.setattr("fastfpl.report.page.accuracy_plot", lambda *_, **__: b"")
-    monkeypatch.setattr("fastfpl.report.page.clients_plot", lambda *_, **__: b"")
     taken = refused = longest = 0
     for _ in range(300):
         path.write_text(damaged(text, draw))
@@ -1055,7 +1071,7 @@ assert {k: os.environ.get(k) for k in before} == before
     if backend == "nonsense":
         mine["MPLCONFIGDIR"] = str(tmp_path / "file" / "x")
     drawn = subprocess.run(
-        [sys.executable, "-c", code, str(here)],
+        [*warm_python(), "-c", code, str(here)],
         check=True,
         cwd=here.parent,
         timeout=120,

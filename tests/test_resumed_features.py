@@ -9,7 +9,6 @@ import logging
 import os
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from fastfpl.errors import InputError
 from fastfpl.features import FeatureStore, Whole
 from fastfpl.features import store as features
 from tests.test_features import KEY, Encoder, N, only_file, truth
+from tests.warm import warm_python
 
 CHUNK = 8
 ROW = 5 * 4
@@ -287,6 +287,8 @@ def test_a_device_gets_the_next_chunk_before_the_last_one_is_written(monkeypatch
 # --- kills ----------------------------------------------------------------------------------------
 
 CHILD = """
+import warnings
+warnings.simplefilter("error")
 import sys, time
 from pathlib import Path
 import torch
@@ -310,7 +312,7 @@ FeatureStore(directory, chunk=8).get(KEY, N, build)
 def started(store, mark, stop):
     """Start a process that encodes and hangs before an image; return it when it is there."""
     process = subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", CHILD, store.directory, mark, str(stop)],
+        [*warm_python(), "-c", CHILD, store.directory, mark, str(stop)],
         env={**os.environ, "PYTHONPATH": str(Path(fastfpl.__file__).parents[1])},
         stderr=subprocess.PIPE,
         text=True,
@@ -326,6 +328,7 @@ def started(store, mark, stop):
 def kill(process):
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
+    process.stderr.read()  # its end is that of the fork that wrote to it
     process.stderr.close()
 
 
@@ -364,7 +367,7 @@ def test_who_waits_for_a_process_that_is_killed_goes_on_in_its_place(
 def test_who_waits_gets_what_the_other_one_has_encoded(store, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(features, "_POLL", 0.05)
     child = CHILD.replace("time.sleep(120)", "time.sleep(1)")
-    command = [sys.executable, "-c", child, store.directory, tmp_path / "there", "16"]
+    command = [*warm_python(), "-c", child, store.directory, tmp_path / "there", "16"]
     root = str(Path(fastfpl.__file__).parents[1])
     with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": root}) as process:
         while not (tmp_path / "there").exists():

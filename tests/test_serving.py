@@ -7,7 +7,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -23,6 +22,7 @@ from fastfpl.data import from_arrays
 from fastfpl.errors import InputError, Missing
 from fastfpl.serving import Answerer, server
 from fastfpl.trained import images as reading
+from tests.warm import warm_python
 
 pytest.importorskip("fastapi", reason="fastapi is not installed: pip install fastfpl[serve]")
 pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install fastfpl[serve]")
@@ -61,7 +61,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def served(folder):
     """The command line's own server in a process of its own."""
-    command = [sys.executable, "-u", "-m", "fastfpl.cli", "serve", str(folder / "run")]
+    command = [*warm_python(), "-m", "fastfpl.cli", "serve", str(folder / "run")]
     command += ["--port", "0", "--max-upload", str(LIMIT), "--device", "cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder / "tmp")}
     (folder / "tmp").mkdir()

@@ -71,7 +71,9 @@ from tests import stand_in
 stand_in.without_posix()
 stand_in.windows_files()
 from fastfpl.cli import main
-main(json.loads(sys.argv[1]))
+from tests.worlds import on_few_digits
+with on_few_digits():
+    main(json.loads(sys.argv[1]))
 """
 
 

@@ -20,6 +20,7 @@ from torchvision.transforms.v2 import functional
 import fastfpl.data.transforms as transforms_module
 from fastfpl.data.transforms import Preprocess, _Distortion, _distortion, _window
 from fastfpl.errors import InputError, KindError, Missing
+from tests.warm import warm_python
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -465,4 +466,4 @@ for place in (None, "upright", "lying"):
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (taken + (300 << 20),) * 2)
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([*warm_python(), "-c", code], check=True, timeout=120)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import torch
 from open_clip.model import CLIP
 
 from fastfpl.clip import FrozenCLIP, load_clip
-from fastfpl.federation import Result
+from fastfpl.data import Dataset, load_dataset
+from fastfpl.data.digits import _Drawings
+from fastfpl.federation import Result, preparation
 from fastfpl.reference.gate import Gate
 from fastfpl.testing.worlds import (
     NAMES,
@@ -35,7 +43,9 @@ __all__ = [
     "batch_of",
     "batches_of",
     "drawn",
+    "few_digits",
     "figures",
+    "on_few_digits",
     "random_gate",
     "random_tower",
     "small_clip",
@@ -53,6 +63,28 @@ def small_clip() -> FrozenCLIP:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return load_clip(CLIP(32, vision, text))
+
+
+@functools.cache
+def few_digits() -> Dataset:
+    """Load the digits, but of the test images six a class: a real tower encodes them all."""
+    digits = load_dataset("digits")
+    labels = digits.test.labels
+    kept = np.sort(np.concatenate([np.flatnonzero(labels == c)[:6] for c in range(10)]))
+    pixels = np.asarray(digits.test.images(kept))
+    return replace(digits, test=_Drawings(pixels, labels[kept]))
+
+
+@contextmanager
+def on_few_digits() -> Iterator[None]:
+    """Let runs on the digits play on `few_digits`."""
+    plain = preparation.load_dataset
+
+    def load(name: str, *place: Any, **how: Any) -> Dataset:
+        return few_digits() if name == "digits" else plain(name, *place, **how)
+
+    with mock.patch.object(preparation, "load_dataset", load):
+        yield
 
 
 #: A run of `fastfpl.run` that takes a fraction of a second: 2, 2, 2 and 4 classes a client.

@@ -76,9 +76,12 @@ def gpu_tests() -> dict[str, list[str]]:
     """Name the tests that need a GPU by their file; none where the tests are not installed."""
     found = {}
     for path in sorted((Path(__file__).parents[2] / "tests").glob("test_*.py")):
+        text = path.read_text(encoding="utf-8")
+        if "pytest.mark.gpu" not in text:  # to parse them all takes a second
+            continue
         names = [
             node.name
-            for node in ast.parse(path.read_text(encoding="utf-8")).body
+            for node in ast.parse(text).body
             if isinstance(node, ast.FunctionDef)
             and any("pytest.mark.gpu" in ast.unparse(mark) for mark in node.decorator_list)
         ]
