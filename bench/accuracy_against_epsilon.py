@@ -28,8 +28,13 @@ NOISES = (16.0, 8.0, 4.0, 2.0, 1.0, None)
 PROTOCOLS: dict[str, tuple[str, dict[str, Any], float]] = {
     "client, 10 clients": ("client", {"clients": 10, "partition": "iid"}, 0.1),
     "client, 100 clients": ("client", {"clients": 100, "partition": "iid"}, 0.1),
-    # a step is lr · C long at most: with the default rate nothing would move
-    "image, 10 clients": ("image", {"clients": 10, "partition": "iid", "lr": 0.01}, 1.0),
+    # a step is lr · C long at most: with the default rate nothing would move; and a pass over a
+    # context an image takes its time
+    "image, 10 clients, 4 shots": (
+        "image",
+        {"clients": 10, "partition": "iid", "lr": 0.01, "shots": 4},
+        1.0,
+    ),
 }
 
 
