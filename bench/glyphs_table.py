@@ -232,21 +232,35 @@ def _domains(found: dict[str, Any]) -> str:
     return table(f"six domains, {_seeds(found, 'domains')}", list(DOMAINS), rows) if rows else ""
 
 
+def _titled(
+    found: dict[str, Any], first: str, asked: dict[str, tuple[str, str]]
+) -> tuple[str, list[str], bool]:
+    """Say in the heading how many seeds there are, or in each column where they differ."""
+    seeds = {title: _seeds(found, protocol) for title, (protocol, _) in asked.items()}
+    if len(set(seeds.values())) > 1:
+        return first, [f"{title}, {number}" for title, number in seeds.items()], False
+    return f"{first}, {next(iter(seeds.values()))}", list(asked), True
+
+
 def _left_out(found: dict[str, Any]) -> str:
     left = {name: (f"unseen {name}", "target") for name in DOMAINS}
     rows = _columns(found, left)
-    for method, cells in rows.items():
-        each = zip(*(found[p][method][name] for p, name in left.values()), strict=False)
+    if not rows:
+        return ""
+    heading, titles, same = _titled(found, "domain left out", left)
+    for method, cells in rows.items() if same else ():  # else no seed has a mean over all yet
+        each = zip(*(found[p][method][name] for p, name in left.values()), strict=True)
         cells.append(cell([statistics.fmean(one) for one in each]))
-    heading = f"domain left out, {_seeds(found, 'unseen sketch')}" if rows else ""
-    return table(heading, [*left, "mean"], rows) if rows else ""
+    return table(heading, [*titles, "mean"] if same else titles, rows)
 
 
 def _few(found: dict[str, Any]) -> str:
     few = {f"{n}": (f"{n} shots", "own") for n in SHOTS} | {"16": ("pathological", "own")}
     rows = _columns(found, few)
-    heading = f"shots, pathological, {_seeds(found, '1 shots')}" if rows else ""
-    return table(heading, list(few), rows) if rows else ""
+    if not rows:
+        return ""
+    heading, titles, _ = _titled(found, "shots, pathological", few)
+    return table(heading, titles, rows)
 
 
 def _own_budgets(found: dict[str, Any]) -> str:

@@ -120,6 +120,19 @@ def test_a_table_of_which_something_is_missing_is_left_out():
     assert cells(text, "shots, pathological, 1 seed", "local")["16"].count("±") == 0
 
 
+def test_columns_of_other_seeds_say_so():
+    results = made_up(2)
+    for protocol in ("unseen sketch", "1 shots"):
+        results[protocol] = {method: finals[:1] for method, finals in results[protocol].items()}
+    text = tables(figures(results))
+    left = cells(text, "domain left out | clipart", "fedapt")
+    assert "mean" not in left
+    assert left["clipart, 2 seeds"].count("±") == 1
+    assert left["sketch, 1 seed"].count("±") == 0
+    few = cells(text, "shots, pathological | 1", "local")
+    assert [few["1, 1 seed"].count("±"), few["16, 2 seeds"].count("±")] == [0, 1]
+
+
 def test_other_seeds_that_are_written_down_stay():
     results = made_up(3)
     whole = figures(results)
