@@ -40,6 +40,8 @@ import contextlib
 import hashlib
 import importlib
 import importlib.metadata
+import io
+import itertools
 import json
 import os
 import re
@@ -63,11 +65,13 @@ __all__ = [
     "compiled",
     "digest",
     "digests",
+    "every_pair",
     "faults",
     "figures",
     "record",
     "said",
     "table",
+    "taken",
 ]
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,6 +95,8 @@ Rows = Mapping[str, Mapping[str, Mapping[str, int]]]
 
 #: Compute capability -> bytes of shared memory one program may have (NVIDIA's documentation).
 CARDS = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}
+#: Cards that take the same code, up to ptxas' allotment of registers.
+FAMILIES = ((80,), (86, 89), (90,), (120,))
 #: What a test compiles for. sm_86 and sm_89 take the code of sm_80, up to ptxas' allotment, and so
 #: what is compiled for sm_80 is held to their shared memory too; `--write` compiles for all.
 TRIED = (80, 90, 120)
@@ -134,6 +140,8 @@ class Report:
     shared: int  # bytes of one program
     spilled: int  # bytes stored to memory for want of registers
     failure: str = ""  # why it did not compile, else empty
+    copies: int = 0  # instructions that fetch into shared memory while others compute
+    products: int = 0  # instructions of the matrix units
 
 
 def record(run: Callable[[], object]) -> list[Launch]:
@@ -220,6 +228,38 @@ def _launch(kernel: Any, args: tuple[Any, ...], grid: Any, kwargs: dict[str, Any
     )
 
 
+def every_pair(**axes: Iterable[Any]) -> list[dict[str, Any]]:
+    """Return rows of a table, in which any two values of different axes stand in one row.
+
+    The whole product has ten times as many; what two axes make of a kernel is all in these. The
+    values of the first axes that are hardest should stand last: rows begin with those.
+    """
+    names = list(axes)
+    rows = [
+        dict(zip(names, row, strict=True))
+        for row in itertools.product(*([*values][::-1] for values in axes.values()))
+    ]
+
+    def pairs(row: dict[str, Any]) -> set[Any]:
+        return set(itertools.combinations(row.items(), 2))
+
+    left = set().union(*map(pairs, rows))
+    found = []
+    while left:
+        found.append(max(rows, key=lambda row: len(pairs(row) & left)))
+        left -= pairs(found[-1])
+    return found
+
+
+def taken(op: str, *arguments: Any) -> bool:
+    """Say whether the Triton face of an op takes arguments, wherever their tensors are."""
+    from fastfpl.ops import all_faces, launch
+
+    (face,) = [face for face in all_faces()[op] if face.name == "triton"]
+    with mock.patch.object(launch, "against", lambda *_, **__: []):
+        return not face.against(*arguments)
+
+
 def _check_grid(kernel: str, grid: tuple[int, ...]) -> None:
     for axis, (programs, most) in enumerate(zip(grid, GRID, strict=False)):
         assert 0 <= programs <= most, (
@@ -255,6 +295,7 @@ def compiled(
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     with tempfile.TemporaryDirectory() as folder:
         order, answer = Path(folder, "order.json"), Path(folder, "answer.json")
+        environment["TRITON_CACHE_DIR"] = folder  # what is kept comes without ptxas' words
         order.write_text(json.dumps({"launches": [asdict(x) for x in wanted], "cards": targets}))
         done = subprocess.run(
             [sys.executable, "-m", "tests.aot", "--compile", str(order), str(answer)],
@@ -405,13 +446,25 @@ def table(reports: Iterable[Report]) -> str:
     return "\n".join(lines)
 
 
-def _compile(launch: dict[str, Any], card: int) -> dict[str, Any]:
-    """Compile one launch; only in the process that does not interpret."""
+def _compile(launch: dict[str, Any], cards: Iterable[int]) -> list[dict[str, Any]]:
+    """Compile one launch; only in the process that does not interpret.
+
+    Of cards that take the same code the first is compiled for, the others have it assembled.
+    """
+    found: dict[int, dict[str, Any]] = {}
+    for family in FAMILIES:
+        kin = [card for card in cards if card in family]
+        if kin:
+            found |= _compile_family(launch, kin)
+    return [found[card] for card in cards]
+
+
+def _compile_family(launch: dict[str, Any], cards: list[int]) -> dict[int, dict[str, Any]]:
     import triton
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    from triton.runtime.errors import PTXASError
+    from triton.compiler.compiler import make_backend
 
     def value(x: Any) -> Any:
         return getattr(tl, _DTYPES.get(x["dtype"], x["dtype"])) if isinstance(x, dict) else x
@@ -424,52 +477,50 @@ def _compile(launch: dict[str, Any], card: int) -> dict[str, Any]:
         {(at,): [["tt.divisibility", 16]] for at in launch["aligned"]},
     )
     options = dict(launch["options"]) | {"enable_fp_fusion": True}
-    strict = options | {"ptx_options": "-warn-spills -Werror"}
-    target = GPUTarget("cuda", card, 32)
-    spilled, failure = 0, ""
+    triton.knobs.nvidia.dump_ptxas_log = True
+    first, *others = cards
+    found = {}
     try:
-        try:
-            result = triton.compile(source, target=target, options=strict)
-        except PTXASError as error:
-            match = re.search(r"(\d+) bytes spill stores", str(error))
-            if match is None:
-                raise
-            spilled = int(match[1])
-            result = triton.compile(source, target=target, options=options)
+        with contextlib.redirect_stdout(io.StringIO()) as log:
+            result = triton.compile(source, target=GPUTarget("cuda", first, 32), options=options)
+        ptx = result.asm["ptx"]
+        known = {"shared": result.metadata.shared, "failure": "", **_units(ptx)}
+        found[first] = known | _allotted(log.getvalue())
+        for card in others:
+            backend = make_backend(GPUTarget("cuda", card, 32))
+            for_card = re.sub(r"(?m)^\.target sm_\d+", f".target sm_{card}", ptx)
+            with contextlib.redirect_stdout(io.StringIO()) as log:
+                backend.make_cubin(for_card, {}, backend.parse_options(options), card)
+            found[card] = known | _allotted(log.getvalue())
     except Exception as error:
         failure = f"{type(error).__name__}: {' '.join(str(error).split())[-400:]}"
-        return {"registers": 0, "shared": 0, "spilled": 0, "failure": failure}
+        nothing = {"registers": 0, "shared": 0, "spilled": 0, "failure": failure}
+        return {card: found.get(card, nothing) for card in cards}
+    return found
+
+
+def _allotted(log: str) -> dict[str, int]:
+    """Read from what ptxas says the registers of a thread, and the bytes that it stores of them."""
+    registers = [int(x) for x in re.findall(r"Used (\d+) registers", log)]
+    spilled = [int(x) for x in re.findall(r"(\d+) bytes spill stores", log)]
+    return {"registers": max(registers), "spilled": max(spilled)}
+
+
+def _units(ptx: str) -> dict[str, int]:
+    """Count in the code of a launch what its speed on a card rests on."""
     return {
-        "registers": _registers(result.asm["cubin"]),
-        "shared": result.metadata.shared,
-        "spilled": spilled,
+        "copies": len(re.findall(r"\bcp\.async\.c[ag]\.|\bcp\.async\.bulk\.tensor", ptx)),
+        "products": len(re.findall(r"\b(?:mma|wgmma|tcgen05)\.(?:sync|mma_async|mma)\b", ptx)),
     }
 
 
 _DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
 
 
-def _registers(cubin: bytes) -> int:
-    """Ask the tool that Triton brings how many registers a thread of the binary has."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        shown = subprocess.run(
-            [str(tool), "--dump-resource-usage", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-    return max(int(count) for count in re.findall(r"REG:(\d+)", shown))
-
-
 def _serve(order: Path, answer: Path) -> None:
     wanted = json.loads(order.read_text())
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # whole PTX files
-        figures = [_compile(x, card) for x in wanted["launches"] for card in wanted["cards"]]
+        figures = [x for launch in wanted["launches"] for x in _compile(launch, wanted["cards"])]
     answer.write_text(json.dumps(figures))
 
 

@@ -17,7 +17,7 @@ from fastfpl.ops import launch, transport_logits, transport_pieces, transport_pl
 from fastfpl.ops.faces import recorded_faces
 from fastfpl.ops.transport import Convergence
 from fastfpl.reference import transport as reference
-from tests.aot import CARDS, assert_fits, compiled, record
+from tests.aot import CARDS, assert_fits, compiled, every_pair, record, taken
 from tests.test_transport import DTYPES, ROUNDING, assert_optimal, even, similar
 from tests.test_transport_logits import BOTH, features, weights_of
 from tests.truth import assert_as_good_as_eager, assert_fences_hold, fenced
@@ -786,20 +786,32 @@ def test_the_kernels_fit_every_card():
     assert_fits(launches)
 
 
-def limits():
-    """What the faces say that they take, at its corners."""
+#: What the faces are asked for beyond the papers' sizes: patches of ViT-B/16, of what is between,
+#: of ViT-L-14-336 and ViT-H-14-378, which take the same tile, and the most; prompts of every tile.
+LIMITS = {
+    "patches": (196, 512, 729, 1024),
+    "prompts": (1, 2, 3, 16),
+    "dtype": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    "balanced": (True, False),
+    "clients": (1, 10),
+}
+
+
+def limits_launches():
+    """Launch what the faces say that they take, any two of their limits together."""
     from fastfpl.kernels import transport as kernels
 
-    most = kernels.MOST_PATCHES
-    for dtype, patches, prompts in [
-        (torch.float32, most, 1),
-        (torch.float32, 729, 3),
-        (torch.float16, most, kernels.MOST_PROMPTS),
-        (torch.float64, kernels.MOST_PATCHES_DOUBLE, 2),
-    ]:
-        x = torch.empty(1, 2, patches, 768, device="meta", dtype=dtype)
-        t = torch.empty(1, 100, prompts, 768, device="meta", dtype=dtype)
-        kernels.transport_logits_fwd(x, t, 0.1, 0.8, False, 100, 1e-3, measure=True, keep=True)
+    for row in every_pair(**LIMITS):
+        clients, patches, prompts = row["clients"], row["patches"], row["prompts"]
+        kind = {"dtype": row["dtype"], "device": "meta"}
+        options = (0.1, 0.8, row["balanced"], 100, 1e-3)
+        sim = torch.empty(100 * clients, patches, prompts, **kind)
+        assert taken("transport_plan", sim, *options)
+        kernels.transport_plan_fwd(sim, *options)
+        x = torch.empty(clients, 2, patches, 768, **kind)
+        t = torch.empty(clients, 100, prompts, 768, **kind)
+        if taken("transport_logits", x, t, *options, False, True):
+            kernels.transport_logits_fwd(x, t, *options, measure=True, keep=True)
 
 
 def test_the_largest_problems_can_be_launched_on_the_smallest_cards():
