@@ -583,10 +583,12 @@ def prefix_attention_bwd(
 
     settings["BLOCK_M"] = step or 16
     tables = (level, mean, d_mixed, qkv, bias, begin, ends, asked)
-    # a factor of three products is two numbers: 32 x 16 of the gradients leave room for them
+    # a factor of three products is two numbers: 32 x 16 of the gradients leave room for them, and
+    # so does a number of float64, which is two as well
     thrice = settings["PRECISION"] == "tf32x3"
+    double = thrice or qkv.dtype == torch.float64
     narrow = width // heads <= 64
-    own = settings | {"BLOCK_N": block or (64 if narrow else 32) // (2 if thrice else 1)}
+    own = settings | {"BLOCK_N": block or (64 if narrow else 32) // (2 if double else 1)}
     if thrice:
         own["BLOCK_D"] = 16
     tiles = triton.cdiv(rows - shared, own["BLOCK_N"])

@@ -44,11 +44,13 @@ import io
 import itertools
 import json
 import os
+import random
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -228,27 +230,30 @@ def _launch(kernel: Any, args: tuple[Any, ...], grid: Any, kwargs: dict[str, Any
     )
 
 
-def every_pair(**axes: Iterable[Any]) -> list[dict[str, Any]]:
-    """Return rows of a table, in which any two values of different axes stand in one row.
+def every_pair(
+    where: Callable[[dict[str, Any]], bool] = lambda _: True, **axes: Iterable[Any]
+) -> list[dict[str, Any]]:
+    """Return rows of a table in which any two values of different axes stand in one row.
 
-    The whole product has ten times as many; what two axes make of a kernel is all in these. The
-    values of the first axes that are hardest should stand last: rows begin with those.
+    Only of rows ``where`` they are admitted. The whole product has ten times as many, and a kernel
+    depends on few things of which three must come together.
     """
-    names = list(axes)
-    rows = [
-        dict(zip(names, row, strict=True))
-        for row in itertools.product(*([*values][::-1] for values in axes.values()))
-    ]
+    values = [list(found) for found in axes.values()]
+    rows = [dict(zip(axes, row, strict=True)) for row in itertools.product(*values)]
+    rows = [row for row in rows if where(row)]
+    pairs = [frozenset(itertools.combinations(row.items(), 2)) for row in rows]
+    wanted = frozenset().union(*pairs)
 
-    def pairs(row: dict[str, Any]) -> set[Any]:
-        return set(itertools.combinations(row.items(), 2))
+    def chosen(seed: int) -> list[int]:
+        order = random.Random(seed).sample(range(len(rows)), len(rows))
+        left, found = set(wanted), []
+        while left:
+            found.append(max(order, key=lambda at: len(pairs[at] & left)))
+            left -= pairs[found[-1]]
+        return found
 
-    left = set().union(*map(pairs, rows))
-    found = []
-    while left:
-        found.append(max(rows, key=lambda row: len(pairs(row) & left)))
-        left -= pairs(found[-1])
-    return found
+    # what is taken first decides how many there are in the end
+    return [rows[at] for at in sorted(min(map(chosen, range(32)), key=len))]
 
 
 def taken(op: str, *arguments: Any) -> bool:
@@ -256,7 +261,7 @@ def taken(op: str, *arguments: Any) -> bool:
     from fastfpl.ops import all_faces, launch
 
     (face,) = [face for face in all_faces()[op] if face.name == "triton"]
-    with mock.patch.object(launch, "against", lambda *_, **__: []):
+    with mock.patch.object(launch, "against", return_value=[]):
         return not face.against(*arguments)
 
 
@@ -282,14 +287,22 @@ class _Dtype(dict[str, str]):
 
 
 def compiled(
-    launches: Iterable[Launch], cards: Iterable[int] = tuple(CARDS), triton: Path | None = None
+    launches: Iterable[Launch],
+    cards: Iterable[int] = tuple(CARDS),
+    triton: Path | None = None,
+    processes: int = 1,
 ) -> list[Report]:
-    """Compile every launch for every card in a process of its own, and report.
+    """Compile every launch for every card in processes of their own, and report.
 
     ``triton`` is the folder of another version than the one that is installed.
     """
-    wanted = list(launches)
-    targets = list(cards)
+    wanted, targets = list(launches), list(cards)
+    if processes > 1:
+        shares = [wanted[at::processes] for at in range(min(processes, len(wanted)))]
+        with ThreadPoolExecutor(processes) as pool:
+            found = list(pool.map(lambda share: compiled(share, targets, triton), shares))
+        by_place = {(r.launch, r.card): r for reports in found for r in reports}
+        return [by_place[launch, card] for launch in wanted for card in targets]
     environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
     paths = [str(triton or ""), str(ROOT), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
@@ -324,6 +337,16 @@ def summary(reports: Iterable[Report]) -> dict[str, dict[str, dict[str, int]]]:
         for name in ("registers", "shared", "spilled"):
             row[name] = max(row.get(name, 0), getattr(report, name))
     return rows
+
+
+def _largest(
+    first: Mapping[str, Mapping[str, int]], second: Mapping[str, Mapping[str, int]]
+) -> dict[str, dict[str, int]]:
+    """Return the larger figures of two rows of one kernel."""
+    return {
+        card: {x: max(first.get(card, {}).get(x, 0), n) for x, n in found.items()}
+        for card, found in second.items()
+    }
 
 
 def faults(reports: Iterable[Report], rows: Rows | None = None) -> list[str]:
@@ -393,10 +416,15 @@ def assert_fits(run: Callable[[], object], cards: Iterable[int] = TRIED) -> list
 
 def digests() -> dict[str, frozenset[str]]:
     """Return what was committed: the launches that the figures of every version are of."""
-    if not LAUNCHES.exists():
-        return {}
-    committed = json.loads(LAUNCHES.read_text(encoding="utf-8"))
-    return {version: frozenset(found) for version, found in committed.items()}
+    return {
+        version: frozenset(x for found in kernels.values() for x in found)
+        for version, kernels in _by_kernel().items()
+    }
+
+
+def _by_kernel() -> dict[str, dict[str, list[str]]]:
+    """Return the digests as they are committed: version -> kernel -> launches."""
+    return json.loads(LAUNCHES.read_text(encoding="utf-8")) if LAUNCHES.exists() else {}
 
 
 def digest(launch: Launch) -> str:
@@ -436,11 +464,11 @@ def _proven(launch: Launch, known: frozenset[str]) -> bool:
 
 
 def table(reports: Iterable[Report]) -> str:
-    """Lay the reports out in columns: card, registers, shared memory, spills, launch."""
-    lines = ["card     registers  shared  spills  launch"]
+    """Lay the reports out in columns, the launch last."""
+    lines = ["card     registers  shared  spills  copies  products  launch"]
     lines += [
-        f"sm_{r.card:<6}{r.registers:>9}{r.shared:>8}{r.spilled:>8}  {r.launch}"
-        + (f"  FAILS: {r.failure}" if r.failure else "")
+        f"sm_{r.card:<6}{r.registers:>9}{r.shared:>8}{r.spilled:>8}{r.copies:>8}{r.products:>10}  "
+        f"{r.launch}" + (f"  FAILS: {r.failure}" if r.failure else "")
         for r in reports
     ]
     return "\n".join(lines)
@@ -524,25 +552,39 @@ def _serve(order: Path, answer: Path) -> None:
     answer.write_text(json.dumps(figures))
 
 
-def _changed(launches: Iterable[Launch], known: frozenset[str]) -> list[Launch]:
-    """Return the launches of all kernels of which one is not known: rows of the others stand."""
-    launches = list(launches)
-    new = {launch.kernel for launch in launches if digest(launch) not in known}
-    return [launch for launch in launches if launch.kernel in new]
+def _changed(launches: Iterable[Launch], known: Mapping[str, Iterable[str]]) -> list[Launch]:
+    """Return what must be compiled, where ``known`` are the digests of every kernel's launches.
+
+    What is not known; of a kernel of which a known launch is no more, all, as the largest figures
+    may have been that one's.
+    """
+    now: dict[str, dict[str, Launch]] = {}
+    for launch in launches:
+        now.setdefault(launch.kernel, {})[digest(launch)] = launch
+    chosen: list[Launch] = []
+    for kernel, found in now.items():
+        old = set(known.get(kernel, ()))
+        chosen += [x for name, x in found.items() if name not in old or old - set(found)]
+    return chosen
 
 
 def _write(reports: Iterable[Report], launches: Iterable[Launch], version: str) -> None:
     """Put the figures of one version into the committed tables, beside those of others.
 
-    ``launches`` are all that there are, ``reports`` of the kernels whose rows are written anew.
+    ``launches`` are all that there are, ``reports`` of those that `_changed` gave.
     """
-    launches = list(launches)
-    kept = digests() | {version: frozenset(digest(launch) for launch in launches)}
-    text = json.dumps({name: sorted(kept[name]) for name in sorted(kept)}, indent=0)
+    old = _by_kernel().get(version, {})
+    now: dict[str, set[str]] = {}
+    for launch in launches:
+        now.setdefault(launch.kernel, set()).add(digest(launch))
+    kept = _by_kernel() | {version: {name: sorted(now[name]) for name in sorted(now)}}
+    text = json.dumps({name: kept[name] for name in sorted(kept)}, indent=0)
     LAUNCHES.write_text(text + "\n", encoding="utf-8")
-    names = {launch.kernel for launch in launches}
-    rows = {name: row for name, row in figures().get(version, {}).items() if name in names}
-    merged = {**figures(), version: rows | summary(reports)}
+    rows = {name: row for name, row in figures().get(version, {}).items() if name in now}
+    for kernel, cards in summary(reports).items():
+        stands = set(old.get(kernel, ())) <= now[kernel]
+        rows[kernel] = _largest(rows.get(kernel, {}), cards) if stands else cards
+    merged = {**figures(), version: rows}
     key = lambda name: [int(x) for x in re.findall(r"\d+", name)]  # noqa: E731
     lines = []
     for name in sorted(merged, key=key):
@@ -586,14 +628,15 @@ def _main(arguments: list[str]) -> None:
     parser.add_argument("--write", action="store_true", help=f"put the figures into {FIGURES.name}")
     parser.add_argument("--all", action="store_true", help="compile what has not changed, too")
     parser.add_argument("--triton", type=Path, help="folder of another version of Triton")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
     parser.add_argument("files", nargs="*", default=SOURCES, help="test files, as modules")
     asked = parser.parse_args(arguments)
     launches = dict.fromkeys(launch for name in asked.files for launch in _launched(name))
     version = _version(asked.triton)
     chosen = list(launches)
     if asked.write and not asked.all:
-        chosen = _changed(launches, digests().get(version, frozenset()))
-    reports = compiled(chosen, triton=asked.triton) if chosen else []
+        chosen = _changed(launches, _by_kernel().get(version, {}))
+    reports = compiled(chosen, triton=asked.triton, processes=asked.jobs) if chosen else []
     sys.stdout.write(table(reports) + "\n")
     found = faults(reports)
     if found:

@@ -187,11 +187,11 @@ def odd_launches() -> None:
     _launch(half, 80, width=640)
 
 
-#: What the face is asked for beyond the papers' sizes: heads of two towers, of an odd width and
-#: up to the most, which the dtype decides; no prefix, short ones and one that takes all rows but
-#: two; with and without the constant token and the bias.
+#: What the face is asked for beyond the papers' sizes: heads of two towers, of a width that is no
+#: power of two, and up to the most, which the dtype decides; no prefix, a short one and one that
+#: leaves a segment one row; with and without the constant token and the bias.
 LIMITS = {
-    "head": (20, 64, 80, 128),
+    "head": (48, 64, 80, 128),
     "kind": ("float16", "bfloat16", "tf32", "float32", "float64"),
     "shared": (0, 4, 75),
     "last_only": (False, True),
@@ -202,13 +202,17 @@ LIMITS = {
 
 def limits_launches() -> None:
     """Launch any two of the face's limits together, forward and back."""
+
+    def dtype_of(row: dict) -> torch.dtype:
+        return getattr(torch, row["kind"].replace("tf32", "float32"))
+
+    def admitted(row: dict) -> bool:
+        qkv = torch.empty(1, 1, 3 * 8 * row["head"], dtype=dtype_of(row), device="meta")
+        return taken("prefix_attention", qkv, 8)
+
     before = torch.get_float32_matmul_precision()
-    for row in every_pair(**LIMITS):
-        dtype = getattr(torch, row["kind"].replace("tf32", "float32"))
-        head = row["head"]
-        qkv = torch.empty(1, 1, 3 * 8 * head, dtype=dtype, device="meta")
-        if not taken("prefix_attention", qkv, 8):
-            continue
+    for row in every_pair(admitted, **LIMITS):
+        dtype, head = dtype_of(row), row["head"]
         torch.set_float32_matmul_precision("high" if row["kind"] == "tf32" else "highest")
         try:
             _launch(

@@ -21,10 +21,6 @@ from tests.test_transport_logits import features
 from tests.truth import assert_as_good_as_eager
 
 triton = pytest.importorskip("triton", reason="Triton comes with torch for CUDA only")
-from triton.runtime.interpreter import InterpretedFunction
-
-import fastfpl.kernels
-
 tl = triton.language
 pytestmark = [
     pytest.mark.skipif(not launch.interpreted(), reason="kernels are compiled here"),
@@ -262,7 +258,8 @@ def test_text(shape, dtype):
 def kernels() -> set[str]:
     """Return the names of all that fastfpl.kernels launches, read in its source."""
     found = set()
-    for module in pkgutil.iter_modules(fastfpl.kernels.__path__, "fastfpl.kernels."):
+    room = importlib.import_module("fastfpl.kernels")
+    for module in pkgutil.iter_modules(room.__path__, "fastfpl.kernels."):
         tree = ast.parse(inspect.getsource(importlib.import_module(module.name)))
         launches = (x.func for x in ast.walk(tree) if isinstance(x, ast.Call))
         found |= {x.value.id for x in launches if _is_launch(x)}
@@ -277,6 +274,8 @@ def _is_launch(function: ast.expr) -> bool:
 @contextlib.contextmanager
 def launched():
     """Collect the names of the kernels that are launched in the block."""
+    from triton.runtime.interpreter import InterpretedFunction
+
     names: set[str] = set()
     plain = InterpretedFunction.run
 

@@ -157,7 +157,7 @@ def launches() -> None:
 #: What the face is asked for beyond: a width that is no power of two, the largest tower's, and the
 #: most; rows of every number that share a program.
 LIMITS = {
-    "width": (640, 1280, 4096),
+    "width": (640, 1280, text.WIDEST),
     "dtype": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
     "count": (77, 2048, 1 << 18),
     "shift": (True, False),
