@@ -552,38 +552,46 @@ def _serve(order: Path, answer: Path) -> None:
     answer.write_text(json.dumps(figures))
 
 
-def _changed(launches: Iterable[Launch], known: Mapping[str, Iterable[str]]) -> list[Launch]:
-    """Return what must be compiled, where ``known`` are the digests of every kernel's launches.
+def _forget(launches: Iterable[Launch], version: str) -> None:
+    """Drop from a version's tables kernels that are no more, or of which a launch is no more.
 
-    What is not known; of a kernel of which a known launch is no more, all, as the largest figures
-    may have been that one's.
+    What that one needed may have been the largest figures of its row.
     """
-    now: dict[str, dict[str, Launch]] = {}
-    for launch in launches:
-        now.setdefault(launch.kernel, {})[digest(launch)] = launch
-    chosen: list[Launch] = []
-    for kernel, found in now.items():
-        old = set(known.get(kernel, ()))
-        chosen += [x for name, x in found.items() if name not in old or old - set(found)]
-    return chosen
+    now = _digests_of(launches)
+    old = _by_kernel().get(version, {})
+    kept = {name: found for name, found in old.items() if set(found) <= now.get(name, set())}
+    rows = {name: row for name, row in figures().get(version, {}).items() if name in kept}
+    _put(version, rows, kept)
 
 
-def _write(reports: Iterable[Report], launches: Iterable[Launch], version: str) -> None:
+def _write(reports: Iterable[Report], version: str) -> None:
     """Put the figures of one version into the committed tables, beside those of others.
 
-    ``launches`` are all that there are, ``reports`` of those that `_changed` gave.
+    A row is of all launches whose digests are known, so that a run that is broken off keeps what it
+    has, and the next compiles the rest.
     """
-    old = _by_kernel().get(version, {})
-    now: dict[str, set[str]] = {}
+    reports = list(reports)
+    rows = dict(figures().get(version, {}))
+    for kernel, cards in summary(reports).items():
+        rows[kernel] = _largest(rows.get(kernel, {}), cards)
+    kept = {name: set(found) for name, found in _by_kernel().get(version, {}).items()}
+    for name, found in _digests_of(report.launch for report in reports).items():
+        kept[name] = kept.get(name, set()) | found
+    _put(version, rows, kept)
+
+
+def _digests_of(launches: Iterable[Launch]) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
     for launch in launches:
-        now.setdefault(launch.kernel, set()).add(digest(launch))
-    kept = _by_kernel() | {version: {name: sorted(now[name]) for name in sorted(now)}}
+        found.setdefault(launch.kernel, set()).add(digest(launch))
+    return found
+
+
+def _put(version: str, rows: Rows, launches: Mapping[str, Iterable[str]]) -> None:
+    known = {name: sorted(launches[name]) for name in sorted(launches)}
+    kept = _by_kernel() | {version: known}
     text = json.dumps({name: kept[name] for name in sorted(kept)}, indent=0)
     LAUNCHES.write_text(text + "\n", encoding="utf-8")
-    rows = {name: row for name, row in figures().get(version, {}).items() if name in now}
-    for kernel, cards in summary(reports).items():
-        stands = set(old.get(kernel, ())) <= now[kernel]
-        rows[kernel] = _largest(rows.get(kernel, {}), cards) if stands else cards
     merged = {**figures(), version: rows}
     key = lambda name: [int(x) for x in re.findall(r"\d+", name)]  # noqa: E731
     lines = []
@@ -631,18 +639,25 @@ def _main(arguments: list[str]) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
     parser.add_argument("files", nargs="*", default=SOURCES, help="test files, as modules")
     asked = parser.parse_args(arguments)
-    launches = dict.fromkeys(launch for name in asked.files for launch in _launched(name))
+    launches = list(dict.fromkeys(launch for name in asked.files for launch in _launched(name)))
     version = _version(asked.triton)
-    chosen = list(launches)
-    if asked.write and not asked.all:
-        chosen = _changed(launches, _by_kernel().get(version, {}))
-    reports = compiled(chosen, triton=asked.triton, processes=asked.jobs) if chosen else []
-    sys.stdout.write(table(reports) + "\n")
-    found = faults(reports)
+    if asked.write:
+        assert tuple(asked.files) == SOURCES, "figures are of all files together"
+        _forget([] if asked.all else launches, version)
+        known = digests()[version]
+        launches = [launch for launch in launches if digest(launch) not in known]
+    step = 4 * asked.jobs if asked.write else max(1, len(launches))
+    found = []
+    for at in range(0, len(launches), step):
+        some = launches[at : at + step]
+        reports = compiled(some, triton=asked.triton, processes=asked.jobs)
+        sys.stdout.write(table(reports) + "\n")
+        sys.stdout.flush()
+        found += faults(reports)
+        if asked.write and not found:
+            _write(reports, version)
     if found:
         sys.exit("\n".join(found))
-    if asked.write:
-        _write(reports, launches, version)
 
 
 if __name__ == "__main__":
