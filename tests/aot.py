@@ -644,8 +644,9 @@ def _main(arguments: list[str]) -> None:
     if asked.write:
         assert tuple(asked.files) == SOURCES, "figures are of all files together"
         _forget([] if asked.all else launches, version)
-        known = digests()[version]
+        known, rows = digests()[version], figures()[version]
         launches = [launch for launch in launches if digest(launch) not in known]
+        launches.sort(key=lambda launch: launch.kernel in rows)  # first what has no row
     step = 4 * asked.jobs if asked.write else max(1, len(launches))
     found = []
     for at in range(0, len(launches), step):

@@ -155,6 +155,7 @@ def test_a_spill_is_bounded_by_the_row_of_its_triton(monkeypatch, capsys):
     (report,) = compiled(record(spilling), (90,))
     bytes_ = report.spilled
     assert bytes_ > 0
+    assert report.products == report.copies == 0
 
     def with_row(spilled: int) -> list[str]:
         row = {"registers": 255, "shared": report.shared, "spilled": spilled}
@@ -291,26 +292,12 @@ def test_a_face_is_asked_wherever_tensors_are():
     assert not taken("transport_plan", sim.new_empty(2, 1025, 3))
 
 
-def test_processes_share_the_launches_and_keep_their_order(monkeypatch):
+def test_processes_share_the_launches_and_keep_their_order():
     found = record(launches)
-    plain = compiled(found, (80, 90))
-    assert compiled(found, (80, 90), processes=2) == plain
-    assert [(x.launch, x.card) for x in plain] == [(x, card) for x in found for card in (80, 90)]
-
-
-def test_cards_of_one_family_have_the_code_of_its_first():
-    """Registers and spills of a card are the same, whichever cards are asked for beside it."""
-    (launch,) = record(spilling)
-    together = compiled((launch,), CARDS)
-    alone = [report for card in CARDS for report in compiled((launch,), (card,))]
-    assert together == alone
-
-
-def test_what_speed_rests_on_is_counted():
-    reports = compiled(record(oversized), (80, 90))
-    assert all(report.products > 0 for report in reports)
-    (report,) = compiled(record(spilling), (80,))
-    assert (report.products, report.copies) == (0, 0)
+    reports = compiled(found, (86, 89), processes=2)
+    assert [(x.launch, x.card) for x in reports] == [(x, card) for x in found for card in (86, 89)]
+    # assembled from the other card's code, or compiled for itself
+    assert reports[3] == compiled(found[1:], (89,))[0]
 
 
 def test_every_version_with_figures_has_launches():
@@ -321,6 +308,7 @@ def test_every_version_with_figures_has_launches():
 def test_a_card_with_room_is_not_refused():
     reports = compiled(record(oversized), (80, 90))
     assert [r.shared > CARDS[86] for r in reports] == [True, True]
+    assert all(r.products > 0 for r in reports)
     (sentence,) = faults(reports)
     assert "on sm_80: needs 131072 bytes of shared memory, sm_86 has 101376" in sentence
 
