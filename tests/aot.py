@@ -82,7 +82,7 @@ FIGURES = ROOT / "tests" / "compiled.json"
 #: Triton's version -> digests of the launches that its figures are of.
 LAUNCHES = ROOT / "tests" / "compiled_launches.json"
 #: One in so many of the launches with a digest is compiled again.
-SAMPLED = 16
+SAMPLED = 32
 #: Test files whose launches are in the figures.
 SOURCES = tuple(f"tests.test_{x}" for x in ("attention_kernels", "gate", "text_kernels"))
 SOURCES += ("tests.test_transport_kernels",)
