@@ -650,8 +650,8 @@ def _settings(qkv: Tensor, heads: int, last_only: bool, step: int | None) -> dic
         "BLOCK_D": max(16, min(widest, triton.next_power_of_2(head))),
         "ACC": tl.float64 if qkv.dtype == torch.float64 else tl.float32,
         "PRECISION": precision,
-        # what a query holds of a wide head is spread over twice the threads
-        "num_warps": 4 if head <= 64 else 8,
+        # what a query holds of a wide head, or in float64, is spread over twice the threads
+        "num_warps": 4 if head <= 64 and qkv.dtype != torch.float64 else 8,
         "maxnreg": 255,  # of itself the assembler keeps to fewer on some cards, and spills
     }
 
