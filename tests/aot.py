@@ -99,8 +99,8 @@ Rows = Mapping[str, Mapping[str, Mapping[str, int]]]
 CARDS = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}
 #: Cards that take the same code, up to ptxas' allotment of registers.
 FAMILIES = ((80,), (86, 89), (90,), (120,))
-#: What a test compiles for. What sm_86 and sm_89 take is that of sm_80 but for the order of a few
-#: instructions, and for products of float64, for which they have no matrix units, nor has sm_120; so
+#: What a test compiles for. sm_86 and sm_89 take the code of sm_80 but for the order of a few
+#: instructions, and for products of float64, for which they and sm_120 have no matrix units; so
 #: what is compiled for sm_80 is held to their shared memory too. `--write` compiles for all.
 TRIED = (80, 90, 120)
 #: Registers one thread may have, and the threads of one program together (every card here).
