@@ -583,10 +583,12 @@ def prefix_attention_bwd(
 
     settings["BLOCK_M"] = step or 16
     tables = (level, mean, d_mixed, qkv, bias, begin, ends, asked)
-    # a factor of three products is two numbers: 32 x 16 of the gradients leave room for them
+    # a factor of three products is two numbers: 32 x 16 of the gradients leave room for them, and
+    # so does a number of float64, which is two as well
     thrice = settings["PRECISION"] == "tf32x3"
+    double = thrice or qkv.dtype == torch.float64
     narrow = width // heads <= 64
-    own = settings | {"BLOCK_N": block or (64 if narrow else 32) // (2 if thrice else 1)}
+    own = settings | {"BLOCK_N": block or (64 if narrow else 32) // (2 if double else 1)}
     if thrice:
         own["BLOCK_D"] = 16
     tiles = triton.cdiv(rows - shared, own["BLOCK_N"])
@@ -648,8 +650,8 @@ def _settings(qkv: Tensor, heads: int, last_only: bool, step: int | None) -> dic
         "BLOCK_D": max(16, min(widest, triton.next_power_of_2(head))),
         "ACC": tl.float64 if qkv.dtype == torch.float64 else tl.float32,
         "PRECISION": precision,
-        # what a query holds of a wide head is spread over twice the threads
-        "num_warps": 4 if head <= 64 else 8,
+        # what a query holds of a wide head, or in float64, is spread over twice the threads
+        "num_warps": 4 if head <= 64 and qkv.dtype != torch.float64 else 8,
         "maxnreg": 255,  # of itself the assembler keeps to fewer on some cards, and spills
     }
 

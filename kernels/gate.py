@@ -238,7 +238,11 @@ def _gate_bwd_qz_kernel(
         by = by.to(ACC) * tl.load(inverse + at, mask=inside, other=0.0)
         b_high = tl.load(high + at, mask=inside, other=0.0)
         b_mean = tl.load(mean + at, mask=inside, other=0.0)
-        for e in range(E):
+        experts = E
+        if E == 1:
+            # stays a loop, as of several: without it registers keep all factors, and spill
+            experts = tl.minimum(i_c + 1, E)
+        for e in range(experts):
             p_k = kv + (u * C * E + e) * (2 * H * D) + h * D
             k = _load(p_k, c, C, E * 2 * H * D, D, BLOCK_D)
             v = _load(p_k + H * D, c, C, E * 2 * H * D, D, BLOCK_D)

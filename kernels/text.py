@@ -17,6 +17,7 @@ from fastfpl.kernels.device import on_its_device
 from fastfpl.kernels.rounding import quotient, root
 
 __all__ = [
+    "WIDEST",
     "activation_bwd",
     "activation_fwd",
     "norm_bwd",
@@ -25,6 +26,11 @@ __all__ = [
     "unit_fwd",
 ]
 
+#: Most numbers of a row: of float64 they are 32 for each thread of the most that a program has.
+WIDEST = 8192
+
+# bytes of rows that a program may hold: more of float64 leave no registers
+_REGISTERS = 1 << 16
 # from so many rows on a program takes two of them, or four: enough programs are left
 _MANY = (1024, 4096)
 
@@ -278,7 +284,9 @@ def _rows(x: Tensor) -> tuple[tuple[int], dict[str, Any]]:
     """
     count, width = x.shape
     block = triton.next_power_of_2(width)
+    most = _REGISTERS // (block * _wide(x).itemsize)
     rows = 4 if count >= _MANY[1] else 2 if count >= _MANY[0] else 1
+    rows = min(rows, max(1, most))
     warps = min(8, max(1, rows * block // 512))
     return (triton.cdiv(count, rows),), {
         "count": count,

@@ -15,6 +15,7 @@ from fastfpl.kernels.transport_logits import transport_logits_fwd
 from fastfpl.kernels.transport_plan import transport_plan_fwd
 
 __all__ = [
+    "MOST_ENTRIES_DOUBLE",
     "MOST_PATCHES",
     "MOST_PATCHES_DOUBLE",
     "MOST_PROMPTS",
@@ -26,3 +27,5 @@ __all__ = [
 MOST_PATCHES, MOST_PROMPTS = 1024, 16
 #: Of float64 in `transport_logits_fwd`: of more, one step of the product needs 128 KiB.
 MOST_PATCHES_DOUBLE = 512
+#: Of float64 most entries of a plan, P and N rounded up to powers of two: more leave no registers.
+MOST_ENTRIES_DOUBLE = 4096

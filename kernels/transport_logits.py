@@ -192,7 +192,8 @@ def transport_logits_fwd(
         "BLOCK_N": block_n,
         "BLOCK_D": depth_of(patches, prompts, block_p, width),
     } | (tile or {})
-    size = blocks["BLOCK_P"] * blocks["BLOCK_C"] * blocks["BLOCK_N"]
+    numbers = blocks["BLOCK_P"] * blocks["BLOCK_C"] * blocks["BLOCK_N"]
+    size = numbers * wide.itemsize // 4  # registers
     # 64 KiB of patches fit every card, with what is fetched ahead or without
     step = blocks["BLOCK_P"] * blocks["BLOCK_D"] * max(patches.itemsize, prompts.itemsize)
     _transport_logits_fwd_kernel[(clients * images * triton.cdiv(classes, blocks["BLOCK_C"]),)](

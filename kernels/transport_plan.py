@@ -113,17 +113,18 @@ def transport_plan_fwd(
     if not problems:
         return plan.to(sim.dtype), iterations, residual
     one = power(patches) * power(prompts)
-    # One warp up to 64 numbers a lane: its sums are shuffles, nothing waits at a barrier, and a
-    # multiprocessor holds as many programs as it may. Small problems share a warp, 8 numbers a
-    # lane: where few passes are left to wait for, a second problem costs less than a second warp.
-    # The interpreter pays by the program.
+    # One warp up to 64 numbers a lane, 32 of more than two prompts: its sums are shuffles, nothing
+    # waits at a barrier, and a multiprocessor holds as many programs as it may. Small problems
+    # share a warp, 8 numbers a lane: where few passes are left to wait for, a second problem costs
+    # less than a second warp. The interpreter pays by the program.
     most = 1 << 16 if sim.device.type == "cpu" else 256
     blocks = {
         "BLOCK_G": min(power(problems), max(1, most // one)),
         "BLOCK_P": power(patches),
         "BLOCK_N": power(prompts),
     } | (tile or {})
-    size = math.prod(blocks.values())
+    # of float64 a number is two registers, and its exponential takes as many again
+    size = math.prod(blocks.values()) * (4 if wide == torch.float64 else 1)
     _transport_plan_fwd_kernel[(triton.cdiv(problems, blocks["BLOCK_G"]),)](
         sim,
         plan,
@@ -140,6 +141,6 @@ def transport_plan_fwd(
         BALANCED=balanced,
         ACC=LANGUAGE[wide],
         **blocks,
-        **warps(1 if size <= 2048 else 4 if size <= 8192 else 8),
+        **warps(1 if size <= (2048 if prompts <= 2 else 1024) else 4 if size <= 8192 else 8),
     )
     return plan.to(sim.dtype), iterations, residual

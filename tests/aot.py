@@ -40,13 +40,17 @@ import contextlib
 import hashlib
 import importlib
 import importlib.metadata
+import io
+import itertools
 import json
 import os
+import random
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -63,11 +67,13 @@ __all__ = [
     "compiled",
     "digest",
     "digests",
+    "every_pair",
     "faults",
     "figures",
     "record",
     "said",
     "table",
+    "taken",
 ]
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,7 +82,7 @@ FIGURES = ROOT / "tests" / "compiled.json"
 #: Triton's version -> digests of the launches that its figures are of.
 LAUNCHES = ROOT / "tests" / "compiled_launches.json"
 #: One in so many of the launches with a digest is compiled again.
-SAMPLED = 16
+SAMPLED = 32
 #: Test files whose launches are in the figures.
 SOURCES = tuple(f"tests.test_{x}" for x in ("attention_kernels", "gate", "text_kernels"))
 SOURCES += ("tests.test_transport_kernels",)
@@ -91,8 +97,11 @@ Rows = Mapping[str, Mapping[str, Mapping[str, int]]]
 
 #: Compute capability -> bytes of shared memory one program may have (NVIDIA's documentation).
 CARDS = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}
-#: What a test compiles for. sm_86 and sm_89 take the code of sm_80, up to ptxas' allotment, and so
-#: what is compiled for sm_80 is held to their shared memory too; `--write` compiles for all.
+#: Cards that take the same code, up to ptxas' allotment of registers.
+FAMILIES = ((80,), (86, 89), (90,), (120,))
+#: What a test compiles for. sm_86 and sm_89 take the code of sm_80 but for the order of a few
+#: instructions, and for products of float64, for which they and sm_120 have no matrix units; so
+#: what is compiled for sm_80 is held to their shared memory too. `--write` compiles for all.
 TRIED = (80, 90, 120)
 #: Registers one thread may have, and the threads of one program together (every card here).
 REGISTERS, ALL_REGISTERS = 255, 65_536
@@ -134,6 +143,8 @@ class Report:
     shared: int  # bytes of one program
     spilled: int  # bytes stored to memory for want of registers
     failure: str = ""  # why it did not compile, else empty
+    copies: int = 0  # instructions that fetch into shared memory while others compute
+    products: int = 0  # instructions of the matrix units
 
 
 def record(run: Callable[[], object]) -> list[Launch]:
@@ -220,6 +231,41 @@ def _launch(kernel: Any, args: tuple[Any, ...], grid: Any, kwargs: dict[str, Any
     )
 
 
+def every_pair(
+    where: Callable[[dict[str, Any]], bool] = lambda _: True, **axes: Iterable[Any]
+) -> list[dict[str, Any]]:
+    """Return rows of a table in which any two values of different axes stand in one row.
+
+    Only of rows ``where`` they are admitted. The whole product has ten times as many, and a kernel
+    depends on few things of which three must come together.
+    """
+    values = [list(found) for found in axes.values()]
+    rows = [dict(zip(axes, row, strict=True)) for row in itertools.product(*values)]
+    rows = [row for row in rows if where(row)]
+    pairs = [frozenset(itertools.combinations(row.items(), 2)) for row in rows]
+    wanted = frozenset().union(*pairs)
+
+    def chosen(seed: int) -> list[int]:
+        order = random.Random(seed).sample(range(len(rows)), len(rows))
+        left, found = set(wanted), []
+        while left:
+            found.append(max(order, key=lambda at: len(pairs[at] & left)))
+            left -= pairs[found[-1]]
+        return found
+
+    # what is taken first decides how many there are in the end
+    return [rows[at] for at in sorted(min(map(chosen, range(32)), key=len))]
+
+
+def taken(op: str, *arguments: Any) -> bool:
+    """Say whether the Triton face of an op takes arguments, wherever their tensors are."""
+    from fastfpl.ops import all_faces, launch
+
+    (face,) = [face for face in all_faces()[op] if face.name == "triton"]
+    with mock.patch.object(launch, "against", return_value=[]):
+        return not face.against(*arguments)
+
+
 def _check_grid(kernel: str, grid: tuple[int, ...]) -> None:
     for axis, (programs, most) in enumerate(zip(grid, GRID, strict=False)):
         assert 0 <= programs <= most, (
@@ -242,19 +288,28 @@ class _Dtype(dict[str, str]):
 
 
 def compiled(
-    launches: Iterable[Launch], cards: Iterable[int] = tuple(CARDS), triton: Path | None = None
+    launches: Iterable[Launch],
+    cards: Iterable[int] = tuple(CARDS),
+    triton: Path | None = None,
+    processes: int = 1,
 ) -> list[Report]:
-    """Compile every launch for every card in a process of its own, and report.
+    """Compile every launch for every card in processes of their own, and report.
 
     ``triton`` is the folder of another version than the one that is installed.
     """
-    wanted = list(launches)
-    targets = list(cards)
+    wanted, targets = list(launches), list(cards)
+    if processes > 1:
+        shares = [wanted[at::processes] for at in range(min(processes, len(wanted)))]
+        with ThreadPoolExecutor(processes) as pool:
+            found = list(pool.map(lambda share: compiled(share, targets, triton), shares))
+        by_place = {(r.launch, r.card): r for reports in found for r in reports}
+        return [by_place[launch, card] for launch in wanted for card in targets]
     environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
     paths = [str(triton or ""), str(ROOT), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     with tempfile.TemporaryDirectory() as folder:
         order, answer = Path(folder, "order.json"), Path(folder, "answer.json")
+        environment["TRITON_CACHE_DIR"] = folder  # what is kept comes without ptxas' words
         order.write_text(json.dumps({"launches": [asdict(x) for x in wanted], "cards": targets}))
         done = subprocess.run(
             [sys.executable, "-m", "tests.aot", "--compile", str(order), str(answer)],
@@ -283,6 +338,16 @@ def summary(reports: Iterable[Report]) -> dict[str, dict[str, dict[str, int]]]:
         for name in ("registers", "shared", "spilled"):
             row[name] = max(row.get(name, 0), getattr(report, name))
     return rows
+
+
+def _largest(
+    first: Mapping[str, Mapping[str, int]], second: Mapping[str, Mapping[str, int]]
+) -> dict[str, dict[str, int]]:
+    """Return the larger figures of two rows of one kernel."""
+    return {
+        card: {x: max(first.get(card, {}).get(x, 0), n) for x, n in found.items()}
+        for card, found in second.items()
+    }
 
 
 def faults(reports: Iterable[Report], rows: Rows | None = None) -> list[str]:
@@ -352,10 +417,15 @@ def assert_fits(run: Callable[[], object], cards: Iterable[int] = TRIED) -> list
 
 def digests() -> dict[str, frozenset[str]]:
     """Return what was committed: the launches that the figures of every version are of."""
-    if not LAUNCHES.exists():
-        return {}
-    committed = json.loads(LAUNCHES.read_text(encoding="utf-8"))
-    return {version: frozenset(found) for version, found in committed.items()}
+    return {
+        version: frozenset(x for found in kernels.values() for x in found)
+        for version, kernels in _by_kernel().items()
+    }
+
+
+def _by_kernel() -> dict[str, dict[str, list[str]]]:
+    """Return the digests as they are committed: version -> kernel -> launches."""
+    return json.loads(LAUNCHES.read_text(encoding="utf-8")) if LAUNCHES.exists() else {}
 
 
 def digest(launch: Launch) -> str:
@@ -395,23 +465,35 @@ def _proven(launch: Launch, known: frozenset[str]) -> bool:
 
 
 def table(reports: Iterable[Report]) -> str:
-    """Lay the reports out in columns: card, registers, shared memory, spills, launch."""
-    lines = ["card     registers  shared  spills  launch"]
+    """Lay the reports out in columns, the launch last."""
+    lines = ["card     registers  shared  spills  copies  products  launch"]
     lines += [
-        f"sm_{r.card:<6}{r.registers:>9}{r.shared:>8}{r.spilled:>8}  {r.launch}"
-        + (f"  FAILS: {r.failure}" if r.failure else "")
+        f"sm_{r.card:<6}{r.registers:>9}{r.shared:>8}{r.spilled:>8}{r.copies:>8}{r.products:>10}  "
+        f"{r.launch}" + (f"  FAILS: {r.failure}" if r.failure else "")
         for r in reports
     ]
     return "\n".join(lines)
 
 
-def _compile(launch: dict[str, Any], card: int) -> dict[str, Any]:
-    """Compile one launch; only in the process that does not interpret."""
+def _compile(launch: dict[str, Any], cards: Iterable[int]) -> list[dict[str, Any]]:
+    """Compile one launch; only in the process that does not interpret.
+
+    Of cards that take the same code the first is compiled for, the others have it assembled.
+    """
+    found: dict[int, dict[str, Any]] = {}
+    for family in FAMILIES:
+        kin = [card for card in cards if card in family]
+        if kin:
+            found |= _compile_family(launch, kin)
+    return [found[card] for card in cards]
+
+
+def _compile_family(launch: dict[str, Any], cards: list[int]) -> dict[int, dict[str, Any]]:
     import triton
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    from triton.runtime.errors import PTXASError
+    from triton.compiler.compiler import make_backend
 
     def value(x: Any) -> Any:
         return getattr(tl, _DTYPES.get(x["dtype"], x["dtype"])) if isinstance(x, dict) else x
@@ -424,74 +506,94 @@ def _compile(launch: dict[str, Any], card: int) -> dict[str, Any]:
         {(at,): [["tt.divisibility", 16]] for at in launch["aligned"]},
     )
     options = dict(launch["options"]) | {"enable_fp_fusion": True}
-    strict = options | {"ptx_options": "-warn-spills -Werror"}
-    target = GPUTarget("cuda", card, 32)
-    spilled, failure = 0, ""
+    triton.knobs.nvidia.dump_ptxas_log = True
+    first, *others = cards
+    found = {}
     try:
-        try:
-            result = triton.compile(source, target=target, options=strict)
-        except PTXASError as error:
-            match = re.search(r"(\d+) bytes spill stores", str(error))
-            if match is None:
-                raise
-            spilled = int(match[1])
-            result = triton.compile(source, target=target, options=options)
+        with contextlib.redirect_stdout(io.StringIO()) as log:
+            result = triton.compile(source, target=GPUTarget("cuda", first, 32), options=options)
+        ptx = result.asm["ptx"]
+        known = {"shared": result.metadata.shared, "failure": "", **_units(ptx)}
+        found[first] = known | _allotted(log.getvalue())
+        for card in others:
+            backend = make_backend(GPUTarget("cuda", card, 32))
+            for_card = re.sub(r"(?m)^\.target sm_\d+", f".target sm_{card}", ptx)
+            with contextlib.redirect_stdout(io.StringIO()) as log:
+                backend.make_cubin(for_card, {}, backend.parse_options(options), card)
+            found[card] = known | _allotted(log.getvalue())
     except Exception as error:
         failure = f"{type(error).__name__}: {' '.join(str(error).split())[-400:]}"
-        return {"registers": 0, "shared": 0, "spilled": 0, "failure": failure}
+        nothing = {"registers": 0, "shared": 0, "spilled": 0, "failure": failure}
+        return {card: found.get(card, nothing) for card in cards}
+    return found
+
+
+def _allotted(log: str) -> dict[str, int]:
+    """Read from what ptxas says the registers of a thread, and the bytes that it stores of them."""
+    registers = [int(x) for x in re.findall(r"Used (\d+) registers", log)]
+    spilled = [int(x) for x in re.findall(r"(\d+) bytes spill stores", log)]
+    return {"registers": max(registers), "spilled": max(spilled)}
+
+
+def _units(ptx: str) -> dict[str, int]:
+    """Count in the code of a launch what its speed on a card rests on."""
     return {
-        "registers": _registers(result.asm["cubin"]),
-        "shared": result.metadata.shared,
-        "spilled": spilled,
+        "copies": len(re.findall(r"\bcp\.async\.c[ag]\.|\bcp\.async\.bulk\.tensor", ptx)),
+        "products": len(re.findall(r"\b(?:mma|wgmma|tcgen05)\.(?:sync|mma_async|mma)\b", ptx)),
     }
 
 
 _DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
 
 
-def _registers(cubin: bytes) -> int:
-    """Ask the tool that Triton brings how many registers a thread of the binary has."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        shown = subprocess.run(
-            [str(tool), "--dump-resource-usage", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-    return max(int(count) for count in re.findall(r"REG:(\d+)", shown))
-
-
 def _serve(order: Path, answer: Path) -> None:
     wanted = json.loads(order.read_text())
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # whole PTX files
-        figures = [_compile(x, card) for x in wanted["launches"] for card in wanted["cards"]]
+        figures = [x for launch in wanted["launches"] for x in _compile(launch, wanted["cards"])]
     answer.write_text(json.dumps(figures))
 
 
-def _changed(launches: Iterable[Launch], known: frozenset[str]) -> list[Launch]:
-    """Return the launches of all kernels of which one is not known: rows of the others stand."""
-    launches = list(launches)
-    new = {launch.kernel for launch in launches if digest(launch) not in known}
-    return [launch for launch in launches if launch.kernel in new]
+def _forget(launches: Iterable[Launch], version: str) -> None:
+    """Drop from a version's tables kernels that are no more, or of which a launch is no more.
+
+    What that one needed may have been the largest figures of its row.
+    """
+    now = _digests_of(launches)
+    old = _by_kernel().get(version, {})
+    kept = {name: found for name, found in old.items() if set(found) <= now.get(name, set())}
+    rows = {name: row for name, row in figures().get(version, {}).items() if name in kept}
+    _put(version, rows, kept)
 
 
-def _write(reports: Iterable[Report], launches: Iterable[Launch], version: str) -> None:
+def _write(reports: Iterable[Report], version: str) -> None:
     """Put the figures of one version into the committed tables, beside those of others.
 
-    ``launches`` are all that there are, ``reports`` of the kernels whose rows are written anew.
+    A row is of all launches whose digests are known, so that a run that is broken off keeps what it
+    has, and the next compiles the rest.
     """
-    launches = list(launches)
-    kept = digests() | {version: frozenset(digest(launch) for launch in launches)}
-    text = json.dumps({name: sorted(kept[name]) for name in sorted(kept)}, indent=0)
+    reports = list(reports)
+    rows = dict(figures().get(version, {}))
+    for kernel, cards in summary(reports).items():
+        rows[kernel] = _largest(rows.get(kernel, {}), cards)
+    kept = {name: set(found) for name, found in _by_kernel().get(version, {}).items()}
+    for name, found in _digests_of(report.launch for report in reports).items():
+        kept[name] = kept.get(name, set()) | found
+    _put(version, rows, kept)
+
+
+def _digests_of(launches: Iterable[Launch]) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for launch in launches:
+        found.setdefault(launch.kernel, set()).add(digest(launch))
+    return found
+
+
+def _put(version: str, rows: Rows, launches: Mapping[str, Iterable[str]]) -> None:
+    known = {name: sorted(launches[name]) for name in sorted(launches)}
+    kept = _by_kernel() | {version: known}
+    text = json.dumps({name: kept[name] for name in sorted(kept)}, indent=0)
     LAUNCHES.write_text(text + "\n", encoding="utf-8")
-    names = {launch.kernel for launch in launches}
-    rows = {name: row for name, row in figures().get(version, {}).items() if name in names}
-    merged = {**figures(), version: rows | summary(reports)}
+    merged = {**figures(), version: rows}
     key = lambda name: [int(x) for x in re.findall(r"\d+", name)]  # noqa: E731
     lines = []
     for name in sorted(merged, key=key):
@@ -535,20 +637,29 @@ def _main(arguments: list[str]) -> None:
     parser.add_argument("--write", action="store_true", help=f"put the figures into {FIGURES.name}")
     parser.add_argument("--all", action="store_true", help="compile what has not changed, too")
     parser.add_argument("--triton", type=Path, help="folder of another version of Triton")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
     parser.add_argument("files", nargs="*", default=SOURCES, help="test files, as modules")
     asked = parser.parse_args(arguments)
-    launches = dict.fromkeys(launch for name in asked.files for launch in _launched(name))
+    launches = list(dict.fromkeys(launch for name in asked.files for launch in _launched(name)))
     version = _version(asked.triton)
-    chosen = list(launches)
-    if asked.write and not asked.all:
-        chosen = _changed(launches, digests().get(version, frozenset()))
-    reports = compiled(chosen, triton=asked.triton) if chosen else []
-    sys.stdout.write(table(reports) + "\n")
-    found = faults(reports)
+    if asked.write:
+        assert tuple(asked.files) == SOURCES, "figures are of all files together"
+        _forget([] if asked.all else launches, version)
+        known, rows = digests()[version], figures()[version]
+        launches = [launch for launch in launches if digest(launch) not in known]
+        launches.sort(key=lambda launch: launch.kernel in rows)  # first what has no row
+    step = 4 * asked.jobs if asked.write else max(1, len(launches))
+    found = []
+    for at in range(0, len(launches), step):
+        some = launches[at : at + step]
+        reports = compiled(some, triton=asked.triton, processes=asked.jobs)
+        sys.stdout.write(table(reports) + "\n")
+        sys.stdout.flush()
+        found += faults(reports)
+        if asked.write and not found:
+            _write(reports, version)
     if found:
         sys.exit("\n".join(found))
-    if asked.write:
-        _write(reports, launches, version)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -19,11 +20,13 @@ from tests.aot import (
     compiled,
     digest,
     digests,
+    every_pair,
     faults,
     figures,
     record,
     said,
     table,
+    taken,
 )
 
 triton = pytest.importorskip("triton", reason="Triton comes with torch for CUDA only")
@@ -152,6 +155,7 @@ def test_a_spill_is_bounded_by_the_row_of_its_triton(monkeypatch, capsys):
     (report,) = compiled(record(spilling), (90,))
     bytes_ = report.spilled
     assert bytes_ > 0
+    assert report.products == report.copies == 0
 
     def with_row(spilled: int) -> list[str]:
         row = {"registers": 255, "shared": report.shared, "spilled": spilled}
@@ -235,25 +239,65 @@ def test_the_digest_of_a_launch_holds_what_its_kernel_calls_and_names():
     assert digest(launch) == found[0]
 
 
-def test_only_kernels_with_a_new_launch_are_written_anew(monkeypatch, tmp_path):
-    def launch(kernel, constant):
-        return Launch("tests.test_aot", kernel, (("N", "constexpr"),), ((0, constant),), (), ())
+def _named(kernel: str, constant: int) -> Launch:
+    return Launch("tests.test_aot", kernel, (("N", "constexpr"),), ((0, constant),), (), ())
 
-    old = [launch("_double_kernel", n) for n in (16, 32)]
-    other = launch("_outer_kernel", 16)
-    new = launch("_double_kernel", 64)
-    known = frozenset(map(digest, [*old, other]))
-    assert aot._changed([*old, other], known) == []
-    assert aot._changed([*old, other, new], known) == [*old, new]
+
+def test_rows_hold_the_largest_figures_of_what_is_launched(monkeypatch, tmp_path):
+    old = [_named("_double_kernel", n) for n in (16, 32)]
+    other, new = _named("_outer_kernel", 16), _named("_double_kernel", 64)
+    gone = _named("_product_kernel", 16)
     monkeypatch.setattr(aot, "FIGURES", tmp_path / "compiled.json")
     monkeypatch.setattr(aot, "LAUNCHES", tmp_path / "launches.json")
-    gone = launch("_product_kernel", 16)
-    first = [Report(x, 90, 8 * n, 0, 0) for n, x in enumerate([*old, other, gone], 1)]
-    aot._write(first, [x.launch for x in first], "3.8.0")
-    aot._write([Report(new, 90, 99, 0, 0)], [*old, other, new], "3.8.0")
-    rows = {name: row["sm_90"]["registers"] for name, row in figures()["3.8.0"].items()}
-    assert rows == {"_double_kernel": 99, "_outer_kernel": 24}
-    assert digests()["3.8.0"] == known | {digest(new)}
+
+    def registers() -> dict[str, int]:
+        return {name: row["sm_90"]["registers"] for name, row in figures()["3.8.0"].items()}
+
+    aot._write([Report(x, 90, 8 * n, 0, 0) for n, x in enumerate([*old, other, gone], 1)], "3.8.0")
+    assert registers() == {"_double_kernel": 16, "_outer_kernel": 24, "_product_kernel": 32}
+    # one more: what the others need stands, if it is more
+    aot._forget([*old, other, new], "3.8.0")
+    assert digests()["3.8.0"] == {digest(x) for x in (*old, other)}
+    aot._write([Report(new, 90, 9, 0, 0)], "3.8.0")
+    assert registers() == {"_double_kernel": 16, "_outer_kernel": 24}
+    assert digests()["3.8.0"] == {digest(x) for x in (*old, other, new)}
+    # one is gone, which may have needed most: the rest is compiled again
+    aot._forget([old[0], other, new], "3.8.0")
+    assert registers() == {"_outer_kernel": 24}
+    assert digests()["3.8.0"] == {digest(other)}
+
+
+def test_any_two_values_of_a_table_stand_in_one_row():
+    axes = {"a": (1, 2, 3), "b": ("x", "y", "z"), "c": (False, True), "d": (False, True)}
+    rows = every_pair(**axes)
+    assert 9 <= len(rows) <= 10
+    for one, two in itertools.combinations(axes, 2):
+        met = {(row[one], row[two]) for row in rows}
+        assert met == set(itertools.product(axes[one], axes[two]))
+    assert rows == every_pair(**axes)
+
+    def admitted(row):
+        return row["a"] != 3 or row["b"] == "x"
+
+    rows = every_pair(admitted, **axes)
+    assert all(map(admitted, rows))
+    assert {(row["a"], row["b"]) for row in rows} == {
+        (a, b) for a, b in itertools.product(axes["a"], axes["b"]) if a != 3 or b == "x"
+    }
+
+
+def test_a_face_is_asked_wherever_tensors_are():
+    sim = torch.empty(2, 1024, 3, device="meta")
+    assert taken("transport_plan", sim)
+    assert not taken("transport_plan", sim.new_empty(2, 1025, 3))
+
+
+def test_processes_share_the_launches_and_keep_their_order():
+    found = record(launches)
+    reports = compiled(found, (86, 89), processes=2)
+    assert [(x.launch, x.card) for x in reports] == [(x, card) for x in found for card in (86, 89)]
+    # assembled from the other card's code, or compiled for itself
+    assert reports[3] == compiled(found[1:], (89,))[0]
 
 
 def test_every_version_with_figures_has_launches():
@@ -264,6 +308,7 @@ def test_every_version_with_figures_has_launches():
 def test_a_card_with_room_is_not_refused():
     reports = compiled(record(oversized), (80, 90))
     assert [r.shared > CARDS[86] for r in reports] == [True, True]
+    assert all(r.products > 0 for r in reports)
     (sentence,) = faults(reports)
     assert "on sm_80: needs 131072 bytes of shared memory, sm_86 has 101376" in sentence
 

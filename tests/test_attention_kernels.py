@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastfpl.reference.attention import prefix_attention
-from tests.aot import assert_fits
+from tests.aot import assert_fits, every_pair, taken
 from tests.truth import assert_as_good_as_eager
 
 pytest.importorskip("triton", reason="Triton comes with torch for CUDA only")
@@ -155,15 +155,17 @@ def _launch(
     classes: int = 100,
     groups: int = 1,
     last_only: bool = False,
+    sos: bool = True,
+    bias: bool = True,
 ) -> None:
     lengths = [min(longest, 3 + c % 5) for c in range(classes - 1)] + [longest]
     given = {
         "qkv": torch.empty(groups, shared + sum(lengths), 3 * width, dtype=dtype, device="meta"),
-        "bias": torch.empty(3 * width, dtype=dtype, device="meta"),
+        "bias": torch.empty(3 * width, dtype=dtype, device="meta") if bias else None,
         "shared": shared,
         "starts": (0, *itertools.accumulate(lengths)),
         "heads": width // head,
-        "sos": torch.empty(2, width, dtype=dtype, device="meta"),
+        "sos": torch.empty(2, width, dtype=dtype, device="meta") if sos else None,
     }
     kernels(given, last_only)
 
@@ -183,6 +185,56 @@ def odd_launches() -> None:
     _launch(half, 64, shared=75, longest=2)
     _launch(half, 32)
     _launch(half, 80, width=640)
+
+
+#: What the face is asked for beyond the papers' sizes: heads of two towers, of a width that is no
+#: power of two, and up to the most, which the dtype decides; no prefix, a short one and one that
+#: leaves a segment one row; with and without the constant token and the bias. float16 takes the
+#: tiles of bfloat16, and is in the other two tables.
+LIMITS = {
+    "head": (48, 64, 80, 128),
+    "kind": ("bfloat16", "tf32", "float32", "float64"),
+    "shared": (0, 4, 75),
+    "last_only": (False, True),
+    "constants": (False, True),
+    "groups": (1, 10),
+}
+
+
+def limits_launches() -> None:
+    """Launch any two of the face's limits together, forward and back."""
+
+    def dtype_of(row: dict) -> torch.dtype:
+        return getattr(torch, row["kind"].replace("tf32", "float32"))
+
+    def admitted(row: dict) -> bool:
+        qkv = torch.empty(1, 1, 3 * 8 * row["head"], dtype=dtype_of(row), device="meta")
+        return taken("prefix_attention", qkv, 8)
+
+    before = torch.get_float32_matmul_precision()
+    for row in every_pair(admitted, **LIMITS):
+        dtype, head = dtype_of(row), row["head"]
+        torch.set_float32_matmul_precision("high" if row["kind"] == "tf32" else "highest")
+        try:
+            _launch(
+                dtype,
+                head,
+                width=8 * head,
+                shared=row["shared"],
+                longest=76 - row["shared"],
+                groups=row["groups"],
+                last_only=row["last_only"],
+                sos=row["constants"],
+                bias=row["constants"],
+            )
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_kernels_fit_at_the_limits_of_the_face():
+    assert_fits(limits_launches)
 
 
 @pytest.mark.slow

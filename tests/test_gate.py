@@ -114,13 +114,12 @@ def test_logits_and_every_gradient(name: str, device: str, size: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", ["papers", "many images", "many experts"])
 @pytest.mark.parametrize(("name", "device"), PLACES)
+@pytest.mark.usefixtures("_bfloat16_rounds")
 def test_errs_at_most_twice_as_much_as_eager(
     name: str, device: str, size: str, dtype: torch.dtype
 ) -> None:
     if name == "cpu" and dtype.itemsize == 2:
         pytest.skip("the C++ face leaves 16-bit features to the torch face")
-    if name == "triton" and device == "cpu" and dtype == torch.bfloat16:
-        pytest.skip("the interpreter truncates to bfloat16 instead of rounding")
     image, experts, gate = problem(*SIZES[size], dtype=dtype)
     found = step(name, [x.to(device) for x in leaves_of(image, experts, gate)], gate)
     eager, exact = true_step(size, dtype)
@@ -599,6 +598,45 @@ def launches() -> None:
         step(torch.float32, 1, 128, 1000, 10, 8, 128)
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+#: What the face takes beyond the papers' sizes: widths of a head up to the most, one of them odd;
+#: any number of experts, of which one and two are loops that the compiler unrolls.
+LIMITS = {
+    "d": (20, 64, 128),
+    "kind": ("float16", "bfloat16", "tf32", "float32", "float64"),
+    "E": (1, 2, 33),
+    "B, C": ((1, 1), (128, 1000)),
+    "U": (1, 10),
+}
+
+
+def limits_launches() -> None:
+    """Launch any two of the face's limits together, forward and back."""
+    from fastfpl.kernels.gate import gate_bwd, gate_fwd
+    from tests.aot import every_pair
+
+    before = torch.get_float32_matmul_precision()
+    for row in every_pair(**LIMITS):
+        dtype = getattr(torch, row["kind"].replace("tf32", "float32"))
+        U, (B, C), E, d = (row[name] for name in ("U", "B, C", "E", "d"))
+        qz = torch.empty(U, B, 2, 8, d, device="meta", dtype=dtype)
+        kv = torch.empty(U, C, E, 2, 8, d, device="meta", dtype=dtype)
+        torch.set_float32_matmul_precision("high" if row["kind"] == "tf32" else "highest")
+        try:
+            logits, stats = gate_fwd(qz, kv, 10.0, True)
+            gate_bwd(logits.to(dtype), qz, kv, stats, 10.0, True, True)
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_kernels_fit_at_the_limits_of_the_face() -> None:
+    pytest.importorskip("triton", reason="Triton comes with torch for CUDA only")
+    from tests.aot import assert_fits
+
+    assert_fits(limits_launches)
 
 
 @pytest.mark.slow

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import functools
+import importlib
+import inspect
+import pkgutil
 
 import numpy as np
 import pytest
@@ -207,7 +212,12 @@ def test_transport_at_its_edges():
 
 @pytest.mark.parametrize(
     ("size", "dtype"),
-    [("papers", torch.float32), ("many experts", torch.float32), ("papers", torch.float16)],
+    [
+        ("papers", torch.float32),
+        ("many experts", torch.float32),
+        ("papers", torch.float16),
+        ("many images", torch.bfloat16),
+    ],
     ids=str,
 )
 @pytest.mark.usefixtures("_card")
@@ -218,7 +228,12 @@ def test_gate_experts(size, dtype):
 # at the papers' size in float32, d_qkv comes out short by one and a half ulps: more than is allowed
 @pytest.mark.parametrize(
     ("size", "dtype"),
-    [("odd head", torch.float32), ("papers", torch.float16), ("papers", torch.bfloat16)],
+    [
+        ("odd head", torch.float32),
+        ("over a tile", torch.float32),  # whose prefix is a sum of parts
+        ("papers", torch.float16),
+        ("papers", torch.bfloat16),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("last_only", [False, True])
@@ -235,3 +250,52 @@ def test_text(shape, dtype):
     test_text_kernels.test_unit_length(shape, dtype, "cpu")
     for kind in ("quick_gelu", "gelu"):
         test_text_kernels.test_activation(shape, dtype, kind, "cpu")
+
+
+# --- all of them ----------------------------------------------------------------------------------
+
+
+def kernels() -> set[str]:
+    """Return the names of all that fastfpl.kernels launches, read in its source."""
+    found = set()
+    room = importlib.import_module("fastfpl.kernels")
+    for module in pkgutil.iter_modules(room.__path__, "fastfpl.kernels."):
+        tree = ast.parse(inspect.getsource(importlib.import_module(module.name)))
+        launches = (x.func for x in ast.walk(tree) if isinstance(x, ast.Call))
+        found |= {x.value.id for x in launches if _is_launch(x)}
+    return found
+
+
+def _is_launch(function: ast.expr) -> bool:
+    """Tell ``kernel[grid]`` from a function that is called."""
+    return isinstance(function, ast.Subscript) and isinstance(function.value, ast.Name)
+
+
+@contextlib.contextmanager
+def launched():
+    """Collect the names of the kernels that are launched in the block."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    names: set[str] = set()
+    plain = InterpretedFunction.run
+
+    def run(self, *args, **kwargs):
+        names.add(self.__name__)
+        return plain(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpretedFunction, "run", run)
+        yield names
+
+
+@pytest.mark.usefixtures("_card")
+def test_every_kernel_is_played():
+    with launched() as names:
+        test_transport_kernels.test_plan_as_good_as_eager((3, 9, 3), torch.float32, False, "cpu")
+        test_transport_kernels.test_logits_as_good_as_eager(torch.float16, True, "cpu")
+        test_gate_experts("papers", torch.float16)
+        test_prefix_attention("over a tile", torch.float16, last_only=False)
+        test_text((7, 24), torch.float32)
+    assert len(names) > 10
+    assert kernels() - names == set(), "no test here plays these under a card's arithmetic"
+    assert names - kernels() == set(), "launched otherwise than by kernel[grid](...)"

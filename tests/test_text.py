@@ -487,6 +487,17 @@ def test_a_limit_below_one_class_is_refused() -> None:
         encode_text(tower, layout, ctx)
 
 
+def test_rows_wider_than_the_kernels_hold_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = pytest.importorskip("fastfpl.kernels.text", reason="needs Triton")
+    tower = random_tower()
+    widest = max(tower.projection.shape)
+    triton = next(face for face in FACES["encode_text"] if face.name == "triton")
+    assert not any("rows of" in reason for reason in triton.against(tower))
+    monkeypatch.setattr(kernels, "WIDEST", widest - 1)
+    sentence = f"rows of {widest} numbers, at most {widest - 1}"
+    assert sentence in triton.against(tower)
+
+
 def test_weights_that_change_in_place_are_seen() -> None:
     tower = random_tower()
     layout = ClassPrompts(WordsClip(tower), NAMES).layout(4)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastfpl.reference.text import activate, block_norm, unit_length
-from tests.aot import assert_fits
+from tests.aot import assert_fits, every_pair
 from tests.truth import assert_as_good_as_eager, assert_fences_hold, fenced
 
 pytest.importorskip("triton", reason="Triton comes with torch for CUDA only")
@@ -132,25 +132,48 @@ def test_several_rows_a_program(many, device, monkeypatch):
     torch.testing.assert_close(d_x, truth, rtol=1e-11, atol=1e-12)
 
 
+def _launch(dtype: torch.dtype, width: int, count: int, shift: bool = True) -> None:
+    x = torch.empty(count, width, dtype=dtype, device="meta")
+    weight = torch.empty(width, dtype=wide(dtype), device="meta")
+    _, _, mean, rstd = text.norm_fwd(x, weight, weight, EPS, x[0] if shift else None)
+    text.norm_bwd(x, x, weight, mean, rstd, x)
+    f, norm = text.unit_fwd(x)
+    text.unit_bwd(f, f, norm)
+    u = torch.empty(count, 4 * width, dtype=dtype, device="meta")
+    for kind in ("quick_gelu", "gelu"):
+        text.activation_bwd(text.activation_fwd(u, u[0], kind), u, u[0], kind)
+
+
 def launches() -> None:
     """Launch the papers' towers: few rows and many, the widths of ViT-B, L and g."""
     half = torch.float16
-    for dtype, width, count in (
-        (half, 512, 366),
-        (half, 512, 1 << 18),
-        (torch.bfloat16, 768, 1 << 18),
-        (half, 1280, 1 << 18),
-        (torch.float32, 1280, 1 << 18),
-    ):
-        x = torch.empty(count, width, dtype=dtype, device="meta")
-        weight = torch.empty(width, dtype=wide(dtype), device="meta")
-        _, _, mean, rstd = text.norm_fwd(x, weight, weight, EPS, x[0])
-        text.norm_bwd(x, x, weight, mean, rstd, x)
-        f, norm = text.unit_fwd(x)
-        text.unit_bwd(f, f, norm)
-        u = torch.empty(count, 4 * width, dtype=dtype, device="meta")
-        for kind in ("quick_gelu", "gelu"):
-            text.activation_bwd(text.activation_fwd(u, u[0], kind), u, u[0], kind)
+    _launch(half, 512, 366)
+    _launch(half, 512, 1 << 18)
+    _launch(torch.bfloat16, 768, 1 << 18)
+    _launch(half, 1280, 1 << 18)
+    _launch(torch.float32, 1280, 1 << 18)
+
+
+#: What the face is asked for beyond: a width that is no power of two, the largest tower's, and the
+#: most; rows of every number that share a program.
+LIMITS = {
+    "width": (640, 1280, text.WIDEST),
+    "dtype": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    "count": (77, 2048, 1 << 18),
+    "shift": (True, False),
+}
+
+
+def limits_launches() -> None:
+    """Launch any two of the face's limits together."""
+    for row in every_pair(**LIMITS):
+        _launch(row["dtype"], row["width"], row["count"], row["shift"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_kernels_fit_at_the_limits_of_the_face():
+    assert_fits(limits_launches)
 
 
 @pytest.mark.slow

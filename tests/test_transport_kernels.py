@@ -15,9 +15,9 @@ import fastfpl
 from fastfpl.errors import InputError, NotConverged, NotSupported
 from fastfpl.ops import launch, transport_logits, transport_pieces, transport_plan
 from fastfpl.ops.faces import recorded_faces
-from fastfpl.ops.transport import Convergence
+from fastfpl.ops.transport import FACES, Convergence
 from fastfpl.reference import transport as reference
-from tests.aot import CARDS, assert_fits, compiled, record
+from tests.aot import assert_fits, every_pair, taken
 from tests.test_transport import DTYPES, ROUNDING, assert_optimal, even, similar
 from tests.test_transport_logits import BOTH, features, weights_of
 from tests.truth import assert_as_good_as_eager, assert_fences_hold, fenced
@@ -751,6 +751,12 @@ def test_sizes_beyond_the_kernels_are_refused_in_sentences():
                 transport_plan(torch.zeros(shape))
             with pytest.raises(NotSupported, match=reason):
                 transport_logits(torch.zeros(1, shape[0], 2), torch.zeros(1, shape[1], 2))
+        for few in (4, 8):  # 513 count as 1024
+            double = torch.zeros(513 if few == 4 else 257, few + 1, dtype=torch.float64)
+            with pytest.raises(NotSupported, match=r"in float64: 8192 entries .* most 4096"):
+                transport_plan(double)
+            reasons = FACES["transport_plan"][0].against(double[:, :few])
+            assert not any("entries" in reason for reason in reasons)
         for kinds in ((torch.float64, torch.float16), (torch.float32, torch.float64)):
             with pytest.raises(NotSupported, match="P = 513 patches in float64, at most 512"):
                 transport_logits(*(torch.zeros(1, 513, 2, dtype=k) for k in kinds))
@@ -786,23 +792,46 @@ def test_the_kernels_fit_every_card():
     assert_fits(launches)
 
 
-def limits():
-    """What the faces say that they take, at its corners."""
+#: What the faces are asked for beyond the papers' sizes: patches of ViT-B/16, of what is between,
+#: of ViT-L-14-336 and ViT-H-14-378, which take the same tile, and the most; prompts of every tile.
+LIMITS = {
+    "patches": (196, 512, 729, 1024),
+    "prompts": (1, 2, 3, 16),
+    "dtype": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    "balanced": (True, False),
+    "clients": (1, 10),
+}
+
+
+def limits_launches():
+    """Launch what the faces say that they take, any two of their limits together."""
     from fastfpl.kernels import transport as kernels
 
-    most = kernels.MOST_PATCHES
-    for dtype, patches, prompts in [
-        (torch.float32, most, 1),
-        (torch.float32, 729, 3),
-        (torch.float16, most, kernels.MOST_PROMPTS),
-        (torch.float64, kernels.MOST_PATCHES_DOUBLE, 2),
-    ]:
-        x = torch.empty(1, 2, patches, 768, device="meta", dtype=dtype)
-        t = torch.empty(1, 100, prompts, 768, device="meta", dtype=dtype)
-        kernels.transport_logits_fwd(x, t, 0.1, 0.8, False, 100, 1e-3, measure=True, keep=True)
+    def similarities(row):
+        shape = (100 * row["clients"], row["patches"], row["prompts"])
+        return torch.empty(shape, dtype=row["dtype"], device="meta")
+
+    def pair(row):
+        kind = {"dtype": row["dtype"], "device": "meta"}
+        x = torch.empty(row["clients"], 2, row["patches"], 768, **kind)
+        return x, torch.empty(row["clients"], 100, row["prompts"], 768, **kind)
+
+    def options(row):
+        return 0.1, 0.8, row["balanced"], 100, 1e-3
+
+    def solved(row):
+        return taken("transport_plan", similarities(row), *options(row))
+
+    def scored(row):
+        return taken("transport_logits", *pair(row), *options(row), False, True)
+
+    for row in every_pair(solved, **LIMITS):
+        kernels.transport_plan_fwd(similarities(row), *options(row))
+    for row in every_pair(scored, **LIMITS):
+        kernels.transport_logits_fwd(*pair(row), *options(row), measure=True, keep=True)
 
 
-def test_the_largest_problems_can_be_launched_on_the_smallest_cards():
-    for report in compiled(record(limits), (86,)):
-        assert not report.failure, f"{report.launch}: {report.failure}"
-        assert report.shared <= CARDS[report.card], f"{report.launch}: {report.shared} bytes"
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_kernels_fit_at_the_limits_of_the_faces():
+    assert_fits(limits_launches)

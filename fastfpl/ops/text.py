@@ -661,7 +661,12 @@ def _against_cpu(tower: TextTower, *_: object) -> list[str]:
 
 
 def _against_triton(tower: TextTower, *_: object) -> list[str]:
+    from fastfpl.kernels.text import WIDEST
+
     reasons = _against_kernels(tower) + launch.against("encode_text", tower=tower.projection)
+    widest = max(tower.projection.shape)
+    if widest > WIDEST:
+        reasons.append(f"rows of {widest} numbers, at most {WIDEST}")
     return reasons + against_wide(tower.heads, tower.width, _dtype(tower))
 
 

@@ -558,29 +558,37 @@ def _triton(sim: Tensor, *options: Any) -> _Solved:
 
 
 def _against_triton(sim: Tensor, *_: object) -> list[str]:
-    return launch.against("transport_plan", sim=sim) + _beyond_kernels(*sim.shape[-2:])
+    return launch.against("transport_plan", sim=sim) + _beyond_kernels(*sim.shape[-2:], sim)
 
 
 def _against_triton_logits(patches: Tensor, prompts: Tensor, *options: Any) -> list[str]:
     from fastfpl.kernels.transport import MOST_PATCHES_DOUBLE
+    from fastfpl.kernels.transport_launch import wide_of
 
     n_patches = patches.shape[-2]
     reasons = launch.against("transport_logits", patches=patches)
-    reasons += _beyond_kernels(n_patches, prompts.shape[-2])
+    reasons += _beyond_kernels(n_patches, prompts.shape[-2], patches, prompts)
     if wide_of(patches, prompts) == torch.float64 and n_patches > MOST_PATCHES_DOUBLE:
         reasons.append(f"P = {n_patches} patches in float64, at most {MOST_PATCHES_DOUBLE}")
     *_, plan_gradient, _ = options
     return [*reasons, "gradients through the plan: cpu, torch faces"] if plan_gradient else reasons
 
 
-def _beyond_kernels(n_patches: int, n_prompts: int) -> list[str]:
-    from fastfpl.kernels.transport import MOST_PATCHES, MOST_PROMPTS
+def _beyond_kernels(n_patches: int, n_prompts: int, *tensors: Tensor) -> list[str]:
+    from fastfpl.kernels.transport import MOST_ENTRIES_DOUBLE, MOST_PATCHES, MOST_PROMPTS
+    from fastfpl.kernels.transport_launch import power, wide_of
 
     reasons = []
     if n_patches > MOST_PATCHES:
         reasons.append(f"P = {n_patches} patches, at most {MOST_PATCHES}")
     if n_prompts > MOST_PROMPTS:
         reasons.append(f"N = {n_prompts} prompts, at most {MOST_PROMPTS}")
+    entries = power(n_patches) * power(n_prompts)
+    if not reasons and wide_of(*tensors) == torch.float64 and entries > MOST_ENTRIES_DOUBLE:
+        reasons.append(
+            f"P = {n_patches} patches and N = {n_prompts} prompts in float64: {entries} entries "
+            f"where both are rounded up to powers of two, at most {MOST_ENTRIES_DOUBLE}"
+        )
     return reasons
 
 
