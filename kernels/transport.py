@@ -16,6 +16,7 @@ from fastfpl.kernels.transport_plan import transport_plan_fwd
 
 __all__ = [
     "MOST_ENTRIES_DOUBLE",
+    "MOST_ENTRIES_SINGLE",
     "MOST_PATCHES",
     "MOST_PATCHES_DOUBLE",
     "MOST_PROMPTS",
@@ -29,3 +30,5 @@ MOST_PATCHES, MOST_PROMPTS = 1024, 16
 MOST_PATCHES_DOUBLE = 512
 #: Of float64 most entries of a plan, P and N rounded up to powers of two: more leave no registers.
 MOST_ENTRIES_DOUBLE = 4096
+#: Of float32 in `transport_logits_fwd`, likewise: of more, Hopper's products spill.
+MOST_ENTRIES_SINGLE = 8192

@@ -757,6 +757,13 @@ def test_sizes_beyond_the_kernels_are_refused_in_sentences():
                 transport_plan(double)
             reasons = FACES["transport_plan"][0].against(double[:, :few])
             assert not any("entries" in reason for reason in reasons)
+        single = torch.zeros(1, 513, 2), torch.zeros(1, 9, 2)
+        with pytest.raises(NotSupported, match=r"in float32: 16384 entries .* most 8192"):
+            transport_logits(*single)
+        for fits in ((single[0].half(), single[1].half()), (single[0], single[1][:, :8])):
+            against = FACES["transport_logits"][0].against
+            reasons = against(*fits, 0.1, 0.8, False, 100, 1e-3, False, True)
+            assert not any("entries" in reason for reason in reasons)
         for kinds in ((torch.float64, torch.float16), (torch.float32, torch.float64)):
             with pytest.raises(NotSupported, match="P = 513 patches in float64, at most 512"):
                 transport_logits(*(torch.zeros(1, 513, 2, dtype=k) for k in kinds))

@@ -562,12 +562,16 @@ def _against_triton(sim: Tensor, *_: object) -> list[str]:
 
 
 def _against_triton_logits(patches: Tensor, prompts: Tensor, *options: Any) -> list[str]:
-    from fastfpl.kernels.transport import MOST_PATCHES_DOUBLE
-    from fastfpl.kernels.transport_launch import wide_of
+    from fastfpl.kernels.transport import MOST_ENTRIES_SINGLE, MOST_PATCHES_DOUBLE
+    from fastfpl.kernels.transport_launch import power, wide_of
 
-    n_patches = patches.shape[-2]
+    n_patches, n_prompts = patches.shape[-2], prompts.shape[-2]
     reasons = launch.against("transport_logits", patches=patches)
-    reasons += _beyond_kernels(n_patches, prompts.shape[-2], patches, prompts)
+    reasons += _beyond_kernels(n_patches, n_prompts, patches, prompts)
+    entries = power(n_patches) * power(n_prompts)
+    single = torch.promote_types(patches.dtype, prompts.dtype) == torch.float32
+    if not reasons and single and entries > MOST_ENTRIES_SINGLE:
+        reasons.append(_too_many(n_patches, n_prompts, "float32", entries, MOST_ENTRIES_SINGLE))
     if wide_of(patches, prompts) == torch.float64 and n_patches > MOST_PATCHES_DOUBLE:
         reasons.append(f"P = {n_patches} patches in float64, at most {MOST_PATCHES_DOUBLE}")
     *_, plan_gradient, _ = options
@@ -585,11 +589,15 @@ def _beyond_kernels(n_patches: int, n_prompts: int, *tensors: Tensor) -> list[st
         reasons.append(f"N = {n_prompts} prompts, at most {MOST_PROMPTS}")
     entries = power(n_patches) * power(n_prompts)
     if not reasons and wide_of(*tensors) == torch.float64 and entries > MOST_ENTRIES_DOUBLE:
-        reasons.append(
-            f"P = {n_patches} patches and N = {n_prompts} prompts in float64: {entries} entries "
-            f"where both are rounded up to powers of two, at most {MOST_ENTRIES_DOUBLE}"
-        )
+        reasons.append(_too_many(n_patches, n_prompts, "float64", entries, MOST_ENTRIES_DOUBLE))
     return reasons
+
+
+def _too_many(n_patches: int, n_prompts: int, kind: str, entries: int, most: int) -> str:
+    return (
+        f"P = {n_patches} patches and N = {n_prompts} prompts in {kind}: {entries} entries "
+        f"where both are rounded up to powers of two, at most {most}"
+    )
 
 
 def _against_torch_logits(*arguments: Any) -> list[str]:
