@@ -357,7 +357,7 @@ def test_torchrun_ends_with_a_sentence_when_a_rank_dies(tmp_path, cache):
     flags = [
         f"--{name.replace('_', '-')}={value}"
         for name, value in settings.items()
-        if name not in ("method", "options")
+        if name not in ("method", "options", "also")
     ]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     command += [f"--master-port={free_port()}", "-m", "fastfpl", "run", "promptfl", *flags]
