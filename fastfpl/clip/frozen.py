@@ -17,7 +17,7 @@ from fastfpl.errors import KindError, NotSupported
 from fastfpl.reference.text import TextTower
 from fastfpl.shapes import check_shapes
 
-__all__ = ["FrozenCLIP", "check_dtype"]
+__all__ = ["FrozenCLIP", "check_dtype", "unit"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
