@@ -404,7 +404,6 @@ def test_gradients_of_gradients():
     assert how(model) == ["fast, cut behind the EOT, 5 leading rows shared"]
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script")
 def test_forward_mode_is_the_originals():
     literal, model = pair()
     tokens, prompts = literal.tokenized_prompts, literal.prompt_learner().detach()

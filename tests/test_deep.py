@@ -327,7 +327,6 @@ def test_prompts_that_are_replaced_are_not_seen_behind_their_layer() -> None:
     assert (one - other).abs().max() > 1e-3, "the test must be able to fail"
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script")
 def test_the_compiled_face_answers_and_derivatives_forward_take_the_other() -> None:
     tower = random_tower()
     layout = words(tower).layout(4)

@@ -19,9 +19,6 @@ from fastfpl.prompts import ClassPrompts
 from tests.test_gate import problem
 from tests.test_text import WordsClip, random_tower
 
-# torch itself scripts what its derivatives are made of
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
-
 BY_HAND = ("triton", "cpu")
 
 

@@ -33,8 +33,6 @@ from tests.test_gate import problem
 from tests.test_text import WordsClip, random_tower
 
 pytestmark = [
-    # torch itself scripts what its derivatives are made of
-    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated"),
     # of torch's own checks, which look whether every output has a gradient
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
 ]

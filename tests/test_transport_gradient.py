@@ -32,8 +32,6 @@ TRITON = pytest.param(
         pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning"),
     ],
 )
-#: Of torch itself, when its rules of forward mode are first loaded.
-FORWARD = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 PLAN_FACES = [*FACES, TRITON]
 
 
@@ -88,7 +86,6 @@ def test_gradients_of_logits_through_the_plan(face, balanced):
     assert (through[1] - without[2]).abs().max() > 1e-3 * without[2].abs().max()
 
 
-@FORWARD
 @pytest.mark.parametrize("face", PLAN_FACES)
 def test_every_kind_of_derivative(face):
     sim, step = similar(3, 5, 2, spread=0.1), similar(3, 5, 2, seed=1)
@@ -126,7 +123,6 @@ def test_every_kind_of_derivative(face):
         torch.func.jacfwd(torch.func.jacfwd(value))(sim, step)
 
 
-@FORWARD
 @pytest.mark.parametrize("face", [*LOGIT_FACES, TRITON])
 @pytest.mark.parametrize("plan_gradient", [False, True])
 def test_every_kind_of_derivative_of_logits(face, plan_gradient):
