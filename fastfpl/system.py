@@ -7,6 +7,7 @@ import errno
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import psutil
 from filelock import lock_descriptor
 
 __all__ = [
+    "FORKS",
     "WINDOWS",
     "end_tree",
     "flush",
@@ -28,6 +30,8 @@ __all__ = [
 
 #: Whether files that are open can neither be renamed nor removed, and locks keep readers out.
 WINDOWS = os.name == "nt"
+#: Whether a process may be forked that has imported what knows threads and frameworks.
+FORKS = sys.platform.startswith("linux")
 # seconds that a rename waits for whoever has one of the two files open
 _PATIENCE = 5.0
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import socket
 import stat
+import subprocess
 import sys
 
 import pytest
@@ -15,10 +17,11 @@ from fastfpl.cli import main
 from fastfpl.config import make_settings
 from fastfpl.errors import InputError, Missing
 from fastfpl.federation import Result
-from fastfpl.flower import apps, lab
+from fastfpl.flower import apps, lab, node
 from fastfpl.flower.keys import check_keys
 from fastfpl.flower.letters import Letter, Refused, pack, unpack
 from fastfpl.flower.rules import make_rules
+from fastfpl.system import FORKS
 from tests.worlds import GATE, TINY_RUN
 
 needs_flower = pytest.mark.skipif(
@@ -36,11 +39,13 @@ def said(capsys, *arguments):
     return end.value.code, " ".join((shown.out + shown.err).split())
 
 
-def assert_same(networked, alone):
+def assert_same(networked, settings):
+    """Bit for bit one process that trains one client after the other, as sites do."""
+    alone = fastfpl.run(settings.model_copy(update={"cohort": 1}))
+    facts = ("accuracy", "clients", "exams", "selected", "lost", "bytes_up", "bytes_down", "loss")
     for a, b in zip(networked.rounds, alone.rounds, strict=True):
-        for key in ("accuracy", "clients", "exams", "selected", "lost", "bytes_up", "bytes_down"):
+        for key in facts:
             assert a[key] == b[key], key
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
     assert networked.data == alone.data
 
 
@@ -97,7 +102,7 @@ def test_flowers_apps_play_a_run(method, tmp_path):
     grid = LocalGrid(apps.client_app(), nodes, config)
     apps.server_app()(grid, Context(1, 1, {}, RecordDict(), config))
     networked = Result.load(tmp_path / "out")
-    assert_same(networked, fastfpl.run(settings))
+    assert_same(networked, settings)
     assert networked.flower["version"] == apps.flower_version()
     assert not (tmp_path / "out" / "clients").exists()
     assert list((tmp_path / "site-0").glob("*/client-00000/own-*.safetensors"))
@@ -127,13 +132,42 @@ def test_real_processes_on_loopback_give_the_numbers_of_one(tmp_path, capsys):
     out = tmp_path / "out"
     main(["flower", "up", "fedpgp", "-o", "bottleneck=2", "--out", str(out), *flags])
     networked = Result.load(out)
-    settings = {**RUN, "rounds": 1, "options": {"bottleneck": 2}}
-    assert_same(networked, fastfpl.run("fedpgp", **settings))
+    settings = {**RUN, "method": "fedpgp", "rounds": 1, "options": {"bottleneck": 2}}
+    assert_same(networked, make_settings(settings))
     assert networked.flower["stays_with_clients"] == ["u", "v"]
     assert all(memory > 1 << 26 for memory in networked.flower["client_memory_bytes"].values())
     main(["flower", "status", str(out)])
     assert "fedpgp: finished; 1 of 1 rounds ended; joined: 0, 1" in capsys.readouterr().out
     assert list((out / "flower" / "clients" / "site-1").glob("*/client-00001/own-*.safetensors"))
+
+
+@needs_flower
+@pytest.mark.skipif(not FORKS, reason="forks are for Linux")
+def test_flowers_commands_are_forks_with_their_imports():
+    """By their names on the path, with Flower's own words and end."""
+    plain = node.environment()
+    with node.warm_commands() as warm:
+        for name in node.WARM_COMMANDS:
+            for arguments in (["--help"], ["--no-such-flag"]):
+                own, flowers = (
+                    subprocess.run(
+                        [shutil.which(name, path=env["PATH"]), *arguments],
+                        env=env, capture_output=True, text=True, check=False,
+                    )
+                    for env in (warm, plain)
+                )  # fmt: skip
+                assert own.returncode == flowers.returncode
+                assert own.stdout.replace("-c ", f"{name} ").split() == flowers.stdout.split()
+            assert shutil.which(name, path=warm["PATH"]) != shutil.which(name, path=plain["PATH"])
+        assert warm["FLWR_TELEMETRY_ENABLED"] == "0"
+
+
+@needs_flower
+def test_a_node_is_a_supernode_that_ends_as_it_ends(tmp_path, capfd):
+    with pytest.raises(SystemExit) as end:
+        main(["flower", "node", "--superlink", "127.0.0.1:1", "--root-certificates", "no such"])
+    assert end.value.code not in (0, None)
+    assert "does not point to a file" in "".join(capfd.readouterr())
 
 
 @needs_flower
@@ -214,6 +248,9 @@ def test_without_flower_the_command_is_a_sentence(tmp_path, capsys, monkeypatch)
     assert code == 2
     assert "fastfpl.flower: flwr must be installed; got none" in text
     assert not (tmp_path / "out").exists()
+    code, text = said(capsys, "flower", "node", "--insecure")
+    assert code == 2
+    assert "fastfpl.flower: flwr must be installed; got none" in text
 
 
 @needs_flower

@@ -105,11 +105,12 @@ def test_memory_is_that_of_the_whole_tree():
     try:
         for _ in range(200):
             watch.look()
-            if max(watch.seen.get(node.pid, [0])) > 60_000_000:
+            if max(watch.nodes.get(node.pid, [0])) > 60_000_000:
                 break
             watch._end.wait(0.1)
-        assert 60_000_000 < max(watch.seen[node.pid]) < 300_000_000
-        assert set(watch.seen) == {node.pid}
+        assert 60_000_000 < max(watch.nodes[node.pid]) < 300_000_000
+        assert set(watch.nodes) == {node.pid}
+        assert max(watch.together) >= max(watch.nodes[node.pid])
     finally:
         os.killpg(node.pid, 9)
         node.wait()

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A room imports only from lower floors, or from its own. The ground floor is open to all.
 GROUND = {"errors", "handles", "installed", "shapes", "seeds", "files", "system", "terminal"}
-GROUND |= {"plain_yaml"}
+GROUND |= {"plain_yaml", "warm"}
 FLOORS = (
     GROUND,
     {"reference", "kernels", "_C", "data", "tracking"},

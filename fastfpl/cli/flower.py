@@ -173,6 +173,22 @@ def keys(folder: Path, clients: int, hosts: Sequence[str], days: int) -> None:
     say(f"{folder}: ca.crt, server.crt, server.key, ca.key, client-0 to client-{clients - 1}")
 
 
+@flower.command(context_settings={"ignore_unknown_options": True})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def node(arguments: Sequence[str]) -> None:
+    """Run a client's SuperNode; ARGUMENTS are those of flower-supernode.
+
+    On Linux every message is answered by a fork of one process that has imported torch, open_clip
+    and fastfpl, elsewhere by a process that imports them. Flower's looks for the network are off.
+    """
+    from fastfpl.flower.node import run_node
+    from fastfpl.system import FORKS
+
+    if not FORKS:
+        say("forks are for Linux: every message starts a process that imports torch anew")
+    raise SystemExit(run_node(arguments))
+
+
 @flower.command()
 @click.argument("folder", type=Place())
 def status(folder: Path) -> None:

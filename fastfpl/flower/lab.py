@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shlex
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +18,7 @@ from typing import Any
 from fastfpl import system
 from fastfpl.config import Settings
 from fastfpl.data import scheme_of
-from fastfpl.errors import Damaged, InputError, Missing, cut
+from fastfpl.errors import Damaged, InputError, cut
 from fastfpl.federation import Result
 from fastfpl.federation.experiment import refuse_held
 from fastfpl.federation.preparation import OWN
@@ -28,19 +26,14 @@ from fastfpl.files import on_disk, write_text
 from fastfpl.flower.apps import flower_version
 from fastfpl.flower.folder import write_app
 from fastfpl.flower.keys import CA, SERVER, SERVER_KEY, check_keys, client_key, write_keys
+from fastfpl.flower.node import environment, tool, warm_commands
 from fastfpl.flower.own import agree_on_classes, own_dataset, own_plan
 from fastfpl.flower.rules import Rules
 from fastfpl.flower.server import checked, expected_clients, read_status
 from fastfpl.training.preparation import choose_device
 
-__all__ = ["OFFLINE", "Lab", "standing", "up"]
+__all__ = ["Lab", "standing", "up"]
 
-#: Switches without which Flower's processes look for the network.
-OFFLINE = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-}
 _HOST = "127.0.0.1"
 _STARTS = 90.0  # seconds for a process to listen, on a machine that is busy
 _LOOKS = 15.0  # seconds between two questions to the SuperLink, each a process of its own
@@ -81,6 +74,8 @@ class Lab:
         own: Mapping[str, str] | None = None,
     ) -> None:
         flower_version()
+        self._environment = environment()
+        self._warm = contextlib.ExitStack()
         self._own = [{"data": data, "name": name} for name, data in (own or {}).items()]
         self.folder = folder.absolute()
         self.clients = clients
@@ -105,12 +100,11 @@ class Lab:
     @property
     def environment(self) -> dict[str, str]:
         """What its processes are started with."""
-        # they start each other by name, and this Python's own come first
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-        return {**os.environ, **OFFLINE, "PATH": path, "FLWR_HOME": str(self.folder / "home")}
+        return {**self._environment, "FLWR_HOME": str(self.folder / "home")}
 
     def start(self) -> None:
         """Start the SuperLink, then a SuperNode for every client."""
+        self._environment = self._warm.enter_context(warm_commands())
         home = self.folder / "home"
         with on_disk("fastfpl.flower", "the lab's folder", self.folder, "or name another out"):
             for part in (home, self.folder / "logs", self._cache):
@@ -127,7 +121,7 @@ class Lab:
         # of nodes and runs that are gone, and of keys that are registered anew
         for old in self.folder.glob("superlink.db*"):
             old.unlink()
-        link = [_tool("flower-superlink"), "--host", _HOST, "--port", str(self._ports[0])]
+        link = [tool("flower-superlink"), "--host", _HOST, "--port", str(self._ports[0])]
         link += ["--database", str(self.folder / "superlink.db")]
         link += ["--disable-runtime-dependency-installation"]
         if self._secure:
@@ -158,7 +152,7 @@ class Lab:
             f"{key}={json.dumps(value) if isinstance(value, str) else value}"
             for key, value in own.items()
         )
-        node = [_tool("flower-supernode"), "--superlink", self.address, "--host", _HOST]
+        node = [tool("flower-supernode"), "--superlink", self.address, "--host", _HOST]
         node += ["--port", str(self._ports[1 + client]), "--node-config", text]
         if self._secure:
             node += ["--root-certificates", str(self._keys / CA)]
@@ -175,7 +169,7 @@ class Lab:
 
     def flwr(self, *arguments: str) -> Any:
         """Ask Flower's own command line, and return the JSON that it answers."""
-        command = [_tool("flwr"), *arguments, "--format", "json"]
+        command = [tool("flwr"), *arguments, "--format", "json"]
         done = subprocess.run(
             command, env=self.environment, capture_output=True, text=True, check=False, timeout=300
         )
@@ -223,6 +217,7 @@ class Lab:
                 process.wait(max(0.1, end - time.monotonic()))
             system.end_tree(process, kill=True)
             process.wait()
+        self._warm.close()
 
     def _start(self, name: str, command: Sequence[str]) -> None:
         path = self.folder / "logs" / f"{name}.log"
@@ -400,18 +395,6 @@ def _stamp(out: Path) -> float:
         return (out / "flower.json").stat().st_mtime
     except OSError:
         return -1.0
-
-
-def _tool(name: str) -> str:
-    """Find a command of Flower's beside this Python, or on the path."""
-    beside = Path(sys.executable).parent / (f"{name}.exe" if system.WINDOWS else name)
-    found = str(beside) if beside.is_file() else shutil.which(name)
-    if found is None:
-        raise Missing(
-            f"fastfpl.flower: {name} must be on the path; got none; run: pip install "
-            '"fastfpl[flower]"'
-        )
-    return found
 
 
 def _free(count: int) -> list[int]:

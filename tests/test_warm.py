@@ -1,0 +1,124 @@
+"""Forks of a process that has its imports: they are what they would be without it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from fastfpl.errors import InputError
+from fastfpl.system import FORKS
+from fastfpl.warm import Warm
+
+pytestmark = pytest.mark.skipif(not FORKS, reason="forks are for Linux")
+
+
+@pytest.fixture(scope="module")
+def warm():
+    with Warm(["decimal", "numpy"]) as one:
+        yield one
+
+
+def play(command, code, *arguments, **options):
+    return subprocess.run(
+        [*command, "-c", code, *arguments], capture_output=True, text=True, check=False, **options
+    )
+
+
+def until(true, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_a_fork_is_the_process_that_was_asked_for(warm, tmp_path):
+    """Arguments, folder, environment, streams and end are those of a Python that is started."""
+    code = (
+        "import os, sys; print(sys.argv, os.getcwd(), os.environ['WORD'], sys.stdin.read(), "
+        "__name__, sys.path[0]); print('told', file=sys.stderr); sys.exit(int(sys.argv[1]))"
+    )
+    options = {"cwd": tmp_path, "env": {**os.environ, "WORD": "a b"}, "input": "given"}
+    own, other = (play(c, code, "3", "x y", **options) for c in (warm.command, (sys.executable,)))
+    assert own.returncode == other.returncode == 3
+    assert own.stdout == other.stdout
+    assert own.stderr == other.stderr == "told\n"
+
+
+def test_imports_are_done(warm):
+    code = "import sys; print('decimal' in sys.modules, 'fastfpl' in sys.modules)"
+    assert play(warm.command, code).stdout == "True False\n"
+    assert play((sys.executable,), code).stdout == "False False\n", "the test must be able to fail"
+
+
+def test_a_module_is_run_and_words_of_an_exit_are_said(warm):
+    shown = subprocess.run(
+        [*warm.command, "-m", "json.tool", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "usage: " in shown.stdout
+    failed = play(warm.command, "raise SystemExit('a sentence')")
+    assert (failed.returncode, failed.stderr) == (1, "a sentence\n")
+    failed = play(warm.command, "1 / 0")
+    assert failed.returncode == 1
+    assert "ZeroDivisionError" in failed.stderr
+
+
+def test_no_two_draw_the_same(warm):
+    code = "import random, numpy; print(random.random(), numpy.random.rand())"
+    drawn = [play(warm.command, code).stdout.split() for _ in range(2)]
+    assert len({*drawn[0], *drawn[1]}) == 4
+
+
+def begin(warm, code, path):
+    """Start a fork, and return what was started and the number that the fork wrote."""
+    one = subprocess.Popen([*warm.command, "-c", code, str(path)])
+    until(lambda: path.exists() and path.read_text())
+    return one, int(path.read_text())
+
+
+WAITS = (
+    "import os, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(5)); "
+    "open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
+)
+
+
+def test_a_signal_is_passed_on_and_the_end_is_the_forks(warm, tmp_path):
+    one, _ = begin(warm, WAITS, tmp_path / "number")
+    one.terminate()
+    assert one.wait(10) == 5
+    one, number = begin(warm, WAITS, tmp_path / "other")
+    os.kill(number, signal.SIGKILL)
+    assert one.wait(10) == -signal.SIGKILL
+
+
+def test_who_kills_what_was_started_kills_the_fork(warm, tmp_path):
+    one, number = begin(warm, WAITS, tmp_path / "number")
+    one.kill()
+    one.wait(10)
+    until(lambda: not psutil.pid_exists(number))
+
+
+def test_without_its_server_python_is_started_and_it_says_so():
+    with Warm([]) as warm:
+        assert play(warm.command, "").stderr == ""
+    ended = play(warm.command, "import sys; print(sys.argv[1]); sys.exit(4)", "x")
+    assert (ended.returncode, ended.stdout) == (4, "x\n")
+    assert ended.stderr.startswith("fastfpl.warm: ")
+    assert "Python is started anew" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [("no_such_module", None), ("torch", "class cuda:\n    is_initialized = lambda: True\n")],
+    ids=["absent", "with a device's context"],
+)
+def test_what_cannot_be_forked_is_a_sentence(module, text, tmp_path):
+    if text is not None:
+        (tmp_path / f"{module}.py").write_text(text)
+    with pytest.raises(InputError, match=rf"got {module}, and a process that ended with 1"):
+        Warm([module], tmp_path)
