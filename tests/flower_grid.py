@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from flwr.app import Context, Message, RecordDict
@@ -19,11 +19,26 @@ class LocalGrid(Grid):
     """Calls a ClientApp where a SuperNode would start a process for it.
 
     Every message is written to bytes and read again, as on the wire, and every call gets a context
-    that knows nothing of the one before.
+    that knows nothing of the one before, or, as at a SuperNode that stays, its state.
+
+    Attributes
+    ----------
+    counted : int
+        Bytes of arrays that were sent to clients.
+    replies : list of Message
+        What clients answered.
+    lost : callable
+        ``lost(message)`` tells whose answer never arrives.
     """
 
     def __init__(
-        self, client: Any, nodes: Mapping[int, Mapping[str, Any]], config: Mapping[str, Any]
+        self,
+        client: Any,
+        nodes: Mapping[int, Mapping[str, Any]],
+        config: Mapping[str, Any],
+        *,
+        stays: bool = False,
+        lost: Callable[[Message], bool] = lambda message: False,
     ) -> None:
         self._client = client
         self._nodes = {node: dict(one) for node, one in nodes.items()}
@@ -31,6 +46,9 @@ class LocalGrid(Grid):
         self._numbers = itertools.count(1)
         self._answers: dict[str, Message] = {}
         self.counted = 0
+        self.replies: list[Message] = []
+        self.lost = lost
+        self._states = {node: RecordDict() for node in nodes} if stays else {}
 
     def set_run(self, run: Any) -> None:
         raise NotImplementedError
@@ -73,9 +91,12 @@ class LocalGrid(Grid):
         for message in messages:
             self.counted += sum(r.count_bytes() for r in message.content.array_records.values())
             node = message.metadata.dst_node_id
-            context = Context(1, node, self._nodes[node], RecordDict(), dict(self._config))
+            state = self._states.get(node, RecordDict())
+            context = Context(1, node, self._nodes[node], state, dict(self._config))
             reply = self._client(copy.deepcopy(message), context)
-            self._answers[message.metadata.message_id] = copy.deepcopy(reply)
+            self.replies.append(copy.deepcopy(reply))
+            if not self.lost(message):
+                self._answers[message.metadata.message_id] = copy.deepcopy(reply)
             numbers.append(message.metadata.message_id)
         return numbers
 

@@ -7,6 +7,7 @@ import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,7 +20,16 @@ from fastfpl.methods.contract import check_states, started
 from fastfpl.seeds import generator
 from fastfpl.training.gathering import stack
 
-__all__ = ["Expected", "Privacy", "clipped", "expected", "only_mean", "privacy_of", "unmoved"]
+__all__ = [
+    "Expected",
+    "Privacy",
+    "clipped",
+    "expected",
+    "only_mean",
+    "privacy_of",
+    "unmoved",
+    "weighs",
+]
 
 
 @dataclass(frozen=True)
@@ -48,11 +58,28 @@ def expected(method: Method, down: State) -> Expected:
 
 
 @torch.no_grad()
-def only_mean(method: Method, server: State, wanted: Expected) -> str | None:
+def only_mean(
+    method: Method,
+    server: State,
+    wanted: Expected,
+    *,
+    images: tuple[int, int] = (1, 1),
+    weights: tuple[int, int] = (1, 1),
+) -> str | None:
     """Say why a method's merge is more than a mean of uploads; None if it is no more.
 
     Two drawn uploads are merged, then their mean twice: a merge that keeps or compares single
     uploads tells the two apart.
+
+    Parameters
+    ----------
+    method : Method
+    server : State
+    wanted : Expected
+    images : pair of int
+        Training images of the two.
+    weights : pair of int
+        What they count in the mean: some methods weigh images, some clients.
     """
     if not wanted.sent:
         return "its clients send nothing"
@@ -67,16 +94,25 @@ def only_mean(method: Method, server: State, wanted: Expected) -> str | None:
             state[name] = torch.randn(shape, generator=draw, dtype=torch.float64).to(dtype)
     device = method.task.classes.tower.device
     uploads = {c: {n: t.to(device) for n, t in s.items()} for c, s in uploads.items()}
-    # of equal weights: some methods count images, some clients
-    images = {0: 1, 1: 1}
-    mean = {n: (uploads[0][n].double() + uploads[1][n].double()) / 2 for n in wanted.sent}
+    own, other = (weight / sum(weights) for weight in weights)
+    mean = {n: own * uploads[0][n].double() + other * uploads[1][n].double() for n in wanted.sent}
     same = {n: t.to(uploads[0][n].dtype) for n, t in mean.items()}
-    one = method.merge(server, uploads, images, 0)
-    other = method.merge(server, {0: same, 1: same}, images, 0)
-    for name, tensor in one.items():
-        gap = tensor.double() - other[name].double()
-        if tensor.numel() and gap.abs().max() > 1e-5 * other[name].double().abs().max().clamp(1):
+    counted = dict(enumerate(images))
+    apart = method.merge(server, uploads, counted, 0)
+    alike = method.merge(server, {0: same, 1: same}, counted, 0)
+    for name, tensor in apart.items():
+        gap = tensor.double() - alike[name].double()
+        if tensor.numel() and gap.abs().max() > 1e-5 * alike[name].double().abs().max().clamp(1):
             return f"its server keeps or compares single uploads in {name!r}"
+    return None
+
+
+def weighs(method: Method, server: State, wanted: Expected) -> Literal["images", "clients"] | None:
+    """Say what a method's mean of uploads counts; None where its merge is more than a mean."""
+    if only_mean(method, server, wanted, images=(1, 3), weights=(1, 3)) is None:
+        return "images"
+    if only_mean(method, server, wanted, images=(1, 3)) is None:
+        return "clients"
     return None
 
 

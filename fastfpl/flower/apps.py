@@ -12,6 +12,7 @@ from fastfpl.config import Settings, make_settings
 from fastfpl.errors import InputError, Missing, shown
 from fastfpl.flower.letters import Letter, Packed, Refused
 from fastfpl.flower.rules import Rules, make_rules
+from fastfpl.flower.secagg import secure_answer
 from fastfpl.flower.server import serve
 from fastfpl.flower.site import Site, refusal
 from fastfpl.tracking import make_trackers
@@ -175,7 +176,11 @@ def client_app() -> Any:
     def answered(message: Message, context: Any) -> Message:
         try:
             letter = letter_of(message.content)
-            answer = site_of(context.run_config, context.node_config).answer(letter)
+            site = site_of(context.run_config, context.node_config)
+            if letter.head.get("kind") == "secure":
+                answer = secure_answer(letter, message, context, site)
+            else:
+                answer = site.answer(letter)
         except InputError as error:
             answer = refusal(str(error))
         return Message(records(answer), reply_to=message)

@@ -29,6 +29,7 @@ from fastfpl.flower.keys import CA, SERVER, SERVER_KEY, check_keys, client_key, 
 from fastfpl.flower.node import environment, tool, warm_commands
 from fastfpl.flower.own import agree_on_classes, own_dataset, own_plan
 from fastfpl.flower.rules import Rules
+from fastfpl.flower.secagg import check_secagg
 from fastfpl.flower.server import checked, expected_clients, read_status
 from fastfpl.training.preparation import choose_device
 
@@ -305,6 +306,7 @@ def up(
     """
     refuse_held(out, resume)
     checked(settings)
+    check_secagg(settings, rules)
     choose_device(settings.device)
     out = out.absolute()
     folder = out / "flower"

@@ -37,6 +37,16 @@ class Rules(BaseModel):
     wire: Literal["exact", "float16", "bfloat16"] = Field(
         "exact", description="floats on the wire: as they are, or in 16 bits"
     )
+    aggregation: Literal["plain", "secagg+"] = Field(
+        "plain",
+        description="uploads one by one, or by secure aggregation, which tells their mean alone",
+    )
+    secagg_clip: float = Field(
+        8.0,
+        gt=0,
+        le=1e6,
+        description="largest number that secure aggregation carries, in steps of a 2^21st of it",
+    )
     most_norm: float = Field(
         1e4, gt=0, le=1e15, description="largest Euclidean norm of an array that is taken"
     )

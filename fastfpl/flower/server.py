@@ -57,6 +57,7 @@ from fastfpl.flower.letters import SCHEMA, Letter, digest, pack
 from fastfpl.flower.own import check_own
 from fastfpl.flower.post import Outcome, Post, exchange
 from fastfpl.flower.rules import Rules
+from fastfpl.flower.secagg import SecureMean, check_secagg, weigh_of
 from fastfpl.methods import Method, State, method_source
 from fastfpl.methods.base import Upload
 from fastfpl.methods.contract import may_follow
@@ -242,6 +243,7 @@ class Server:
 
     def __post_init__(self) -> None:
         self.settings, self.kind, self.options = checked(self.settings, self.model)
+        check_secagg(self.settings, self.rules)
         self.privacy = privacy_of(self.settings)
         self.robust = robust_of(self.settings)
         self.device = choose_device(self.settings.device)
@@ -318,6 +320,9 @@ class Server:
             self.robust.check(method, now.server, down, self.sampling.fewest)
         if self.privacy is not None:
             self.privacy.check(method, now.server, down)
+        if self.rules.aggregation == "secagg+":
+            fewest, most = self.sampling.fewest, max(map(len, map(self.sampling.sample, (0, 1))))
+            self.weigh = weigh_of(method, now.server, self.wanted, fewest, most)
         method.task.text_features.clear()
         self.facts = {
             **facts,
@@ -571,6 +576,13 @@ class Server:
         uploads = StateFiles(device=self.clip.device, beside=self.folder)
         losses: dict[int, float] = {}
         seen = 0
+        secret = None
+        if self.rules.aggregation == "secagg+":
+            alike = self.weigh == "clients"
+            weights = {c: 1 if alike else self._cards[c].images for c in call.selected}
+            secret = SecureMean(self.wanted.sent, weights, self.weigh, self.rules, self.clip.device)
+        # of a sum under masks a client tells all but its arrays
+        told_arrays = self.wanted.sent if secret is None else {}
 
         def letter(client: int) -> Letter:
             sent = self._letter("train", client, now.number, now.download(method, client))
@@ -585,11 +597,11 @@ class Server:
                 round_=now.number,
                 asked=digest(asked.arrays),
                 images=self._cards[client].images,
-                wanted=self.wanted.sent,
+                wanted=told_arrays,
                 rules=self.rules,
                 device=self.clip.device,
             )
-            if client not in call.lost:
+            if secret is None and client not in call.lost:
                 uploads.put(client, update.upload)
                 line["bytes_up"] += update.nbytes
             self._hear(client, answer.head)
@@ -604,12 +616,17 @@ class Server:
             letter,
             take,
             told,
+            exchange if secret is None else secret.exchange,
         )
         for client in sorted(found):
             losses[client] = found[client].loss
             seen += found[client].seen
         sent: Mapping[int, Upload] = uploads
         images: Mapping[int, int] = {c: self._cards[c].images for c in uploads}
+        if secret is not None:
+            assert secret.mean is not None
+            sent, images = dict.fromkeys(found, secret.mean), dict.fromkeys(found, 1)
+            line["bytes_up"], line["bytes_down"] = secret.nbytes_up, secret.nbytes_down
         if self.privacy is not None:
             down = now.download(method, call.selected[0])
             sent, images = self.privacy.merged(down, uploads, len(call.selected))
@@ -676,6 +693,7 @@ class Server:
         letter: Callable[[int], Letter],
         take: Callable[[int, Letter, Letter], Any],
         told: dict[str, Any],
+        how: Callable[..., Outcome[Any]] = exchange,
     ) -> dict[int, Any]:
         """Send to clients until a quorum has answered well: what was taken, by client.
 
@@ -688,7 +706,7 @@ class Server:
             # one that joined twice meanwhile has two nodes, of which the last one counts
             places = {self._places[c]: c for c in clients if c in self._places and c not in found}
             letters = {node: letter(client) for node, client in places.items()}
-            outcome: Outcome[Any] = exchange(
+            outcome = how(
                 self.post,
                 letters,
                 kind,

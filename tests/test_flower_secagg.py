@@ -1,0 +1,321 @@
+"""Sums under masks: the server learns the mean, and of no upload more."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import fastfpl
+from fastfpl.cli import main
+from fastfpl.config import make_settings
+from fastfpl.errors import InputError
+from fastfpl.federation import Result
+from fastfpl.flower import apps, secagg
+from fastfpl.flower.letters import SCHEMA, Letter
+from fastfpl.flower.rules import make_rules
+from tests.worlds import TINY_RUN
+
+needs_flower = pytest.mark.skipif(
+    importlib.util.find_spec("flwr") is None, reason="flwr is not installed"
+)
+# of what flwr imports, not of anything here
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+RUN = {**TINY_RUN, "clients": 4, "local_epochs": 1, "threads": 1, "method": "promptfl"}
+RULES = {"aggregation": "secagg+", "quorum": 0.7, "patience": 0.0, "grace": 0.0, "timeout": 2.0}
+
+
+@pytest.fixture
+def in_a_task(monkeypatch):
+    """Messages of the server's side are made within a task of Flower's."""
+    from flwr.supercore.task_identity import TaskIdentity
+
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+def play(folder, settings, rules=None, *, lost=lambda message: False):
+    """Play a run over a grid in this process: (result, grid)."""
+    from flwr.app import Context, RecordDict
+
+    from tests.flower_grid import LocalGrid
+
+    config = {
+        "settings": json.dumps(settings.model_dump()),
+        "rules": json.dumps({**RULES, **(rules or {})}),
+        "out": str(folder / "out"),
+        "resume": False,
+    }
+    nodes = {
+        70 + c: {"partition-id": c, "state-dir": str(folder / f"site-{c}"), "threads": 1}
+        for c in range(settings.clients)
+    }
+    grid = LocalGrid(apps.client_app(), nodes, config, stays=True, lost=lost)
+    apps.server_app()(grid, Context(1, 1, {}, RecordDict(), config))
+    return Result.load(folder / "out"), grid
+
+
+def prompts(folder):
+    """What the server has at its end, by name."""
+    from safetensors.torch import load_file
+
+    (path,) = folder.glob("checkpoint-*.safetensors")
+    return load_file(path)
+
+
+def stage_of(message):
+    """Which stage of the protocol a message is; None of other messages."""
+    letter = apps.letter_of(message.content)
+    if letter.head["kind"] != "secure":
+        return None
+    return secagg._opened(letter)["stage"]
+
+
+@needs_flower
+@pytest.mark.parametrize(
+    ("method", "options"), [("promptfl", {}), ("fedpgp", {"bottleneck": 2})], ids=str
+)
+def test_the_mean_is_that_of_plain_uploads(method, options, tmp_path, in_a_task):
+    """Clients of unequal numbers of images; steps of 2^-18 stay below a hundred thousandth."""
+    settings = make_settings(
+        {**RUN, "method": method, "options": options, "partition": "dirichlet"}
+    )
+    networked, grid = play(tmp_path, settings)
+    plain = fastfpl.run(settings, out=tmp_path / "plain")
+    images = networked.data["train_images"]
+    assert len(set(images)) > 1, "the test must be able to fail"
+    for a, b in zip(networked.rounds, plain.rounds, strict=True):
+        assert a["accuracy"] == pytest.approx(b["accuracy"], abs=0.02)
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+        assert a["bytes_up"] > b["bytes_up"]
+    ours, theirs = prompts(tmp_path / "out"), prompts(tmp_path / "plain")
+    assert set(ours) == set(theirs)
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=2e-5)
+    assert networked.flower["rules"]["aggregation"] == "secagg+"
+    del grid
+
+
+def lost_at(stage, node=72, round_="0"):
+    """Tell of one client's answer in the first round: of a stage, or of plain training."""
+
+    def lost(message):
+        data = message.metadata
+        if (data.dst_node_id, data.group_id, data.message_type) != (node, round_, "train"):
+            return False
+        return stage == (stage_of(message) or "plain")
+
+    return lost
+
+
+@needs_flower
+@pytest.mark.parametrize("stage", ["setup", "share_keys", "collect_masked_vectors", "unmask"])
+def test_who_is_lost_at_a_stage(stage, tmp_path, in_a_task):
+    """Until its masked upload has come its update is missing; then it counts, come what may."""
+    settings = make_settings(RUN)
+    found, _ = play(tmp_path, settings, lost=lost_at(stage))
+    missing = stage != "unmask"
+    assert [row["lost"] for row in found.rounds] == [[2] * missing, []]
+    plain, _ = play(
+        tmp_path / "plain",
+        settings,
+        {"aggregation": "plain"},
+        lost=lost_at("plain" if missing else None),
+    )
+    assert [row["lost"] for row in plain.rounds] == [[2] * missing, []]
+    ours, theirs = prompts(tmp_path / "out"), prompts(tmp_path / "plain" / "out")
+    torch.testing.assert_close(ours["server/ctx"], theirs["server/ctx"], rtol=0, atol=2e-5)
+
+
+@needs_flower
+def test_without_a_quorum_nothing_is_opened(tmp_path, in_a_task):
+    def lost(message):
+        return any(lost_at("collect_masked_vectors", node)(message) for node in (71, 72))
+
+    with pytest.raises(InputError, match=r"3 of 4 clients must answer in round 1"):
+        play(tmp_path, make_settings(RUN), lost=lost)
+
+
+@needs_flower
+def test_no_upload_leaves_its_client(tmp_path, in_a_task):
+    """What clients answer holds none of their numbers, and masked ones are spread over all."""
+    from safetensors.torch import load_file
+
+    _, grid = play(tmp_path, make_settings({**RUN, "rounds": 1}))
+    sent = [apps.letter_of(reply.content) for reply in grid.replies]
+    everything = [one.data for letter in sent for one in letter.arrays.values()]
+    uploads = [
+        tensor
+        for path in tmp_path.glob("site-*/*/client-*/*.safetensors")
+        for name, tensor in load_file(path).items()
+        if tensor.numel() == 4 * 128 and tensor.is_floating_point()
+    ]
+    assert len(uploads) >= 4
+    for upload in uploads:
+        number = upload.reshape(-1)[:8].contiguous().numpy().tobytes()
+        assert not any(number in data for data in everything)
+    flowers, masked = secagg._flowers(), []
+    for letter in sent:
+        record = secagg._opened(letter) if letter.head["kind"] == "secure" else {}
+        masked += [flowers.vector(d) for d in record.get(flowers.key.MASKED_PARAMETERS, [])]
+    assert len(masked) == 8
+    for factor, vector in zip(masked[::2], masked[1::2], strict=True):
+        assert factor.shape == (1,)
+        assert 0.4 < (vector >= 1 << 31).mean() < 0.6  # plain ones are below 2^22
+
+
+@needs_flower
+def test_masks_have_all_of_their_key():
+    """Flower's own have 32 bits of it: two keys of one fold have one mask."""
+    utilities = importlib.import_module("flwr.common.secure_aggregation.secaggplus_utils")
+    one = bytes(range(32))
+    other = one[4:8] + one[:4] + one[8:]
+    theirs = [utilities.pseudo_rand_gen(seed, 1 << 32, [(8,)])[0] for seed in (one, other)]
+    assert (theirs[0] == theirs[1]).all()
+    ours = [secagg.masks(seed, 1 << 32, [(8,), (3, 5), (), (0,)]) for seed in (one, other, one)]
+    assert [a.shape for a in ours[0]] == [(8,), (3, 5), (), (0,)]
+    assert all(a.dtype == np.int64 for a in ours[0])
+    assert all((a == b).all() for a, b in zip(ours[0], ours[2], strict=True))
+    assert (ours[0][0] != ours[1][0]).all()
+    (large,) = secagg.masks(one, 1 << 32, [(100_000,)])
+    counts = np.bincount(large >> 28, minlength=16)
+    assert large.min() >= 0
+    assert len(counts) == 16
+    # sixteen equal parts: 6250 each, deviation 77
+    assert abs(counts - 6250).max() < 400
+    assert secagg.masks(one, 16, [(1000,)])[0].max() == 15
+
+
+@needs_flower
+@pytest.mark.parametrize(
+    ("settings", "rules", "sentence"),
+    [
+        ({"merge": "median"}, {}, "merge must be mean with aggregation=secagg"),
+        ({"clip_update": 1.0}, {}, "clip_update must be left out with aggregation=secagg"),
+        ({"dropout": 0.5}, {}, "dropout must be 0.0|dropout must be left out"),
+        ({}, {"wire": "float16"}, "wire must be exact with aggregation=secagg"),
+        ({}, {"quorum": 0.5}, "quorum must be above 0.5 with aggregation=secagg"),
+        ({"clients": 2}, {}, "a round must call 3 to 1024 clients .* got 2"),
+        ({"method": "pfedmoap"}, {}, "aggregation must be plain for pfedmoap; .* single uploads"),
+        ({"method": "prompt-fedamp"}, {}, "aggregation must be plain for prompt-fedamp"),
+        ({}, {"secagg_clip": 1e-4}, "numbers of 'ctx' must lie within secagg_clip=0.0001"),
+        ({}, {"most_norm": 1e-3}, "the norm of the mean of 'ctx' must be at most most_norm=0.001"),
+    ],
+)
+def test_what_has_no_secret_mean_is_a_sentence(settings, rules, sentence, tmp_path, in_a_task):
+    with pytest.raises(InputError, match=sentence):
+        play(tmp_path, make_settings({**RUN, **settings}), rules)
+    assert not list(tmp_path.glob("out/result.json"))
+
+
+@needs_flower
+def test_the_command_refuses_before_it_starts(tmp_path, capsys, monkeypatch):
+    from fastfpl.flower import lab
+
+    monkeypatch.setattr(lab.subprocess, "Popen", None)
+    with pytest.raises(SystemExit) as end:
+        main(
+            ["flower", "up", "promptfl", "--out", str(tmp_path / "o"), "-r", "aggregation=secagg+"]
+        )
+    assert end.value.code == 2
+    assert "quorum must be above 0.5" in " ".join(capsys.readouterr().err.split())
+
+
+def asked(record, **head):
+    """A stage as a client is asked for it."""
+    from flwr.app import ConfigRecord
+
+    told = {"schema": SCHEMA, "kind": "secure", "federation": "0" * 32, "client": 0, "round": 0}
+    return Letter({**told, **head}, {secagg._RECORD: secagg._sealed(ConfigRecord(record))})
+
+
+SETUP = {
+    "stage": "setup",
+    "sample_num": 4,
+    "share_num": 4,
+    "threshold": 3,
+    "clipping_range": 8.0,
+    "target_range": 1 << 22,
+    "mod_range": 1 << 32,
+    "max_weight": 5.0,
+}
+
+
+@needs_flower
+@pytest.mark.parametrize(
+    ("record", "sentence"),
+    [
+        ({**SETUP, "threshold": 2}, "open to more than half of them alone; got 2 of 4"),
+        ({**SETUP, "share_num": 2, "threshold": 2}, "shared by three clients or more"),
+        ({**SETUP, "share_num": "4"}, "got 3 of '4'"),
+        ({"stage": "unmask", "active_nid_list": [70, 71], "dead_nid_list": [71]}, "to be both"),
+        ({"stage": "unmask", "active_nid_list": [70], "dead_nid_list": []}, "what its protocol"),
+        ({"stage": "nothing"}, "what its protocol says"),
+    ],
+)
+def test_clients_tell_a_wrong_server_nothing(record, sentence, in_a_task):
+    from flwr.app import Context, Message, RecordDict
+    from flwr.app.metadata import Metadata
+
+    keys = secagg._flowers().key
+    assert (keys.ACTIVE_NODE_ID_LIST, keys.DEAD_NODE_ID_LIST) == (
+        "active_nid_list",
+        "dead_nid_list",
+    )
+    assert set(SETUP) == {
+        *(keys.STAGE, keys.SAMPLE_NUMBER, keys.SHARE_NUMBER, keys.THRESHOLD),
+        *(keys.CLIPPING_RANGE, keys.TARGET_RANGE, keys.MOD_RANGE, keys.MAX_WEIGHT),
+    }
+    metadata = Metadata(1, "m", 1, 70, "", "0", 0.0, 1e12, "train")
+    message = Message(RecordDict(), metadata=metadata)
+    answer = secagg.secure_answer(
+        asked(record), message, Context(1, 70, {}, RecordDict(), {}), SimpleNamespace(client=0)
+    )
+    assert answer.head["kind"] == "refusal"
+    assert sentence in answer.head["why"]
+    assert not answer.arrays
+
+
+@needs_flower
+@pytest.mark.parametrize("flaw", ["shape", "dtype", "large", "none", "bytes"])
+def test_a_wrong_masked_upload_is_refused_and_the_rest_is_summed(
+    flaw, tmp_path, in_a_task, monkeypatch
+):
+    from flwr.common import ndarray_to_bytes
+
+    module = importlib.import_module("flwr.client.mod.secure_aggregation.secaggplus_mod")
+    honest = module._collect_masked_vectors
+
+    def hostile(state, configs, weight, parameters):
+        found = honest(state, configs, weight, parameters)
+        if state.nid != 71:
+            return found
+        factor, vector = (module_vector(data) for data in found["masked_params"])
+        wrong = {
+            "shape": [factor, vector[:1]],
+            "dtype": [factor, vector.astype(np.float64)],
+            "large": [factor, vector + (1 << 40)],
+            "none": [factor],
+        }
+        if flaw == "bytes":
+            return {"masked_params": [b"no array", b""]}
+        return {"masked_params": [ndarray_to_bytes(one) for one in wrong[flaw]]}
+
+    module_vector = secagg._flowers().vector
+    monkeypatch.setattr(module, "_collect_masked_vectors", hostile)
+    found, _ = play(tmp_path, make_settings({**RUN, "rounds": 1}))
+    (told,) = found.rounds[0]["flower"]["refused"]
+    assert told["client"] == 1
+    assert "masked uploads must be whole numbers below 2^32" in told["why"]
+    assert found.rounds[0]["lost"] == [1]
+
+
+def test_rules_say_what_is_there():
+    assert make_rules({}).aggregation == "plain"
+    with pytest.raises(InputError, match="aggregation"):
+        make_rules({"aggregation": "secret"})
