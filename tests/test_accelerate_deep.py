@@ -415,10 +415,10 @@ def test_verify_watches_deep_prompts(monkeypatch):
     """A pass whose deep prompts are one layer late is found."""
     model = fastfpl.accelerate(MODELS["list"](), verify="always")
     step(model, images())
-    from fastfpl.dropin import text
+    from fastfpl.dropin import embedded
 
-    right = text._rounded
-    monkeypatch.setattr(text, "_rounded", lambda *a: right(*a).flip(0))
+    right = embedded.deep_of
+    monkeypatch.setattr(embedded, "deep_of", lambda *a: right(*a).flip(0))
     with pytest.raises(Differs, match="text_encoder must give what it gave before"):
         step(model, images())
 
