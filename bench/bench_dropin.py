@@ -21,8 +21,8 @@ from torch import Tensor, nn
 import fastfpl
 from bench.bench_text import LAYERS, WIDTH, operations
 from bench.clock import DEVICE, checked
+from tests.families import OpenAIClip
 from tests.repository_style import TASKS, Task, step
-from tests.test_clip import OpenAIClip
 
 SLOTS = 4
 #: Tokens of CIFAR-100's names, and how often.

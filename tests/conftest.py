@@ -6,10 +6,15 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from fastfpl.features import FeatureStore
 
 GPU = torch.cuda.is_available()
 
@@ -86,6 +91,44 @@ def few_digits() -> Iterator[None]:
 
     with on_few_digits():
         yield
+
+
+@pytest.fixture
+def nano(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Register a model small enough to write to disk, with two tags."""
+    import open_clip
+
+    from tests.families import TEXT, VISION
+
+    config = {"embed_dim": 40, "vision_cfg": VISION, "text_cfg": TEXT}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "nano", config)
+    tags = {
+        "openai": {"hf_hub": "nobody/nano/", "quick_gelu": True, "mean": (0.5,) * 3},
+        "laion": {"hf_hub": "nobody/nano/", "std": (0.25,) * 3},
+    }
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "nano", tags)
+    return config
+
+
+@pytest.fixture
+def plots_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw one plot for all: they take their time, and see no text but names."""
+    from tests.results import drawn_once
+
+    for home in ("fastfpl.report", "fastfpl.report.page"):
+        for name in ("accuracy_plot", "clients_plot"):
+            monkeypatch.setattr(
+                f"{home}.{name}", lambda comparison, kind="png", **_: drawn_once(kind)
+            )
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> FeatureStore:
+    """Give an empty store of features that writes a few rows at a time."""
+    from fastfpl.features import FeatureStore
+    from tests.stored import CHUNK
+
+    return FeatureStore(tmp_path / "features", chunk=CHUNK)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.coop_style import Encoder, Learner, Model
-from tests.test_clip import OpenAIBlock
+from tests.families import OpenAIBlock
 
 __all__ = ["DeepEncoder", "DeepModel", "deep_model", "own_model"]
 

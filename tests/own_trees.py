@@ -13,9 +13,22 @@ from PIL import Image
 
 from fastfpl.data import load_dataset
 
-__all__ = ["VENDORS", "WORDS", "draw", "save", "table", "tree", "vendors"]
+__all__ = [
+    "TWO",
+    "VENDORS",
+    "WORDS",
+    "draw",
+    "rows_of",
+    "save",
+    "table",
+    "tree",
+    "vendors",
+    "written",
+]
 
 VENDORS = ("apple", "google", "samsung", "twitter")
+#: a folder a class, two images each
+TWO = ("cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png")
 #: folder -> a class of the glyphs that is drawn in it
 WORDS = {"red_heart": "heart", "crescent_moon": "crescent moon", "house_building": "house"}
 
@@ -69,3 +82,23 @@ def table(path: Path, rows: Sequence[Mapping[str, str]]) -> Path:
         writer.writeheader()
         writer.writerows(rows)
     return path
+
+
+def rows_of(clients: bool = True) -> list[dict[str, str]]:
+    """Twelve training images of two clients, a test image of one of them, two of nobody."""
+    rows = []
+    for client in ("ann", "bob"):
+        for label in ("cat", "dog"):
+            for number in range(3):
+                path = f"{client}/{label}{number}.png"
+                rows.append({"path": path, "label": label, "client": client, "split": "train"})
+    rows.append({"path": "ann/late.png", "label": "cat", "client": "ann", "split": "test"})
+    for number in range(2):
+        path = f"all/{number}.png"
+        rows.append({"path": path, "label": "dog", "client": "", "split": "test"})
+    return [{k: v for k, v in row.items() if clients or k != "client"} for row in rows]
+
+
+def written(folder: Path, rows: list[dict[str, str]], name: str = "list.csv") -> Path:
+    tree(folder, *(row["path"] for row in rows))
+    return table(folder / name, rows)

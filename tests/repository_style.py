@@ -25,7 +25,7 @@ from tests.coop_style import (
     ids_of,
 )
 from tests.deep_style import DeepEncoder, DeepModel, ListBlock, list_blocks, own_blocks
-from tests.test_clip import OpenAIBlock
+from tests.families import OpenAIBlock
 
 __all__ = ["TASKS", "Task", "step"]
 

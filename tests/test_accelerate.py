@@ -23,7 +23,7 @@ from tests.coop_style import (
     StackedLearner,
     Transport,
 )
-from tests.test_clip import OpenAIClip, halve, scramble
+from tests.families import OpenAIClip, halve, scramble
 from tests.truth import assert_as_good_as_eager
 from tests.warm import warm_python
 

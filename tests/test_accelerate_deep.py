@@ -22,8 +22,8 @@ from tests.deep_style import (
     own_model,
     put,
 )
+from tests.families import OpenAIBlock
 from tests.test_accelerate import COUNTS, assert_same, halve, how, images, openai_clip, step
-from tests.test_clip import OpenAIBlock
 from tests.truth import assert_as_good_as_eager
 
 
@@ -196,7 +196,7 @@ def test_own_prompts_that_come_and_go_are_seen():
 
 
 def test_encode_text_of_a_model_with_own_prompts():
-    from tests.test_clip import own_text
+    from tests.families import own_text
 
     literal = seeded(own_blocks, clip(), 2, 3)
     model = fastfpl.accelerate(copy.deepcopy(literal))
@@ -415,10 +415,10 @@ def test_verify_watches_deep_prompts(monkeypatch):
     """A pass whose deep prompts are one layer late is found."""
     model = fastfpl.accelerate(MODELS["list"](), verify="always")
     step(model, images())
-    from fastfpl.dropin import text
+    from fastfpl.dropin import embedded
 
-    right = text._rounded
-    monkeypatch.setattr(text, "_rounded", lambda *a: right(*a).flip(0))
+    right = embedded.deep_of
+    monkeypatch.setattr(embedded, "deep_of", lambda *a: right(*a).flip(0))
     with pytest.raises(Differs, match="text_encoder must give what it gave before"):
         step(model, images())
 

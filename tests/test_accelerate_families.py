@@ -13,8 +13,7 @@ from open_clip.model import CLIP, CustomTextCLIP
 from torch import Tensor, nn
 
 import fastfpl
-from tests.test_accelerate import assert_same, how, images, step
-from tests.test_clip import (
+from tests.families import (
     FAMILIES,
     TEXT,
     VISION,
@@ -27,6 +26,7 @@ from tests.test_clip import (
     own_text,
     scramble,
 )
+from tests.test_accelerate import assert_same, how, images, step
 from tests.truth import assert_as_good_as_eager
 
 END = 49407

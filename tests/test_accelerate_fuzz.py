@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import fastfpl
 from tests.coop_style import ids_of
 from tests.deep_style import put
-from tests.test_clip import OpenAIBlock, OpenAIClip, scramble
+from tests.families import OpenAIBlock, OpenAIClip, scramble
 
 STRUCTURES = int(os.environ.get("FASTFPL_FUZZ", "100"))
 PART = 25

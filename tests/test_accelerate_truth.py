@@ -19,8 +19,8 @@ import fastfpl
 from fastfpl.dropin import outside
 from fastfpl.errors import Differs, InputError
 from tests.coop_style import Conditional, Encoder, Learner, Model, StackedLearner, Transport
+from tests.families import make_open_clip
 from tests.test_accelerate import COUNTS, assert_same, coop, how, images, openai_clip, step
-from tests.test_clip import make_open_clip
 
 
 def pair(encoder=Encoder, learner=Learner, **options) -> tuple[Model, Model]:

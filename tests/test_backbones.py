@@ -36,7 +36,7 @@ from fastfpl.ops.text import encode_text
 from fastfpl.prompts import ClassPrompts, encode_prompts
 from fastfpl.reference.text import TextTower
 from fastfpl.training import budget
-from tests.test_clip import scramble
+from tests.families import scramble
 from tests.test_text import NAMES, WordsClip, agree, both, living, random_tower, relative
 
 CLASSES = ("cat", "Siamese sea horse", "very old oak tree")

@@ -30,7 +30,7 @@ from fastfpl.report import (
 from fastfpl.report.deciding import SHOWN, clients_csv
 from fastfpl.report.matrix import across
 from fastfpl.report.words import NONE
-from tests.test_report import pair, result, save
+from tests.results import pair, result, save
 
 
 def deal(one, word="same"):

@@ -15,7 +15,6 @@ from fastfpl.errors import InputError, KindError, NotConverged, NotSupported
 from fastfpl.ops import native, sinkhorn, transport_plan
 from fastfpl.ops.faces import recorded_faces
 from fastfpl.reference import entropic as reference
-from tests.test_transport_gradient import FORWARD
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -309,7 +308,6 @@ def test_autocast_changes_no_number(face, kind, dtype):
         assert torch.equal(cast, plain)
 
 
-@FORWARD
 @pytest.mark.parametrize("face", FACES)
 @pytest.mark.parametrize("partial", [False, True])
 def test_every_kind_of_derivative(face, partial):

@@ -15,45 +15,16 @@ from safetensors.torch import load_file, save_file
 
 import fastfpl
 from fastfpl.errors import Damaged, InputError, KindError
-from fastfpl.features import FeatureKey, FeatureStore, TextFeatures, default_directory
+from fastfpl.features import FeatureStore, TextFeatures, default_directory
 from fastfpl.features import file as module
+from tests.stored import KEY, Encoder, N, only_file, truth
 from tests.warm import warm_python
-
-KEY = FeatureKey("w0", "d0", "train", "none", "pooled", "float32")
-N = 37
-
-
-def truth(shape=(5,), n=N, seed=0):
-    return torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed))
-
-
-class Encoder:
-    """Count the rows that are asked for."""
-
-    def __init__(self, rows):
-        self.rows = rows
-        self.asked = []
-
-    def __call__(self, indices):
-        assert indices.dtype == np.int64
-        self.asked += indices.tolist()
-        return self.rows[torch.from_numpy(indices)]
-
-
-@pytest.fixture
-def store(tmp_path):
-    return FeatureStore(tmp_path / "features", chunk=8)
 
 
 @pytest.fixture
 def warned(caplog):
     caplog.set_level(logging.WARNING, logger="fastfpl")
     return lambda: [record.getMessage() for record in caplog.records]
-
-
-def only_file(store):
-    (path,) = store.directory.iterdir()
-    return path
 
 
 # --- the store on disk ----------------------------------------------------------------------------

@@ -15,11 +15,9 @@ from fastfpl.features.file import facts_of
 from fastfpl.federation.comparison import Job, kinds_of
 from fastfpl.files import Growing
 from fastfpl.methods import METHODS
-from tests.test_features import KEY, N, truth
-from tests.test_resumed_features import Stop
+from tests.stored import CHUNK, KEY, N, Stop, truth
 from tests.worlds import GATE, TINY_RUN, figures, small_clip
 
-CHUNK = 8
 OTHERS = (replace(KEY, kind="raw"), replace(KEY, kind="patches", dtype="float16"))
 SHAPES = {KEY: (5,), OTHERS[0]: (5,), OTHERS[1]: (3, 5)}
 
@@ -40,11 +38,6 @@ class Together:
             raise Stop
         self.asked += indices.tolist()
         return [rows[torch.from_numpy(indices)] for rows in self.rows]
-
-
-@pytest.fixture
-def store(tmp_path):
-    return FeatureStore(tmp_path / "features", chunk=CHUNK)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from fastfpl.config import load_preset, preset_names
 from fastfpl.errors import InputError
 from fastfpl.federation import Result
 from fastfpl.federation.comparison import listed
+from tests.command import call
 from tests.warm import warm_python
 
 ROOT = Path(__file__).parent.parent
@@ -23,16 +24,6 @@ QUICK = [
     *("--dataset=digits", "--clients=3", "--shots=2", "--rounds=2", "--local-epochs=1"),
     *("--n-ctx=4", "--threads=1"),
 ]
-
-
-def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    code = 0
-    try:
-        main(list(arguments))
-    except SystemExit as end:
-        code = int(end.code or 0)
-    said = capsys.readouterr()
-    return code, said.out, said.err
 
 
 def read(arguments: list[str]) -> tuple[Any, dict[str, Any]]:

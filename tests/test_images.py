@@ -24,7 +24,7 @@ from fastfpl.tracking import bars
 from fastfpl.training import feeds, preparation
 from fastfpl.training.budget import Budget, Living
 from fastfpl.training.feeds import Eye, Feed, evaluation_feed, silent, training_feed
-from tests.test_cli import call
+from tests.command import call
 from tests.worlds import TINY_RUN, figures, small_clip
 
 

@@ -19,7 +19,7 @@ from fastfpl.training import budget, scoring
 from fastfpl.training.feeds import Feed
 from fastfpl.training.gathering import stack
 from fastfpl.training.scoring import score
-from tests.test_cli import call
+from tests.command import call
 from tests.worlds import GATE, NAMES, TINY_RUN, World, drawn, figures, small_clip
 
 OPTIONS = {

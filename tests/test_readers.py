@@ -29,8 +29,8 @@ from fastfpl.federation.checkpoint import CHECKPOINT, _checksum, read_checkpoint
 from fastfpl.report.load import load_comparisons
 from fastfpl.trained import adapt
 from tests import own_trees, trees
-from tests.test_clip import make_open_clip, nano  # noqa: F401 - a fixture
-from tests.test_report import JUNK, places
+from tests.damage import JUNK, places
+from tests.families import make_open_clip
 from tests.worlds import GATE, TINY_RUN, small_clip
 
 COUNT = int(os.environ.get("FASTFPL_FUZZ", "20"))
@@ -264,7 +264,7 @@ def test_features_are_right_or_computed_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["pt", "safetensors"])
-def test_weights(nano: Any, kind: str, tmp_path: Path) -> None:  # noqa: F811
+def test_weights(nano: Any, kind: str, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     folder = tmp_path / kind

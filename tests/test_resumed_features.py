@@ -23,16 +23,11 @@ from fastfpl import files
 from fastfpl.errors import InputError
 from fastfpl.features import FeatureStore, Whole
 from fastfpl.features import store as features
-from tests.test_features import KEY, Encoder, N, only_file, truth
+from tests.stored import CHUNK, KEY, Encoder, N, Stop, only_file, truth
 from tests.warm import warm_python
 
-CHUNK = 8
 ROW = 5 * 4
 DAY = 24 * 3600
-
-
-class Stop(Exception):
-    pass
 
 
 class Until:
@@ -45,11 +40,6 @@ class Until:
         if indices[0] >= self.at:
             raise self.error
         return self.rows[torch.from_numpy(indices)]
-
-
-@pytest.fixture
-def store(tmp_path):
-    return FeatureStore(tmp_path / "features", chunk=CHUNK)
 
 
 @pytest.fixture(scope="module")
@@ -294,7 +284,7 @@ from pathlib import Path
 import torch
 from fastfpl.features import FeatureStore
 from fastfpl.features import store as features
-from tests.test_features import KEY, N, truth
+from tests.stored import KEY, N, truth
 
 directory, mark, stop = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 rows = truth()

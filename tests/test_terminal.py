@@ -16,7 +16,7 @@ from fastfpl import terminal
 from fastfpl.cli import main
 from fastfpl.report.table import Sheet
 from fastfpl.terminal import plain, sayable
-from tests.test_report import pair, save
+from tests.results import pair, save
 
 ENCODINGS = ("cp949", "cp932", "latin-1", "cp437", "cp850", "ascii", "utf-8")
 

@@ -7,12 +7,21 @@ import json
 import pickle
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 from PIL import Image
+
+from fastfpl.data import load_dataset
+from fastfpl.data.catalogue import FACTS
+from fastfpl.data.listing import Listing
+from fastfpl.errors import FastfplError
+
+#: Sets that are published with a split of their own.
+SPLIT = sorted(name for name, facts in FACTS.items() if facts.split)
 
 
 class Listed(NamedTuple):
@@ -377,3 +386,42 @@ TREES: dict[str, Callable[[Path], Tree]] = {
     "domainnet345 without a folder": lambda root: domainnet345(root, "."),
     "office_caltech10": office_caltech10,
 }
+
+
+def listed(split, root: Path) -> list[Listed]:
+    """What a split holds, in its order."""
+    assert isinstance(split, Listing)
+    return [
+        Listed(split.path(i).relative_to(root).as_posix(), int(split.labels[i]), int(d))
+        for i, d in enumerate(split.domains)
+    ]
+
+
+def complete(monkeypatch: pytest.MonkeyPatch, tree: Tree) -> None:
+    """Let the catalogue's sizes be those of the miniature."""
+    sizes = {"classes": len(tree.classnames), "train": len(tree.train), "test": len(tree.test)}
+    monkeypatch.setitem(FACTS, tree.name, replace(FACTS[tree.name], **sizes))
+
+
+def rows_of(tree: Tree) -> dict[str, list[list[object]]]:
+    assert tree.split is not None
+    rows: dict[str, list[list[object]]] = json.loads(tree.split.read_text())
+    return rows
+
+
+def refused(name: str, root: Path) -> str:
+    """Load a set that is refused, and return the sentence, which can be shown as it is."""
+    with pytest.raises(FastfplError) as caught:
+        load_dataset(name, root)
+    text = str(caught.value)
+    assert text.startswith(f"fastfpl.data.{name}: ")
+    assert text.isprintable()
+    assert len(text) < 2000
+    return text
+
+
+def spoil(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    path.write_bytes(
+        {"empty": b"", "cut": content[: len(content) // 2], "text": b"<html>not found</html>"}[how]
+    )

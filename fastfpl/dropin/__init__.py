@@ -9,14 +9,16 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
+from fastfpl.dropin.embedded import PROMPTS
 from fastfpl.dropin.keys import key_of
 from fastfpl.dropin.outside import DIAGONALS, gates
+from fastfpl.dropin.proof import Proof, Text, proof_of
 from fastfpl.dropin.report import Finding, Report
 from fastfpl.dropin.swap import Instead, Kind, is_swapped, kind_of, named, state_of, swap, swap_back
-from fastfpl.dropin.text import KINDS, Proof, Text, proof_of
+from fastfpl.dropin.tokens import TOKENS
 from fastfpl.errors import InputError, KindError
 
-_ORDER: tuple[Kind, ...] = (*KINDS, DIAGONALS)
+_ORDER: tuple[Kind, ...] = (PROMPTS, *TOKENS, DIAGONALS)
 
 __all__ = ["Finding", "Report", "accelerate", "accelerated", "explain", "restore"]
 
