@@ -21,14 +21,15 @@ from fastfpl.seeds import generator
 from fastfpl.training.gathering import stack
 
 __all__ = [
+    "Counts",
     "Expected",
     "Privacy",
     "clipped",
+    "counted",
     "expected",
     "only_mean",
     "privacy_of",
     "unmoved",
-    "weighs",
 ]
 
 
@@ -57,36 +58,34 @@ def expected(method: Method, down: State) -> Expected:
     return Expected(shapes, tuple(sorted(kept)))
 
 
+#: What a mean of uploads may count.
+Counts = Literal["images", "clients"]
+
+
 @torch.no_grad()
 def only_mean(
-    method: Method,
-    server: State,
-    wanted: Expected,
-    *,
-    images: tuple[int, int] = (1, 1),
-    weights: tuple[int, int] = (1, 1),
+    method: Method, server: State, wanted: Expected, counts: Counts | None = None
 ) -> str | None:
     """Say why a method's merge is more than a mean of uploads; None if it is no more.
 
-    Two drawn uploads are merged, then their mean twice: a merge that keeps or compares single
-    uploads tells the two apart.
+    Drawn uploads of up to four clients are merged, then their mean in the place of each: a merge
+    that keeps or compares single uploads, or weighs them otherwise, tells the two apart.
 
     Parameters
     ----------
     method : Method
     server : State
     wanted : Expected
-    images : pair of int
-        Training images of the two.
-    weights : pair of int
-        What they count in the mean: some methods weigh images, some clients.
+    counts : "images" or "clients", optional
+        What the mean is to count; left out, clients have as many images each, and both are one.
     """
     if not wanted.sent:
         return "its clients send nothing"
-    if method.task.clients < 2:
+    clients = range(min(method.task.clients, 4))
+    if len(clients) < 2:
         return "it has one client alone"
     draw = generator(0, "only_mean")
-    uploads: dict[int, State] = {0: {}, 1: {}}
+    uploads: dict[int, State] = {client: {} for client in clients}
     for name, (shape, dtype) in wanted.sent.items():
         if not dtype.is_floating_point:
             return f"its clients send {name!r} of {dtype}, which has no mean"
@@ -94,12 +93,14 @@ def only_mean(
             state[name] = torch.randn(shape, generator=draw, dtype=torch.float64).to(dtype)
     device = method.task.classes.tower.device
     uploads = {c: {n: t.to(device) for n, t in s.items()} for c, s in uploads.items()}
-    own, other = (weight / sum(weights) for weight in weights)
-    mean = {n: own * uploads[0][n].double() + other * uploads[1][n].double() for n in wanted.sent}
-    same = {n: t.to(uploads[0][n].dtype) for n, t in mean.items()}
-    counted = dict(enumerate(images))
-    apart = method.merge(server, uploads, counted, 0)
-    alike = method.merge(server, {0: same, 1: same}, counted, 0)
+    images = {c: 1 if counts is None else (1, 3, 2, 5)[c] for c in clients}
+    weights = {c: images[c] if counts == "images" else 1 for c in clients}
+    same: State = {}
+    for name, (_, dtype) in wanted.sent.items():
+        total = sum(uploads[c][name].double() * weights[c] for c in clients)
+        same[name] = (total / sum(weights.values())).to(dtype)
+    apart = method.merge(server, uploads, images, 0)
+    alike = method.merge(server, dict.fromkeys(clients, same), images, 0)
     for name, tensor in apart.items():
         gap = tensor.double() - alike[name].double()
         if tensor.numel() and gap.abs().max() > 1e-5 * alike[name].double().abs().max().clamp(1):
@@ -107,13 +108,10 @@ def only_mean(
     return None
 
 
-def weighs(method: Method, server: State, wanted: Expected) -> Literal["images", "clients"] | None:
+def counted(method: Method, server: State, wanted: Expected) -> Counts | None:
     """Say what a method's mean of uploads counts; None where its merge is more than a mean."""
-    if only_mean(method, server, wanted, images=(1, 3), weights=(1, 3)) is None:
-        return "images"
-    if only_mean(method, server, wanted, images=(1, 3)) is None:
-        return "clients"
-    return None
+    kinds: tuple[Counts, ...] = ("images", "clients")
+    return next((k for k in kinds if only_mean(method, server, wanted, k) is None), None)
 
 
 def unmoved(down: State, wanted: Expected) -> str | None:

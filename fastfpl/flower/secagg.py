@@ -20,27 +20,26 @@ import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from fastfpl.config import Settings
 from fastfpl.errors import FastfplError, InputError, shown
-from fastfpl.federation.merging import Expected, only_mean, weighs
+from fastfpl.federation.merging import Counts, Expected, counted, only_mean
 from fastfpl.flower.letters import SCHEMA, Letter, Packed, Refused, unpack
 from fastfpl.flower.post import Outcome, Post, Taken, exchange
 from fastfpl.flower.rules import Rules
 from fastfpl.flower.site import Site, refusal
 from fastfpl.methods import Method, State
 
-__all__ = ["SecureMean", "check_secagg", "masks", "secure_answer", "weigh_of"]
+__all__ = ["SecureMean", "check_secagg", "counts_of", "masks", "secure_answer"]
 
 # Flower's record of a stage among a letter's arrays, which are else those of a download
 _RECORD = "secagg+"
 _LEVELS, _MODULUS = 1 << 22, 1 << 32  # Flower's defaults: of numbers, and of their sum
 _MOST_CLIENTS = _MODULUS // _LEVELS
-_STAGES = ("setup", "share_keys", "collect_masked_vectors", "unmask")
 
 
 def check_secagg(settings: Settings, rules: Rules) -> None:
@@ -76,9 +75,7 @@ def check_secagg(settings: Settings, rules: Rules) -> None:
         )
 
 
-def weigh_of(
-    method: Method, server: State, wanted: Expected, fewest: int, most: int
-) -> Literal["images", "clients"]:
+def counts_of(method: Method, server: State, wanted: Expected, fewest: int, most: int) -> Counts:
     """Return what a method's mean counts, or refuse a method or a run that has no secret mean.
 
     Parameters
@@ -94,7 +91,7 @@ def weigh_of(
     ------
     InputError
     """
-    found = weighs(method, server, wanted)
+    found = counted(method, server, wanted)
     if found is None:
         why = only_mean(method, server, wanted) or "its mean counts neither images nor clients"
         raise InputError(
@@ -199,6 +196,16 @@ def _told(kind: str, head: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     return {"schema": SCHEMA, "kind": kind, **kept, **more}
 
 
+def _check_told(head: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuse an answer to another stage's letter, or of another client's."""
+    for key, value in wanted.items():
+        if head.get(key) != value or isinstance(head.get(key), bool):
+            raise Refused(
+                f"fastfpl.flower: a stage must be answered with {key} {shown(value)}; got "
+                f"{shown(head.get(key))} from client {wanted['client']}"
+            )
+
+
 # -- at a client -----------------------------------------------------------------------------------
 
 
@@ -265,7 +272,7 @@ def _stage(letter: Letter, message: Any, context: Any, site: Site) -> Letter:
                     f"{site.client}: -r secagg_clip={2 * most:g}"
                 )
             vectors.append(vector)
-        weight = answer.head["images"] if letter.head.get("weigh") == "images" else 1
+        weight = answer.head["images"] if letter.head.get("counts") == "images" else 1
         fit = FitRes(Status(Code.OK, ""), ndarrays_to_parameters(vectors), weight, {})
         content = flowers.compat.fitres_to_recorddict(fit, keep_input=True)
         return Message(content, reply_to=message)
@@ -286,10 +293,10 @@ class SecureMean:
     ----------
     wanted : mapping from name to (shape, dtype)
         What clients send.
-    weights : mapping from client to int
-        What each counts.
-    weigh : "images" or "clients"
-        Whose number a weight is.
+    images : mapping from client to int
+        Training images of each.
+    counts : "images" or "clients"
+        What the mean counts.
     rules : Rules
     device : torch.device
 
@@ -304,14 +311,14 @@ class SecureMean:
     def __init__(
         self,
         wanted: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
-        weights: Mapping[int, int],
-        weigh: str,
+        images: Mapping[int, int],
+        counts: Counts,
         rules: Rules,
         device: torch.device | str = "cpu",
     ) -> None:
         self._wanted = dict(sorted(wanted.items()))
-        self._weights = weights
-        self._weigh = weigh
+        self._weights = {c: n if counts == "images" else 1 for c, n in images.items()}
+        self._counts = counts
         self._rules = rules
         self._device = device
         self.mean: State | None = None
@@ -332,65 +339,85 @@ class SecureMean:
         """Do the four stages in the place of one exchange; see `fastfpl.flower.post.exchange`.
 
         ``take`` is given what clients say of their training, without arrays. Nobody's answer is
-        good unless the mean is known.
+        good unless the mean is known. Who is lost before uploads are masked is left out, and the
+        others begin anew: Flower's last stage asks for shares that such a client never gave.
+        """
+        whole: Outcome[Taken] = Outcome()
+        end = post.now() + timeout
+        here = dict(letters)
+        while len(here) >= max(need, 3):
+            updates: dict[int, Taken] = {}
+
+            def told(stage: str, sealed: Mapping[int, Letter], opened: Any) -> list[Any]:
+                rest = max(end - post.now(), 0.0)
+                outcome: Outcome[Any] = exchange(
+                    post, sealed, kind, round_, opened, need=need, grace=grace, timeout=rest
+                )
+                whole.refused |= outcome.refused
+                whole.failed |= outcome.failed
+                return list(outcome.good.values())
+
+            def taken(node: int, update: Letter) -> None:
+                updates[node] = take(node, update)  # noqa: B023
+
+            there = self._attempt(here, round_, need, told, taken)
+            if self.mean is not None:
+                whole.good = updates
+                break
+            if not there < set(here):
+                break
+            here = {node: letters[node] for node in here if node in there}
+        known = {*whole.good, *whole.refused, *whole.failed}
+        whole.absent = sorted(node for node in letters if node not in known)
+        return whole
+
+    def _attempt(
+        self,
+        letters: Mapping[int, Letter],
+        round_: int,
+        need: int,
+        told: Callable[[str, Mapping[int, Letter], Any], list[Any]],
+        taken: Callable[[int, Letter], None],
+    ) -> set[int]:
+        """Go through the stages: who is left to begin anew with; everybody where there is no use.
+
+        ``told(stage, letters, opened)`` sends a stage, and returns what ``opened(node, answer)``
+        made of good answers; ``taken(node, update)`` checks what a client says of its training.
         """
         from flwr.app import ArrayRecord, ConfigRecord, RecordDict
         from flwr.common import FitIns, Parameters, parameters_to_ndarrays
 
         flowers = _flowers()
-        whole: Outcome[Taken] = Outcome()
-        if len(letters) < max(need, 3):
-            return whole
-        updates: dict[int, Taken] = {}
         found: list[Any] = []
 
         def send_and_receive(messages: Sequence[Any], *, timeout: float | None = None) -> list[Any]:
             """Be what Flower's stages send by."""
-            stage = messages[0].content.config_records[flowers.name][flowers.key.STAGE]
+            asked = {m.metadata.dst_node_id: m.content for m in messages}
+            stage = str(messages[0].content.config_records[flowers.name][flowers.key.STAGE])
+            third = stage == "collect_masked_vectors"
             sealed = {
-                m.metadata.dst_node_id: self._stage(
-                    letters[m.metadata.dst_node_id],
-                    m.content.config_records[flowers.name],
-                    stage == "collect_masked_vectors",
-                )
-                for m in messages
+                node: self._stage(letters[node], content.config_records[flowers.name], third)
+                for node, content in asked.items()
             }
             self.nbytes_down += sum(letter.nbytes for letter in sealed.values())
 
             def opened(node: int, answer: Letter) -> Any:
                 client = letters[node].head["client"]
-                own = letters[node].head
-                for key in ("federation", "client", "round"):
-                    if answer.head.get(key) != own.get(key) or answer.head.get("kind") != "secure":
-                        raise Refused(
-                            f"fastfpl.flower: a stage must be answered for {key} {own.get(key)}; "
-                            f"got {shown(answer.head.get(key))} from client {client}"
-                        )
+                _check_told(answer.head, _told("secure", letters[node].head))
                 self.nbytes_up += answer.nbytes
-                record = _opened(answer)
-                content = RecordDict({flowers.name: record})
-                if stage == "collect_masked_vectors":
+                record, content = _opened(answer), RecordDict()
+                if third:
                     self._check_masked(flowers, record, client)
-                    updates[node] = take(node, Letter(dict(answer.head.get("update") or {})))
+                    taken(node, Letter(dict(answer.head.get("update") or {})))
                     content = self._untold(flowers, self._weights[client])
-                    content.config_records[flowers.name] = record
+                content.config_records[flowers.name] = record
                 return SimpleNamespace(
                     content=content,
                     metadata=SimpleNamespace(src_node_id=node),
                     has_error=lambda: False,
                 )
 
-            outcome = exchange(
-                *(post, sealed, kind, round_, opened), need=need, grace=grace, timeout=rest()
-            )
-            whole.refused |= outcome.refused
-            whole.failed |= outcome.failed
-            return list(outcome.good.values())
-
-        begin = post.now()
-
-        def rest() -> float:
-            return max(timeout - (post.now() - begin), 0.0)
+            return told(stage, sealed, opened)
 
         def configure_fit(*_: Any) -> list[Any]:
             return [(SimpleNamespace(node_id=n), FitIns(Parameters([], ""), {})) for n in letters]
@@ -421,7 +448,13 @@ class SecureMean:
         )
         grid, progress = SimpleNamespace(send_and_receive=send_and_receive), flowers.progress()
         try:
-            done = all(getattr(workflow, f"{s}_stage")(grid, context, progress) for s in _STAGES)
+            for stage in ("setup", "share_keys"):
+                if not getattr(workflow, f"{stage}_stage")(grid, context, progress):
+                    return set(letters)
+                if progress.active_node_ids != set(letters):
+                    return set(progress.active_node_ids)
+            if workflow.collect_masked_vectors_stage(grid, context, progress):
+                workflow.unmask_stage(grid, context, progress)
         except FastfplError:
             raise
         except Exception as error:  # a secret that does not fit, of a client that nobody can name
@@ -429,16 +462,13 @@ class SecureMean:
                 "fastfpl.flower: the sum of masked uploads must open; got "
                 f"{type(error).__name__}: {error}; the rounds that ended are kept, go on by resume"
             ) from error
-        if done:
+        if found:
             self.mean = self._checked(found)
-            whole.good = {node: updates[node] for node in updates}
-        there = {*whole.good, *whole.refused, *whole.failed}
-        whole.absent = sorted(node for node in letters if node not in there)
-        return whole
+        return set(letters)
 
     def _stage(self, train: Letter, record: Any, with_download: bool) -> Letter:
         """Put a stage into a letter; what is to be trained from goes with the third."""
-        more = {"train": train.head, "weigh": self._weigh} if with_download else {}
+        more = {"train": train.head, "counts": self._counts} if with_download else {}
         arrays = {**(train.arrays if with_download else {}), _RECORD: _sealed(record)}
         return Letter(_told("secure", train.head, **more), arrays)
 

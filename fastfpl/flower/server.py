@@ -57,7 +57,7 @@ from fastfpl.flower.letters import SCHEMA, Letter, digest, pack
 from fastfpl.flower.own import check_own
 from fastfpl.flower.post import Outcome, Post, exchange
 from fastfpl.flower.rules import Rules
-from fastfpl.flower.secagg import SecureMean, check_secagg, weigh_of
+from fastfpl.flower.secagg import SecureMean, check_secagg, counts_of
 from fastfpl.methods import Method, State, method_source
 from fastfpl.methods.base import Upload
 from fastfpl.methods.contract import may_follow
@@ -322,7 +322,7 @@ class Server:
             self.privacy.check(method, now.server, down)
         if self.rules.aggregation == "secagg+":
             fewest, most = self.sampling.fewest, max(map(len, map(self.sampling.sample, (0, 1))))
-            self.weigh = weigh_of(method, now.server, self.wanted, fewest, most)
+            self.counts = counts_of(method, now.server, self.wanted, fewest, most)
         method.task.text_features.clear()
         self.facts = {
             **facts,
@@ -578,9 +578,8 @@ class Server:
         seen = 0
         secret = None
         if self.rules.aggregation == "secagg+":
-            alike = self.weigh == "clients"
-            weights = {c: 1 if alike else self._cards[c].images for c in call.selected}
-            secret = SecureMean(self.wanted.sent, weights, self.weigh, self.rules, self.clip.device)
+            every = {c: self._cards[c].images for c in call.selected}
+            secret = SecureMean(self.wanted.sent, every, self.counts, self.rules, self.clip.device)
         # of a sum under masks a client tells all but its arrays
         told_arrays = self.wanted.sent if secret is None else {}
 
