@@ -97,8 +97,8 @@ def only_mean(
     weights = {c: images[c] if counts == "images" else 1 for c in clients}
     same: State = {}
     for name, (_, dtype) in wanted.sent.items():
-        total = sum(uploads[c][name].double() * weights[c] for c in clients)
-        same[name] = (total / sum(weights.values())).to(dtype)
+        whole = torch.stack([uploads[c][name].double() * weights[c] for c in clients]).sum(0)
+        same[name] = (whole / sum(weights.values())).to(dtype)
     apart = method.merge(server, uploads, images, 0)
     alike = method.merge(server, dict.fromkeys(clients, same), images, 0)
     for name, tensor in apart.items():
