@@ -56,6 +56,15 @@ def extras(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="venv")
+def flower(session: nox.Session) -> None:
+    """Run the tests that need flwr: apps, real processes on loopback, secure aggregation."""
+    session.env["FASTFPL_REQUIRE_NATIVE"] = "1"
+    session.install("-e", ".[test,flower,dp]")
+    files = sorted(map(str, Path("tests").glob("test_flower*.py")))
+    session.run("pytest", "-n", "2", "-m", "", *files, *session.posargs)
+
+
+@nox.session(venv_backend="venv")
 def docs(session: nox.Session) -> None:
     """Build the site strictly into build/site; `nox -s docs -- serve` shows it and watches."""
     session.install("-e", ".[docs]")
