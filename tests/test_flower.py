@@ -23,8 +23,9 @@ from fastfpl.flower.identity import task_digest
 from fastfpl.flower.letters import Letter, Refused, digest, pack, unpack
 from fastfpl.flower.memory import Memory
 from fastfpl.flower.rules import make_rules
-from fastfpl.flower.server import read_status, serve
+from fastfpl.flower.server import serve
 from fastfpl.flower.site import Site
+from fastfpl.flower.status import read_status
 from fastfpl.methods import METHODS
 from fastfpl.report import html_page
 from fastfpl.tracking import METRICS, Callback, metrics_of

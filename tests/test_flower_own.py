@@ -17,8 +17,9 @@ from fastfpl.errors import Damaged, InputError
 from fastfpl.federation import Result
 from fastfpl.flower import apps, lab
 from fastfpl.flower.rules import make_rules
-from fastfpl.flower.server import read_status, serve
+from fastfpl.flower.server import serve
 from fastfpl.flower.site import Site
+from fastfpl.flower.status import read_status
 from tests.own_trees import VENDORS, tree, vendors
 from tests.post import Mailbox
 from tests.worlds import GATE, TINY_RUN

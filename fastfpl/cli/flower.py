@@ -193,7 +193,7 @@ def node(arguments: Sequence[str]) -> None:
 @click.argument("folder", type=Place())
 def status(folder: Path) -> None:
     """Say what goes on in the FOLDER of a run, of --out."""
-    from fastfpl.flower.server import read_status
+    from fastfpl.flower.status import read_status
 
     found = read_status(folder)
     counts = found["counts"]

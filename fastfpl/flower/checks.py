@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from fastfpl.data.names import flaw
 from fastfpl.errors import shown
+from fastfpl.flower.identity import task_digest
 from fastfpl.flower.letters import SCHEMA, Letter, Refused, unpack
 from fastfpl.flower.rules import Rules
 from fastfpl.methods import State
@@ -56,6 +58,11 @@ class Card:
     held: bool = False
     name: str | None = None
 
+    @cached_property
+    def task(self) -> str:
+        """Digest of what a method is told of its data."""
+        return task_digest(self.classes, self.domains, self.client_domains, self.clients)
+
 
 @dataclass(frozen=True)
 class Update:
@@ -71,7 +78,6 @@ class Update:
         Images that it trained on.
     nbytes : int
         Bytes of the arrays as they travelled.
-    head : dict
     """
 
     upload: State
@@ -79,7 +85,6 @@ class Update:
     loss: float
     seen: int
     nbytes: int
-    head: dict[str, Any]
 
 
 def check_card(letter: Letter) -> Card:
@@ -195,14 +200,13 @@ def check_update(
         _real(head, "loss"),
         _number(head, "seen", 0, 2**50),
         letter.nbytes,
-        head,
     )
 
 
 def check_marks(
     letter: Letter, *, federation: str, client: int, round_: int, exams: Sequence[Mapping[str, Any]]
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Take a client's marks, or refuse them with the reason: (a mark an exam, the head)."""
+) -> list[dict[str, Any]]:
+    """Take a client's marks, one an exam, or refuse them with the reason."""
     head = _headed(letter, "marks")
     _belongs(head, federation, client, round_)
     marks = head.get("marks")
@@ -229,7 +233,7 @@ def check_marks(
                 f"client {client}"
             )
         found.append({key: one[key] for key in ("accuracy", "macro_f1", "domains")})
-    return found, head
+    return found
 
 
 # -- small -----------------------------------------------------------------------------------------

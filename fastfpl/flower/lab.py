@@ -28,9 +28,9 @@ from fastfpl.flower.folder import write_app
 from fastfpl.flower.keys import CA, SERVER, SERVER_KEY, check_keys, client_key, write_keys
 from fastfpl.flower.node import environment, tool, warm_commands
 from fastfpl.flower.own import agree_on_classes, own_dataset, own_plan
+from fastfpl.flower.preparation import checked, expected_clients
 from fastfpl.flower.rules import Rules
-from fastfpl.flower.secagg import check_secagg
-from fastfpl.flower.server import checked, expected_clients, read_status
+from fastfpl.flower.status import STATUS, read_status
 from fastfpl.training.preparation import choose_device
 
 __all__ = ["Lab", "standing", "up"]
@@ -305,8 +305,7 @@ def up(
     Result
     """
     refuse_held(out, resume)
-    checked(settings)
-    check_secagg(settings, rules)
+    checked(settings, rules)
     choose_device(settings.device)
     out = out.absolute()
     folder = out / "flower"
@@ -394,7 +393,7 @@ def _status(out: Path) -> dict[str, Any]:
 
 def _stamp(out: Path) -> float:
     try:
-        return (out / "flower.json").stat().st_mtime
+        return (out / STATUS).stat().st_mtime
     except OSError:
         return -1.0
 

@@ -9,7 +9,7 @@ from typing import Generic, Protocol, TypeVar
 from fastfpl.errors import FastfplError
 from fastfpl.flower.letters import Letter
 
-__all__ = ["Outcome", "Post", "exchange"]
+__all__ = ["Exchange", "Outcome", "Post", "Taken", "exchange"]
 
 Taken = TypeVar("Taken")
 
@@ -56,6 +56,25 @@ class Outcome(Generic[Taken]):
     refused: dict[int, str] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
     absent: list[int] = field(default_factory=list)
+
+
+class Exchange(Protocol):
+    """What sends letters once and gathers answers: `exchange`, or another of its kind."""
+
+    def __call__(
+        self,
+        post: Post,
+        letters: Mapping[int, Letter],
+        kind: str,
+        round_: int,
+        take: Callable[[int, Letter], Taken],
+        *,
+        need: int,
+        grace: float,
+        timeout: float,
+    ) -> Outcome[Taken]:
+        """Send letters and gather answers, see `exchange`."""
+        ...
 
 
 def exchange(

@@ -28,6 +28,7 @@ import torch
 from fastfpl.config import Settings
 from fastfpl.errors import FastfplError, InputError, shown
 from fastfpl.federation.merging import Counts, Expected, counted, only_mean
+from fastfpl.federation.sampling import Sampling
 from fastfpl.flower.letters import SCHEMA, Letter, Packed, Refused, unpack
 from fastfpl.flower.post import Outcome, Post, Taken, exchange
 from fastfpl.flower.rules import Rules
@@ -75,7 +76,7 @@ def check_secagg(settings: Settings, rules: Rules) -> None:
         )
 
 
-def counts_of(method: Method, server: State, wanted: Expected, fewest: int, most: int) -> Counts:
+def counts_of(method: Method, server: State, wanted: Expected, sampling: Sampling) -> Counts:
     """Return what a method's mean counts, or refuse a method or a run that has no secret mean.
 
     Parameters
@@ -84,8 +85,7 @@ def counts_of(method: Method, server: State, wanted: Expected, fewest: int, most
     server : State
         Before the first round.
     wanted : Expected
-    fewest, most : int
-        Clients that a round calls.
+    sampling : Sampling
 
     Raises
     ------
@@ -97,11 +97,12 @@ def counts_of(method: Method, server: State, wanted: Expected, fewest: int, most
         raise InputError(
             f"fastfpl.flower: aggregation must be plain for {method.name}; got secagg+, and {why}"
         )
-    if fewest < 3 or most > _MOST_CLIENTS:
-        raise InputError(
-            f"fastfpl.flower: a round must call 3 to {_MOST_CLIENTS} clients with "
-            f"aggregation=secagg+; got {fewest if fewest < 3 else most}"
-        )
+    for called in (sampling.fewest, len(sampling.sample(0))):  # the first may call all
+        if not 3 <= called <= _MOST_CLIENTS:
+            raise InputError(
+                f"fastfpl.flower: a round must call 3 to {_MOST_CLIENTS} clients with "
+                f"aggregation=secagg+; got {called}"
+            )
     return found
 
 
@@ -293,8 +294,8 @@ class SecureMean:
     ----------
     wanted : mapping from name to (shape, dtype)
         What clients send.
-    images : mapping from client to int
-        Training images of each.
+    images_of : callable
+        ``images_of(client)`` are the training images of one that has joined.
     counts : "images" or "clients"
         What the mean counts.
     rules : Rules
@@ -311,13 +312,13 @@ class SecureMean:
     def __init__(
         self,
         wanted: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
-        images: Mapping[int, int],
+        images_of: Callable[[int], int],
         counts: Counts,
         rules: Rules,
         device: torch.device | str = "cpu",
     ) -> None:
         self._wanted = dict(sorted(wanted.items()))
-        self._weights = {c: n if counts == "images" else 1 for c, n in images.items()}
+        self._images_of = images_of
         self._counts = counts
         self._rules = rules
         self._device = device
@@ -409,7 +410,7 @@ class SecureMean:
                 if third:
                     self._check_masked(flowers, record, client)
                     taken(node, Letter(dict(answer.head.get("update") or {})))
-                    content = self._untold(flowers, self._weights[client])
+                    content = self._untold(flowers, self._weight(letters[node]))
                 content.config_records[flowers.name] = record
                 return SimpleNamespace(
                     content=content,
@@ -441,7 +442,7 @@ class SecureMean:
         workflow = flowers.workflow(
             1.0,
             need,
-            max_weight=float(max(self._weights[one.head["client"]] for one in letters.values())),
+            max_weight=float(max(map(self._weight, letters.values()))),
             clipping_range=self._rules.secagg_clip,
             quantization_range=_LEVELS,
             modulus_range=_MODULUS,
@@ -465,6 +466,10 @@ class SecureMean:
         if found:
             self.mean = self._checked(found)
         return set(letters)
+
+    def _weight(self, train: Letter) -> int:
+        """Return what the client of a letter counts."""
+        return self._images_of(train.head["client"]) if self._counts == "images" else 1
 
     def _stage(self, train: Letter, record: Any, with_download: bool) -> Letter:
         """Put a stage into a letter; what is to be trained from goes with the third."""
