@@ -3,7 +3,7 @@
 One rule says what a row sees, by its number in the group: rows up to itself that are of the prefix
 or not before ``begin``, where its own segment begins (behind the prefix for the prefix' own rows).
 So a tile is any run of rows, and a program walks over the prefix and over the rows from the first
-``begin`` of its tile on. The backward pass asks twice, and keeps two numbers a row and head in
+``begin`` of its tile on. The backward pass asks twice, and keeps three numbers a row and head in
 between: a program of queries gives their gradient, a program of keys those of keys and values.
 Every query sees the prefix: its gradient is summed in parts, then over the parts in their order.
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from fastfpl.kernels.device import on_its_device
 from fastfpl.kernels.lifetime import keep
 from fastfpl.kernels.precision import allows_tf32
+from fastfpl.kernels.rounding import quotient
 
 __all__ = ["prefix_attention_bwd", "prefix_attention_fwd"]
 
@@ -31,7 +32,8 @@ __all__ = ["prefix_attention_bwd", "prefix_attention_fwd"]
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # below every score, and finite: a row without keys stays free of NaN
 _NEVER = tl.constexpr(-1e30)
-# scores are exponents of two: that is what cards have, and exp would round once more
+# weights are powers of two: that is what cards have, and exp would round once more. Scores are not
+# scaled before they are subtracted: what is left is small, and so is what its scaling rounds off
 _LOG2_E = tl.constexpr(1.4426950408889634)
 # programs that fill a large card several times over: more parts of a sum gain nothing
 _PROGRAMS = 1024
@@ -87,6 +89,42 @@ def _store(
 
 
 @triton.jit
+def _first(x):
+    """Round float32 to the bfloat16 that the matrix units take."""
+    x = x.to(tl.bfloat16)
+    if INTERPRETED:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def _product(a, b, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """Multiply two matrices; of float32 every number is three of bfloat16, which hold all its bits.
+
+    Six products of parts count: as many instructions of the matrix units as tf32x3 takes, which
+    drops 2**-22 of a term. The units cut off what they add up: the first parts' product, of few
+    bits, has a sum of its own, to which the rest's is added as float32 is, rounded.
+    """
+    if PRECISION == "bf16x6":
+        a0, b0 = _first(a), _first(b)
+        a, b = a - a0.to(tl.float32), b - b0.to(tl.float32)
+        a1, b1 = _first(a), _first(b)
+        a2, b2 = _first(a - a1.to(tl.float32)), _first(b - b1.to(tl.float32))
+        rest = tl.dot(a2, b0, out_dtype=ACC)
+        rest = tl.dot(a1, b1, rest, out_dtype=ACC)
+        rest = tl.dot(a0, b2, rest, out_dtype=ACC)
+        rest = tl.dot(a1, b0, rest, out_dtype=ACC)
+        rest = tl.dot(a0, b1, rest, out_dtype=ACC)
+        # of an infinity: it is in the first parts
+        rest = tl.where(rest == rest, rest, 0.0)
+        # a sum would be made one with the product, and be the matrix units' again
+        one = tl.full(rest.shape, 1.0, dtype=ACC)
+        return tl.fma(tl.dot(a0, b0, out_dtype=ACC), one, rest)
+    else:
+        return tl.dot(a, b, out_dtype=ACC, input_precision=PRECISION)
+
+
+@triton.jit
 def _dots(
     a,
     a_bias,
@@ -110,14 +148,14 @@ def _dots(
     for chunk in tl.static_range((HEAD + BLOCK_D - 1) // BLOCK_D):
         left = _load(a, a_bias, a_rows, a_keep, chunk, A_STEP, HEAD, BLOCK_D, ACC)
         right = _load(b, b_bias, b_rows, b_keep, chunk, B_STEP, HEAD, BLOCK_D, ACC)
-        out += tl.dot(left, tl.trans(right), out_dtype=ACC, input_precision=PRECISION)
+        out += _product(left, tl.trans(right), ACC, PRECISION)
     return out
 
 
 @triton.jit
 def _mix(weights, values, ACC: tl.constexpr, PRECISION: tl.constexpr):
     """Multiply by a matrix as it is stored; the weights are rounded to its dtype."""
-    return tl.dot(weights.to(values.dtype), values, out_dtype=ACC, input_precision=PRECISION)
+    return _product(weights.to(values.dtype), values, ACC, PRECISION)
 
 
 @triton.jit
@@ -225,7 +263,7 @@ def _prefix_attention_fwd_kernel(
         total = tl.zeros([BLOCK_M], dtype=ACC)
         out = tl.zeros([BLOCK_M, BLOCK_D], dtype=ACC)
     else:
-        top = UNIT * _token_dots(q, q_bias, row, live, sos + at, STEP, BLOCK_M, HEAD, BLOCK_D, ACC)
+        top = _token_dots(q, q_bias, row, live, sos + at, STEP, BLOCK_M, HEAD, BLOCK_D, ACC)
         total = tl.full([BLOCK_M], 1.0, dtype=ACC)
         out = tl.zeros([BLOCK_M, BLOCK_D], dtype=ACC)
         out += _token(sos + WIDTH + at, chunk, HEAD, BLOCK_D, ACC)
@@ -234,27 +272,28 @@ def _prefix_attention_fwd_kernel(
     while at_key < end:
         key = at_key + tl.arange(0, BLOCK_N)
         there = key < tl.where(at_key < shared, shared, end)
-        score = UNIT * _dots(
+        score = _dots(
             q, q_bias, row, live, k, k_bias, key, there,
             STEP, STEP, BLOCK_M, BLOCK_N, HEAD, BLOCK_D, ACC, PRECISION,
         )  # fmt: skip
         score = tl.where(_sees(row, start, key, there, shared), score, _NEVER)
         above = tl.maximum(top, tl.max(score, 1))
-        p = tl.exp2(score - above[:, None])
-        fade = tl.exp2(top - above)
+        p = tl.exp2((score - above[:, None]) * UNIT)
+        fade = tl.exp2((top - above) * UNIT)
         total = total * fade + tl.sum(p, 1)
         value = _load(v, v_bias, key, there, chunk, STEP, HEAD, BLOCK_D, ACC)
         out = out * fade[:, None] + _mix(p, value, ACC, PRECISION)
         top = above
         at_key = _following(at_key, first, shared, BLOCK_N)
-    out = out / total[:, None]
+    out = out * quotient(1.0, total)[:, None]
     _store(mixed + group * queries * WIDTH + at, query, live, chunk, out, WIDTH, HEAD, BLOCK_D)
 
 
 @triton.jit
 def _prefix_attention_bwd_query_kernel(
     d_qkv,
-    level,
+    highest,
+    share,
     mean,
     d_mixed,
     qkv,
@@ -302,9 +341,7 @@ def _prefix_attention_bwd_query_kernel(
         total = tl.zeros([BLOCK_M], dtype=ACC)
         drift = tl.zeros([BLOCK_M], dtype=ACC)
     else:
-        token = UNIT * _token_dots(
-            q, q_bias, row, live, sos + at, STEP, BLOCK_M, HEAD, BLOCK_D, ACC
-        )
+        token = _token_dots(q, q_bias, row, live, sos + at, STEP, BLOCK_M, HEAD, BLOCK_D, ACC)
         d_token = _token_dots(
             d_o, None, query, live, sos + WIDTH + at, WIDTH, BLOCK_M, HEAD, BLOCK_D, ACC
         )
@@ -315,7 +352,7 @@ def _prefix_attention_bwd_query_kernel(
     while at_key < end:
         key = at_key + tl.arange(0, BLOCK_N)
         there = key < tl.where(at_key < shared, shared, end)
-        score = UNIT * _dots(
+        score = _dots(
             q, q_bias, row, live, k, k_bias, key, there,
             STEP, STEP, BLOCK_M, BLOCK_N, HEAD, BLOCK_D, ACC, PRECISION,
         )  # fmt: skip
@@ -325,29 +362,31 @@ def _prefix_attention_bwd_query_kernel(
             WIDTH, STEP, BLOCK_M, BLOCK_N, HEAD, BLOCK_D, ACC, PRECISION,
         )  # fmt: skip
         above = tl.maximum(top, tl.max(score, 1))
-        p = tl.exp2(score - above[:, None])
-        fade = tl.exp2(top - above)
+        p = tl.exp2((score - above[:, None]) * UNIT)
+        fade = tl.exp2((top - above) * UNIT)
         total = total * fade + tl.sum(p, 1)
         drift = drift * fade + tl.sum(p * d_p, 1)
         top = above
         at_key = _following(at_key, first, shared, BLOCK_N)
-    top += tl.log2(total)
-    drift = drift / total
+    # not top + log2(total) in one number: what that loses to rounding, all weights of a row would
+    inverse = quotient(1.0, total)
+    drift = drift * inverse
     note = (group * HEADS + head) * queries + query
     if chunk == 0:
-        tl.store(level + note, top, mask=live)
+        tl.store(highest + note, top, mask=live)
+        tl.store(share + note, inverse, mask=live)
         tl.store(mean + note, drift, mask=live)
 
     # then the gradient of the scores, p (d_p - drift), times the keys
     d_q = tl.zeros([BLOCK_M, BLOCK_D], dtype=ACC)
     if sos is not None:
-        d_token = tl.exp2(token - top) * (d_token - drift)
+        d_token = tl.exp2((token - top) * UNIT) * (d_token - drift)
         d_q += d_token[:, None] * _token(sos + at, chunk, HEAD, BLOCK_D, ACC)
     at_key = tl.where(shared > 0, 0, first)
     while at_key < end:
         key = at_key + tl.arange(0, BLOCK_N)
         there = key < tl.where(at_key < shared, shared, end)
-        score = UNIT * _dots(
+        score = _dots(
             q, q_bias, row, live, k, k_bias, key, there,
             STEP, STEP, BLOCK_M, BLOCK_N, HEAD, BLOCK_D, ACC, PRECISION,
         )  # fmt: skip
@@ -356,18 +395,20 @@ def _prefix_attention_bwd_query_kernel(
             d_o, None, query, live, v, v_bias, key, there,
             WIDTH, STEP, BLOCK_M, BLOCK_N, HEAD, BLOCK_D, ACC, PRECISION,
         )  # fmt: skip
-        d_score = tl.exp2(score - top[:, None]) * (d_p - drift[:, None])
+        d_score = tl.exp2((score - top[:, None]) * UNIT) * (d_p - drift[:, None])
         again = _load(k, k_bias, key, there, chunk, STEP, HEAD, BLOCK_D, ACC)
         d_q += _mix(d_score, again, ACC, PRECISION)
         at_key = _following(at_key, first, shared, BLOCK_N)
-    _store(d_qkv + group * rows * STEP + at, row, live, chunk, SCALE * d_q, STEP, HEAD, BLOCK_D)
+    d_q = d_q * (SCALE * inverse)[:, None]
+    _store(d_qkv + group * rows * STEP + at, row, live, chunk, d_q, STEP, HEAD, BLOCK_D)
 
 
 @triton.jit
 def _prefix_attention_bwd_key_kernel(
     d_qkv,
     partial,
-    level,
+    highest,
+    share,
     mean,
     d_mixed,
     qkv,
@@ -434,16 +475,17 @@ def _prefix_attention_bwd_key_kernel(
         if LAST:
             row = tl.load(ends + query, mask=live, other=0)
         start = tl.load(begin + row, mask=live, other=0)
-        top = tl.load(level + notes + query, mask=live, other=0.0)
+        top = tl.load(highest + notes + query, mask=live, other=0.0)
+        inverse = tl.load(share + notes + query, mask=live, other=0.0)
         drift = tl.load(mean + notes + query, mask=live, other=0.0)
         # keys are rows here: what was computed is the left factor of both products
-        score = UNIT * _dots(
+        score = _dots(
             k, k_bias, key, there, q, q_bias, row, live,
             STEP, STEP, BLOCK_N, BLOCK_M, HEAD, BLOCK_D, ACC, PRECISION,
         )  # fmt: skip
         own = (key < shared)[:, None] | (key[:, None] >= start[None, :])
         sees = own & (key[:, None] <= row[None, :]) & live[None, :]
-        p = tl.exp2(tl.where(sees, score - top[None, :], _NEVER))
+        p = tl.exp2(tl.where(sees, (score - top[None, :]) * UNIT, _NEVER)) * inverse[None, :]
         d_out = _load(d_o, None, query, live, chunk, WIDTH, HEAD, BLOCK_D, ACC)
         d_v += _mix(p, d_out, ACC, PRECISION)
         d_p = _dots(
@@ -571,25 +613,25 @@ def prefix_attention_bwd(
     chunks = _chunks(settings)
     wide = torch.promote_types(qkv.dtype, torch.float32)
     d_qkv = torch.empty_like(qkv)
-    level, mean = qkv.new_empty(2, groups, heads, queries, dtype=wide)
+    notes = qkv.new_empty(3, groups, heads, queries, dtype=wide).unbind()
     block_q = block or _block(last_only)
     tiles = triton.cdiv(queries, block_q)
     _prefix_attention_bwd_query_kernel[(tiles * heads * chunks * groups,)](
-        *(d_qkv, level, mean, d_mixed, qkv, bias, sos, begin, ends),
+        *(d_qkv, *notes, d_mixed, qkv, bias, sos, begin, ends),
         *(tiles, rows, queries, shared),
         BLOCK_M=block_q,
         **settings,
     )
 
     settings["BLOCK_M"] = step or 16
-    tables = (level, mean, d_mixed, qkv, bias, begin, ends, asked)
-    # a factor of three products is two numbers: 32 x 16 of the gradients leave room for them, and
-    # so does a number of float64, which is two as well
-    thrice = settings["PRECISION"] == "tf32x3"
-    double = thrice or qkv.dtype == torch.float64
+    tables = (*notes, d_mixed, qkv, bias, begin, ends, asked)
+    # what is multiplied in parts is three numbers: 32 x 16 of the gradients leave room for them,
+    # and so for float64, whose numbers are two
+    split = settings["PRECISION"] == "bf16x6"
+    double = split or qkv.dtype == torch.float64
     narrow = width // heads <= 64
     own = settings | {"BLOCK_N": block or (64 if narrow else 32) // (2 if double else 1)}
-    if thrice:
+    if split:
         own["BLOCK_D"] = 16
     tiles = triton.cdiv(rows - shared, own["BLOCK_N"])
     _prefix_attention_bwd_key_kernel[(tiles * heads * _chunks(own) * groups,)](
@@ -638,7 +680,7 @@ def _settings(qkv: Tensor, heads: int, last_only: bool, step: int | None) -> dic
     half = qkv.dtype in (torch.float16, torch.bfloat16)
     precision = "ieee"  # says nothing but for float32
     if qkv.dtype == torch.float32:
-        precision = "tf32" if allows_tf32() else "tf32x3"
+        precision = "tf32" if allows_tf32() else "bf16x6"
     # so much of a head at a time as leaves no register spilled: half where it is in several pieces
     widest = (64 if half else 32) // (1 if head <= 64 else 2)
     return {

@@ -17,6 +17,12 @@ memory and spills of every kernel on every card, the largest of its launches. A 
 row may not spill more than its row, nor any row more than `MOST_SPILLED`; a version that has none
 has its figures printed at the end of the test run, and so has a figure that left its row.
 
+What a kernel's speed rests on is counted in its code: instructions of the matrix units, and copies
+into shared memory while others compute. With every Triton there must be some of the first where
+they take what is multiplied (`on_units`). A row holds the fewest and the most of its launches, for
+each kind of what they multiply, and a launch that leaves them fails; rows that were written before
+this was counted hold none, and are given them when their kernel changes, or with ``--all``.
+
 What a Triton makes of one source is always the same. ``compiled_launches.json`` holds a digest of
 every launch whose figures are committed (source, types, constants, options): what is in it is not
 compiled again but for a sample, so that a test run spends its minutes on what has changed.
@@ -58,7 +64,9 @@ from unittest import mock
 
 __all__ = [
     "CARDS",
+    "COUNTED",
     "MOST_SPILLED",
+    "PIPELINED",
     "SAYS",
     "TRIED",
     "Launch",
@@ -70,6 +78,8 @@ __all__ = [
     "every_pair",
     "faults",
     "figures",
+    "multiplied",
+    "on_units",
     "record",
     "said",
     "table",
@@ -92,8 +102,21 @@ MOST_SPILLED = 128
 #: How a line of standard output begins that the test run repeats at its end (see conftest.py).
 SAYS = "compiled kernels: "
 
-#: Of every kernel of a version: card -> registers, shared memory, spills.
-Rows = Mapping[str, Mapping[str, Mapping[str, int]]]
+#: Of every kernel of a version: card -> registers, shared memory, spills, and what is `COUNTED`:
+#: what is multiplied -> fewest and most.
+Rows = Mapping[str, Mapping[str, Mapping[str, Any]]]
+#: Instructions that are counted -> what they are.
+COUNTED = {
+    "products": "instructions of the matrix units",
+    "copies": "copies into shared memory that others need not wait for",
+}
+#: Kernels with a loop whose loads Triton begins an iteration or more before they are needed -> what
+#: they multiply then. A tile that leaves no room for it is an exception, a ``while`` never is one.
+PIPELINED = {
+    "_gate_fwd_kernel": ("bf16", "fp16", "ieee", "tf32"),
+    "_gate_bwd_qz_kernel": ("bf16", "fp16", "ieee"),
+    "_transport_logits_fwd_kernel": ("bf16", "fp16", "tf32x3"),
+}
 
 #: Compute capability -> bytes of shared memory one program may have (NVIDIA's documentation).
 CARDS = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}
@@ -330,24 +353,55 @@ def figures() -> dict[str, Rows]:
     return json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.exists() else {}
 
 
-def summary(reports: Iterable[Report]) -> dict[str, dict[str, dict[str, int]]]:
+def summary(reports: Iterable[Report]) -> dict[str, dict[str, dict[str, Any]]]:
     """Return the largest figures of each kernel on each card, as a version's rows hold them."""
-    rows: dict[str, dict[str, dict[str, int]]] = {}
+    rows: dict[str, dict[str, dict[str, Any]]] = {}
     for report in reports:
-        row = rows.setdefault(report.launch.kernel, {}).setdefault(f"sm_{report.card}", {})
-        for name in ("registers", "shared", "spilled"):
-            row[name] = max(row.get(name, 0), getattr(report, name))
+        row = {name: getattr(report, name) for name in ("registers", "shared", "spilled")}
+        if kind := multiplied(report.launch):
+            row |= {name: {kind: [getattr(report, name)] * 2} for name in COUNTED}
+        cards = rows.setdefault(report.launch.kernel, {})
+        card = f"sm_{report.card}"
+        cards[card] = _together(cards[card], row) if card in cards else row
     return rows
 
 
-def _largest(
-    first: Mapping[str, Mapping[str, int]], second: Mapping[str, Mapping[str, int]]
-) -> dict[str, dict[str, int]]:
-    """Return the larger figures of two rows of one kernel."""
-    return {
-        card: {x: max(first.get(card, {}).get(x, 0), n) for x, n in found.items()}
-        for card, found in second.items()
+def _together(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Return one row for the launches of two; counts only if both have them."""
+    row: dict[str, Any] = {
+        name: max(first[name], second[name]) for name in second if name not in COUNTED
     }
+    for name in first.keys() & second.keys() & COUNTED.keys():
+        ranges = dict(first[name])
+        for kind, (least, most) in second[name].items():
+            was = ranges.get(kind, (least, most))
+            ranges[kind] = [min(was[0], least), max(was[1], most)]
+        row[name] = {kind: ranges[kind] for kind in sorted(ranges)}
+    return {name: row[name] for name in second if name in row}
+
+
+def multiplied(launch: Launch) -> str:
+    """Say what a launch multiplies matrices of: a dtype or, of float32, the precision asked for.
+
+    Empty if it multiplies none. Of several dtypes it is the narrowest: sums are in wider ones.
+    """
+    kernel = getattr(importlib.import_module(launch.module), launch.kernel)
+    if not any("tl.dot(" in text for text in _sources(kernel, {})):
+        return ""
+    names = [name for name, _ in launch.signature]
+    constants = {names[at]: value for at, value in launch.constants}
+    found = {kind.removeprefix("*") for _, kind in launch.signature}
+    dtype = next((x for x in ("fp16", "bf16", "fp32", "fp64") if x in found), "")
+    if "DOT" in constants:
+        dtype = constants["DOT"]["dtype"]
+    return constants.get("PRECISION", dtype) if dtype == "fp32" else dtype
+
+
+def on_units(kind: str, card: int) -> bool:
+    """Say whether products of a kind (see `multiplied`) belong on the matrix units of a card."""
+    if kind == "fp64":
+        return card in (80, 90)
+    return kind in ("fp16", "bf16", "tf32", "tf32x3", "bf16x6")
 
 
 def faults(reports: Iterable[Report], rows: Rows | None = None) -> list[str]:
@@ -369,6 +423,17 @@ def faults(reports: Iterable[Report], rows: Rows | None = None) -> list[str]:
                 f"{where}: spills {report.spilled} bytes of registers to memory, "
                 f"its row in {FIGURES.name} has {bound}"
             )
+        kind = multiplied(report.launch)
+        if on_units(kind, report.card) and not report.products:
+            found.append(f"{where}: multiplies {kind} without the matrix units")
+        for name, what in COUNTED.items():
+            now = getattr(report, name)
+            least, most = row.get(name, {}).get(kind, (now, now))
+            if not least <= now <= most:
+                found.append(
+                    f"{where}: has {now} {what} where it multiplies {kind}, "
+                    f"its row in {FIGURES.name} has {least} to {most}"
+                )
         # ptxas allots registers by eights, and a warp has 32 threads
         threads = 32 * dict(report.launch.options).get("num_warps", 4)
         if report.registers > REGISTERS or -(-report.registers // 8) * 8 * threads > ALL_REGISTERS:
@@ -574,7 +639,8 @@ def _write(reports: Iterable[Report], version: str) -> None:
     reports = list(reports)
     rows = dict(figures().get(version, {}))
     for kernel, cards in summary(reports).items():
-        rows[kernel] = _largest(rows.get(kernel, {}), cards)
+        old = rows.get(kernel, {})
+        rows[kernel] = {c: _together(old[c], row) if c in old else row for c, row in cards.items()}
     kept = {name: set(found) for name, found in _by_kernel().get(version, {}).items()}
     for name, found in _digests_of(report.launch for report in reports).items():
         kept[name] = kept.get(name, set()) | found

@@ -1,7 +1,7 @@
 """A card's arithmetic for interpreted kernels: numpy's is better than any card's.
 
     with card_arithmetic():
-        ...  # kernels launched here compute as a card may
+        ...  # kernels launched here compute as a card may; card=90: as one of that generation
 
 ``pytest -p tests.hostile`` does so for a whole session.
 
@@ -11,8 +11,14 @@ NVIDIA's manuals of PTX and CUDA allow, and the same for the same number:
 - exp and exp2 are ex2.approx: exp multiplies by a rounded log2(e) first; subnormal results are 0;
 - log and log2 take subnormal numbers for 0; sqrt and rsqrt are approximate;
 - x / y is div.full: x times a reciprocal within an ulp;
-- products on the matrix units: operands in tf32 or 16 bits, tf32 cut off and not rounded, sums cut
-  off too after every 8 or 16 terms; tf32x3 is three such products of rounded parts;
+- products on the matrix units: operands in tf32 or 16 bits, tf32 cut off and not rounded; a few
+  terms at a time are shifted to the largest one's exponent, cut off, and so is their sum. NVIDIA
+  does not say so; Fasi et al. (PeerJ CS 7:e330, 2021) and Khattak and Mikaitis (arXiv:2512.07004)
+  measured it, and MMA-Sim (arXiv:2511.10909, github.com/microsoft/MMA-Sim) has how many terms and
+  bits each generation takes, equal bit by bit to what cards gave for a million random products.
+  ``sm_80``, 86 and 89 cut more often than ``sm_90`` and 120, and are what is imitated by default;
+- tf32x3 is three such products, of numbers rounded to tf32 and of what that left, which is cut off:
+  what Triton 3.8 makes of it (one cvt.rna a number in the PTX, and the sum added in the end);
 - a product of float32 asked for as "ieee" is exact there, and here;
 - what becomes bfloat16 is rounded, where Triton's interpreter (3.6 to 3.9) cuts it off.
 
@@ -23,18 +29,39 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
 
-__all__ = ["bfloat16_rounds", "card_arithmetic", "cut_to_tf32", "pytest_configure", "round_to_tf32"]
+__all__ = [
+    "are_bfloat16",
+    "bfloat16_rounds",
+    "card_arithmetic",
+    "cut_to_tf32",
+    "product",
+    "pytest_configure",
+    "round_to_tf32",
+]
 
 _LOG2_E = np.float32(1.4426950408889634)
 _TINY = np.finfo(np.float32).tiny
 _TF32 = np.uint32(0xFFFFE000)
-#: Terms that the units add up before they cut a sum off: of tf32 and of 16 bits.
-_TERMS = {"tf32": 8, "sixteen": 16}
+#: The last 29 bits of float64, which float32 has not.
+_BEYOND_FLOAT = np.uint64((1 << 29) - 1)
+
+
+class _Units(NamedTuple):
+    """How matrix units add up."""
+
+    tf32: int  # terms of tf32 at a time, beside the sum so far
+    sixteen: int  # of 16 bits
+    bits: int  # of each term, behind the first bit of the largest
+
+
+_AMPERE, _HOPPER = _Units(4, 8, 24), _Units(8, 16, 25)
+#: Compute capability -> its units (MMA-Sim, src/mmasim/mmasim/nv_ptx/sim.py, commit 414f04e).
+_UNITS = {80: _AMPERE, 86: _AMPERE, 89: _AMPERE, 90: _HOPPER, 120: _HOPPER}
 
 
 def cut_to_tf32(x: np.ndarray) -> np.ndarray:
@@ -56,33 +83,59 @@ def _off(exact: np.ndarray, ulps: float) -> np.ndarray:
 
 
 def _towards_zero(exact: np.ndarray) -> np.ndarray:
-    near = exact.astype(np.float32)
-    over = np.abs(near.astype(np.float64)) > np.abs(exact)
-    return np.where(over, np.nextafter(near, np.float32(0)), near)
+    return (exact.view(np.uint64) & ~_BEYOND_FLOAT).view(np.float64).astype(np.float32)
 
 
-def _units(x: np.ndarray, y: np.ndarray, total: np.ndarray, terms: int) -> np.ndarray:
-    """Add x @ y to a sum on the matrix units: products are exact, sums are cut off."""
-    x, y = x.astype(np.float64), y.astype(np.float64)
+def _exponent(x: np.ndarray) -> np.ndarray:
+    """Return the exponent of the first bit of float64; far below all others for 0."""
+    found = np.frexp(x)[1] - 1
+    found[x == 0] = -200
+    return found
+
+
+def _summed(x: np.ndarray, y: np.ndarray, total: np.ndarray, terms: int, bits: int) -> np.ndarray:
+    """Add x @ y to a sum on the matrix units, some terms at a time, which are exact products."""
+    x, y = (np.ascontiguousarray(of, np.float64) for of in (x, y))
+    x_exponent, y_exponent = _exponent(x), _exponent(y)
     for k in range(0, x.shape[-1], terms):
-        part = np.matmul(x[..., k : k + terms], y[..., k : k + terms, :])
-        total = _towards_zero(total.astype(np.float64) + part)
+        some = range(k, min(k + terms, x.shape[-1]))
+        places = [(np.s_[..., at, None], np.s_[..., at, None, :]) for at in some]
+        total = total.astype(np.float64)
+        largest = _exponent(total)
+        for column, row in places:
+            np.maximum(largest, x_exponent[column] + y_exponent[row], out=largest)
+        grid = np.ldexp(1.0, bits - largest)
+        found = np.trunc(total * grid)
+        for column, row in places:
+            found += np.trunc(x[column] * y[row] * grid)
+        total = _towards_zero(found / grid)
     return total
 
 
-def _dot(x: np.ndarray, y: np.ndarray, total: np.ndarray, precision: str) -> np.ndarray:
+def are_bfloat16(x: np.ndarray) -> bool:
+    """Say whether float32 numbers are bfloat16's, which kernels widen for the interpreter alone."""
+    return not (np.ascontiguousarray(x).view(np.uint32) & np.uint32(0xFFFF)).any()
+
+
+def product(
+    x: np.ndarray, y: np.ndarray, total: np.ndarray, precision: str, card: int
+) -> np.ndarray:
+    """Return x @ y + total as a card computes it when it is asked for a precision."""
+    units = _UNITS[card]
     if total.dtype != np.float32 or (x.dtype == np.float32 and precision == "IEEE"):
         return np.matmul(x, y, dtype=total.dtype) + total
     if x.dtype != np.float32:
-        return _units(x, y, total, _TERMS["sixteen"])
+        return _summed(x, y, total, units.sixteen, units.bits)
+    if precision == "TF32" and are_bfloat16(x) and are_bfloat16(y):
+        return _summed(x, y, total, units.sixteen, units.bits)
     if precision == "TF32":
-        return _units(cut_to_tf32(x), cut_to_tf32(y), total, _TERMS["tf32"])
+        return _summed(cut_to_tf32(x), cut_to_tf32(y), total, units.tf32, units.bits)
     assert precision == "TF32x3", f"a product of float32 in {precision}: not imitated"
     x_first, y_first = round_to_tf32(x), round_to_tf32(y)
-    x_rest, y_rest = round_to_tf32(x - x_first), round_to_tf32(y - y_first)
+    x_rest, y_rest = cut_to_tf32(x - x_first), cut_to_tf32(y - y_first)
     found = np.zeros_like(total)
     for a, b in ((x_rest, y_first), (x_first, y_rest), (x_first, y_first)):
-        found = _units(a, b, found, _TERMS["tf32"])
+        found = _summed(a, b, found, units.tf32, units.bits)
     return found + total
 
 
@@ -142,16 +195,21 @@ def bfloat16_rounds() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def card_arithmetic() -> Iterator[None]:
-    """Let kernels that are interpreted inside the block compute as a card may."""
+def card_arithmetic(card: int = 80) -> Iterator[None]:
+    """Let kernels that are interpreted inside the block compute as a card may.
+
+    ``card`` is a compute capability; on the matrix units alone does anything depend on it.
+    """
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    def of_one(plain: Callable[..., Any], card: Callable[..., np.ndarray]) -> Callable[..., Any]:
+    def of_one(
+        plain: Callable[..., Any], approximate: Callable[..., np.ndarray]
+    ) -> Callable[..., Any]:
         def create(self: Any, x: Any) -> Any:
             if x.data.dtype != np.float32:
                 return plain(self, x)
             with np.errstate(all="ignore"):
-                return TensorHandle(card(x.data), x.dtype.scalar)
+                return TensorHandle(approximate(x.data), x.dtype.scalar)
 
         return create
 
@@ -164,14 +222,15 @@ def card_arithmetic() -> Iterator[None]:
             return TensorHandle(_divided(x.data, y.data), x.dtype.scalar)
 
     def dot(self: Any, x: Any, y: Any, total: Any, precision: Any, _: Any) -> Any:
-        found = _dot(x.data, y.data, total.data, precision.name)
+        with np.errstate(all="ignore"):
+            found = product(x.data, y.data, total.data, precision.name, card)
         return TensorHandle(found, total.dtype.scalar)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(bfloat16_rounds())
-        for name, card in _ONE.items():
-            plain = getattr(InterpreterBuilder, name)
-            stack.enter_context(mock.patch.object(InterpreterBuilder, name, of_one(plain, card)))
+        for name, approximate in _ONE.items():
+            one = of_one(getattr(InterpreterBuilder, name), approximate)
+            stack.enter_context(mock.patch.object(InterpreterBuilder, name, one))
         stack.enter_context(mock.patch.object(InterpreterBuilder, "create_fdiv", divide))
         stack.enter_context(mock.patch.object(InterpreterBuilder, "create_dot", dot))
         yield

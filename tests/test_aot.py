@@ -11,7 +11,9 @@ import torch
 from tests import aot
 from tests.aot import (
     CARDS,
+    COUNTED,
     MOST_SPILLED,
+    PIPELINED,
     SAYS,
     TRIED,
     Launch,
@@ -23,6 +25,8 @@ from tests.aot import (
     every_pair,
     faults,
     figures,
+    multiplied,
+    on_units,
     record,
     said,
     table,
@@ -56,6 +60,17 @@ def _outer_kernel(out, x, y, M: tl.constexpr, N: tl.constexpr):
 def _product_kernel(out, x, y, N: tl.constexpr):
     at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
     tl.store(out + at, tl.dot(tl.load(x + at), tl.load(y + at), input_precision="tf32"))
+
+
+@triton.jit
+def _multiply(x, y, PRECISION: tl.constexpr):
+    return tl.dot(x, y, input_precision=PRECISION)
+
+
+@triton.jit
+def _precise_kernel(out, x, y, N: tl.constexpr, PRECISION: tl.constexpr):
+    at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    tl.store(out + at, _multiply(tl.load(x + at), tl.load(y + at), PRECISION))
 
 
 @triton.jit
@@ -195,6 +210,87 @@ def test_a_figure_that_left_its_row_is_said():
         f"{SAYS}Triton 3.9.0, _outer_kernel on sm_90: registers 40, shared 0, spilled 0; "
         "its row: registers 39, shared 16, spilled 0"
     )
+
+
+def precise(dtype: torch.dtype, precision: str = "ieee") -> Launch:
+    x = torch.empty(1 << 10, dtype=dtype, device="meta")
+    sums = torch.empty(1 << 10, dtype=torch.promote_types(dtype, torch.float32), device="meta")
+    (launch,) = record(lambda: _precise_kernel[(1,)](sums, x, x, N=32, PRECISION=precision))
+    return launch
+
+
+def test_what_is_multiplied_is_known_by_its_dtype_or_precision():
+    asked = [(torch.float16, "ieee"), (torch.bfloat16, "ieee"), (torch.float64, "ieee")]
+    asked += [(torch.float32, precision) for precision in ("ieee", "tf32", "tf32x3")]
+    found = [multiplied(precise(*row)) for row in asked]
+    assert found == ["fp16", "bf16", "fp64", "ieee", "tf32", "tf32x3"]
+    assert multiplied(record(launches)[0]) == ""
+    assert [on_units(kind, 80) for kind in found] == [True, True, True, False, True, True]
+    assert [on_units("fp64", card) for card in CARDS] == [True, False, False, True, False]
+
+
+def test_products_beside_the_matrix_units_are_refused_with_every_triton():
+    wanted = [precise(torch.float16), precise(torch.float32), precise(torch.float32, "tf32")]
+    reports = compiled(wanted, (80, 120))
+    assert [report.products > 0 for report in reports] == [True, True, False, False, True, True]
+    assert faults(reports) == []
+    (sentence,) = faults([replace(reports[0], products=0)])
+    assert sentence.endswith("on sm_80: multiplies fp16 without the matrix units")
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_a_count_that_leaves_its_row_is_refused(name):
+    report = replace(Report(precise(torch.float16), 90, 40, 0, 0), products=8, copies=8)
+    row = {"registers": 40, "shared": 0, "spilled": 0, name: {"fp16": [4, 8], "tf32": [1, 1]}}
+    rows = {"_precise_kernel": {"sm_90": row}}
+    assert faults([report, replace(report, **{name: 4})], rows) == []
+    for now in (3, 9):
+        (sentence,) = faults([replace(report, **{name: now})], rows)
+        assert f"on sm_90: has {now} {COUNTED[name]} where it multiplies fp16" in sentence
+        assert sentence.endswith("its row in compiled.json has 4 to 8")
+    # of a row without counts, a kind or a version that has none, nothing is known
+    del row[name]
+    assert faults([replace(report, **{name: 9})], rows) == []
+
+
+def test_rows_hold_the_fewest_and_the_most_of_what_is_counted(monkeypatch, tmp_path):
+    monkeypatch.setattr(aot, "FIGURES", tmp_path / "compiled.json")
+    monkeypatch.setattr(aot, "LAUNCHES", tmp_path / "launches.json")
+
+    def row() -> dict:
+        return figures()["3.8.0"]["_precise_kernel"]["sm_90"]
+
+    def write(dtype: torch.dtype, products: int, precision: str = "ieee") -> None:
+        report = Report(precise(dtype, precision), 90, 9, 0, 0, copies=1, products=products)
+        aot._write([report], "3.8.0")
+
+    for products in (8, 4, 6):
+        write(torch.float16, products)
+    write(torch.float32, 2, "tf32")
+    assert row()["products"] == {"fp16": [4, 8], "tf32": [2, 2]}
+    assert row()["copies"] == {"fp16": [1, 1], "tf32": [1, 1]}
+    # a row that was written before this was counted would hold those of some launches only
+    plain = {"registers": 10, "shared": 0, "spilled": 0}
+    aot._put("3.8.0", {"_precise_kernel": {"sm_90": plain}}, {})
+    write(torch.float16, 8)
+    assert row() == plain
+
+
+def test_the_committed_counts_are_those_of_kernels_that_use_their_card():
+    seen = set()
+    for version, kernels in figures().items():
+        for kernel, cards in kernels.items():
+            for card, row in cards.items():
+                where = version, kernel, card
+                assert set(row) & COUNTED.keys() in (set(), set(COUNTED)), where
+                for kind, (least, _) in row.get("products", {}).items():
+                    assert (least > 0) == on_units(kind, int(card.removeprefix("sm_"))), where
+                    seen.add((kernel, kind))
+                    if kind in PIPELINED.get(kernel, ()):
+                        assert row["copies"][kind][1] > 0, (*where, kind)
+    attention = ("bf16", "fp16", "fp64", "tf32", "bf16x6")
+    expected = PIPELINED | {"_prefix_attention_fwd_kernel": attention}
+    assert {(kernel, kind) for kernel, kinds in expected.items() for kind in kinds} <= seen
 
 
 def test_no_row_spills_more_than_the_bound():

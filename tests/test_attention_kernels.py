@@ -51,7 +51,7 @@ def case(name: str, dtype: torch.dtype, device: str, sos: bool = True, bias: boo
     }
 
 
-def kernels(given: dict, last_only: bool, **tiling: int) -> tuple[Tensor, Tensor]:
+def kernels(given: dict, last_only: bool, **tiling: int | None) -> tuple[Tensor, Tensor]:
     if given["qkv"].is_cpu:
         tiling = {"step": 64} | tiling  # the interpreter takes its time for every step
     forward = {k: v for k, v in tiling.items() if k != "programs"}
@@ -98,11 +98,17 @@ def test_equal_to_the_reference(size, last_only, device):
     ids=str,
 )
 def test_as_good_as_eager(size, dtype, device, last_only):
+    check_as_good_as_eager(size, dtype, device, last_only)
+
+
+def check_as_good_as_eager(
+    size: str, dtype: torch.dtype, device: str, last_only: bool, **tiling: int | None
+) -> None:
     given = case(size, dtype, device)
     truth = literal(given, last_only, torch.float64)
     eager = literal(given, last_only, dtype)
     for name, mine, plain, exact in zip(
-        ("mixed", "d_qkv"), kernels(given, last_only), eager, truth, strict=True
+        ("mixed", "d_qkv"), kernels(given, last_only, **tiling), eager, truth, strict=True
     ):
         assert_as_good_as_eager(mine, plain, exact, name=name)
 
