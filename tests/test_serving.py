@@ -1,5 +1,6 @@
 """The local page and its JSON endpoint, over a real socket and in a real browser."""
 
+import contextlib
 import io
 import json
 import os
@@ -7,7 +8,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 import urllib.error
 import urllib.request
 import zlib
@@ -58,13 +58,12 @@ def folder(tmp_path_factory):
     return place
 
 
-@pytest.fixture(scope="module")
-def served(folder):
-    """The command line's own server in a process of its own."""
+@contextlib.contextmanager
+def begun(folder, temporary):
+    """The command line's own server in a process of its own: where it answers, and the process."""
     command = [*warm_python(), "-m", "fastfpl.cli", "serve", str(folder / "run")]
     command += ["--port", "0", "--max-upload", str(LIMIT), "--device", "cpu"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder / "tmp")}
-    (folder / "tmp").mkdir()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
@@ -76,6 +75,13 @@ def served(folder):
     finally:
         process.kill()
         process.communicate()
+
+
+@pytest.fixture(scope="module")
+def served(folder):
+    (folder / "tmp").mkdir()
+    with begun(folder, folder / "tmp") as server:
+        yield server
 
 
 def ask(url, body=None, **headers):
@@ -315,8 +321,9 @@ def test_what_only_this_machine_reaches(host, own):
 def test_another_host_is_warned_about(folder, capsys, monkeypatch):
     heard = {}
 
-    def serve(model, at, **more):
+    def serve(model, at, *, ready, **more):
         heard.update(more, address=at.getsockname())
+        ready()
 
     monkeypatch.setattr("fastfpl.serving.serve", serve)
     main(["serve", str(folder / "run"), "--host", "0.0.0.0", "--port", "0"])
@@ -391,12 +398,9 @@ def test_a_person_drops_an_image_and_chooses_a_client(browser, served, folder, w
     page.close()
 
 
-def test_the_last_one_is_stopped_by_ctrl_c(served):
-    _, process = served
-    process.send_signal(signal.SIGINT)
-    for _ in range(600):  # a busy machine takes its time
-        if process.poll() is not None:
-            break
-        time.sleep(0.1)
-    assert process.poll() == 0
-    assert process.stderr.read() == ""
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, -15)])
+def test_it_is_stopped_as_soon_as_it_says_that_it_answers(number, code, folder, tmp_path):
+    with begun(folder, tmp_path) as (_, process):
+        process.send_signal(number)
+        assert process.wait(60) == code  # a busy machine takes its time
+        assert process.stderr.read() == ""

@@ -57,5 +57,9 @@ def serve(
                 err=True,
             )
         shown = f"[{host}]" if ":" in host else host
-        say(f"http://{shown}:{at.getsockname()[1]}/ answers; Ctrl-C ends it")
-        answer(model, at, host=host, max_upload=most)
+        address = f"http://{shown}:{at.getsockname()[1]}/"
+
+        def ready() -> None:
+            say(f"{address} answers; Ctrl-C ends it")
+
+        answer(model, at, host=host, max_upload=most, ready=ready)

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import ipaddress
 import socket
+from collections.abc import Callable
 
 from fastfpl.errors import InputError, Missing, cut
 from fastfpl.serving.answers import Answerer
@@ -79,7 +80,14 @@ def hosts_of(host: str) -> list[str]:
     return [*own, host] if is_loopback(host) else ["*"]
 
 
-def serve(model: Model, at: socket.socket, *, host: str = LOOPBACK, max_upload: int) -> None:
+def serve(
+    model: Model,
+    at: socket.socket,
+    *,
+    host: str = LOOPBACK,
+    max_upload: int,
+    ready: Callable[[], None] = lambda: None,
+) -> None:
     """Answer until the process is told to stop.
 
     Parameters
@@ -91,6 +99,8 @@ def serve(model: Model, at: socket.socket, *, host: str = LOOPBACK, max_upload: 
         As it was asked for.
     max_upload : int
         Bytes of an image at most.
+    ready : callable
+        Told once it answers, and ends by Ctrl-C or SIGTERM.
     """
     check_library()
     import uvicorn
@@ -107,6 +117,14 @@ def serve(model: Model, at: socket.socket, *, host: str = LOOPBACK, max_upload: 
         timeout_keep_alive=5,
         lifespan="off",
     )
+    server = uvicorn.Server(config)
+    begin = server.startup
+
+    async def startup(sockets: list[socket.socket] | None = None) -> None:
+        await begin(sockets)
+        ready()  # before that a signal would meet half of it
+
+    server.startup = startup
     # it raises the signal that stopped it again
     with contextlib.suppress(KeyboardInterrupt), at:
-        uvicorn.Server(config).run(sockets=[at])
+        server.run(sockets=[at])
