@@ -336,6 +336,21 @@ def test_ctrl_c_leaves_a_resumable_run(tmp_path: Path) -> None:
     assert [row["round"] for row in rows] == [0, 1]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "kept"),
+    [(["run", "promptfl"], True), (["compare", "local"], True), (["flower", "up", "local"], True)]
+    + [(["serve", "runs"], False), (["methods"], False), (["flower", "status", "x"], False)],
+)
+def test_who_is_stopped_is_told_of_resume_where_there_is_one(arguments, kept, monkeypatch, capsys):
+    monkeypatch.setattr(group, "main", lambda **_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 130
+    said = capsys.readouterr().err
+    assert said.startswith("stopped")
+    assert ("--resume" in said) == kept
+
+
 def test_a_warning_is_a_sentence_without_the_line_of_code(monkeypatch, capsys) -> None:
     """What pytest catches before it is written is written here, as in a process of its own."""
 

@@ -96,11 +96,18 @@ def _run(arguments: Sequence[str] | None) -> None:
         click.UsageError(text, getattr(error, "ctx", None)).show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo(
-            "stopped; the rounds that ended are kept, go on with the same command and --resume",
-            err=True,
-        )
+        kept = "; the rounds that ended are kept, go on with the same command and --resume"
+        say("stopped" + (kept if _resumes(arguments) else ""), err=True)
         sys.exit(130)
+
+
+def _resumes(arguments: Sequence[str] | None) -> bool:
+    """Whether the command that was asked for knows --resume."""
+    command: click.Command = group
+    for word in sys.argv[1:] if arguments is None else arguments:
+        if isinstance(command, click.Group):
+            command = command.commands.get(word, command)
+    return any(one.name == "resume" for one in command.params)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
