@@ -338,8 +338,14 @@ def test_ctrl_c_leaves_a_resumable_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "kept"),
-    [(["run", "promptfl"], True), (["compare", "local"], True), (["flower", "up", "local"], True)]
-    + [(["serve", "runs"], False), (["methods"], False), (["flower", "status", "x"], False)],
+    [
+        (["run", "promptfl"], True),
+        (["compare", "local"], True),
+        (["flower", "up", "local"], True),
+        (["serve", "runs"], False),
+        (["methods"], False),
+        (["flower", "status", "x"], False),
+    ],
 )
 def test_who_is_stopped_is_told_of_resume_where_there_is_one(arguments, kept, monkeypatch, capsys):
     monkeypatch.setattr(group, "main", lambda **_: (_ for _ in ()).throw(KeyboardInterrupt))
