@@ -40,7 +40,7 @@ __all__ = ["SecureMean", "check_secagg", "counts_of", "masks", "secure_answer"]
 # Flower's record of a stage among a letter's arrays, which are else those of a download
 _RECORD = "secagg+"
 _LEVELS, _MODULUS = 1 << 22, 1 << 32  # Flower's defaults: of numbers, and of their sum
-_MOST_CLIENTS = _MODULUS // _LEVELS
+_MOST_CLIENTS = _MODULUS // _LEVELS - 1  # of largest weight each, whose sum is not to be 0 again
 
 
 def check_secagg(settings: Settings, rules: Rules) -> None:

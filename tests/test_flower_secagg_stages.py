@@ -1,0 +1,138 @@
+"""The stages of a sum under masks between a server and clients that train nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from fastfpl.flower import secagg
+from fastfpl.flower.checks import check_update
+from fastfpl.flower.letters import SCHEMA, Letter, digest, pack
+from fastfpl.flower.rules import make_rules
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("flwr") is None, reason="flwr is not installed"),
+    # of what flwr imports, not of anything here
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+FEDERATION = "0" * 32
+RULES = make_rules({"aggregation": "secagg+", "quorum": 0.67})
+VECTOR = {"ctx": ((5,), torch.float32)}
+
+
+class Clients:
+    """A post to clients whose uploads are drawn, with a clock of its own.
+
+    ``changed(node, stage, answer)`` is what comes of an answer; None never comes. What clients
+    have answered is in ``answers`` all the same.
+    """
+
+    def __init__(self, images, wanted=VECTOR, changed=lambda node, stage, answer: answer):
+        from flwr.app import Context, RecordDict
+
+        draw = torch.Generator().manual_seed(3)
+        self.images, self.wanted, self.changed = images, wanted, changed
+        self.uploads = [
+            {
+                n: torch.randn(shape, generator=draw).to(dtype)
+                for n, (shape, dtype) in wanted.items()
+            }
+            for _ in images
+        ]
+        self.contexts = [Context(1, 70 + c, {}, RecordDict(), {}) for c in range(len(images))]
+        self.time, self.numbers, self.there = 0.0, itertools.count(), {}
+        self.answers, self.lives = [], []
+
+    def site(self, client):
+        def answer(letter):
+            head = {"schema": SCHEMA, "kind": "update", "federation": FEDERATION, "loss": 1.0}
+            head |= {"client": client, "round": 0, "seen": 1, "images": self.images[client]}
+            return Letter({**head, "asked": digest(letter.arrays)}, pack(self.uploads[client]))
+
+        return SimpleNamespace(client=client, answer=answer)
+
+    def nodes(self):
+        return {70 + c: "" for c in range(len(self.images))}
+
+    def send(self, letters, kind, round_, ttl):
+        from flwr.app import Message, RecordDict
+        from flwr.app.metadata import Metadata
+
+        sent = {}
+        for node, letter in letters.items():
+            number = f"m{next(self.numbers)}"
+            metadata = Metadata(1, number, 1, node, "", str(round_), 0.0, 1e12, "train")
+            message = Message(RecordDict(), metadata=metadata)
+            client, stage = node - 70, secagg._opened(letter)["stage"]
+            answer = secagg.secure_answer(letter, message, self.contexts[client], self.site(client))
+            self.answers.append((stage, node, answer))
+            self.lives.append((stage, ttl))
+            sent[number], self.there[number] = node, self.changed(node, stage, answer)
+        return sent
+
+    def fetch(self, numbers):
+        return [(n, self.there.pop(n)) for n in numbers if self.there.get(n) is not None]
+
+    def now(self):
+        return self.time
+
+    def wait(self):
+        self.time += 0.5
+
+
+def summed(clients, *, mean=None, need=None, counts="images", timeout=60.0, without=()):
+    """Go through the stages once: (what knows the mean, what came of the exchange)."""
+    mean = mean or secagg.SecureMean(clients.wanted, clients.images.__getitem__, counts, RULES)
+    head = {"schema": SCHEMA, "kind": "train", "federation": FEDERATION, "round": 0}
+    letters = {
+        node: Letter({**head, "client": node - 70})
+        for node in clients.nodes()
+        if node not in without
+    }
+
+    def take(node, answer):
+        return check_update(
+            answer, federation=FEDERATION, client=node - 70, round_=0, asked=digest({}),
+            images=clients.images[node - 70], wanted={}, rules=RULES,
+        )  # fmt: skip
+
+    need = need or RULES.enough(len(clients.images))
+    outcome = mean.exchange(
+        clients, letters, "train", 0, take, need=need, grace=1.0, timeout=timeout
+    )
+    return mean, outcome
+
+
+def mean_of(clients, nodes):
+    """The weighted mean of plain uploads."""
+    whole = sum(clients.images[n - 70] for n in nodes)
+    return {
+        name: sum(clients.images[n - 70] * clients.uploads[n - 70][name].double() for n in nodes)
+        / whole
+        for name in clients.wanted
+    }
+
+
+@pytest.fixture(autouse=True)
+def in_a_task(monkeypatch):
+    from flwr.supercore.task_identity import TaskIdentity
+
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+def test_so_many_clients_are_summed_as_do_not_overflow():
+    """Weights are whole numbers up to 2^22 and numbers too: one client more, and sums are 0."""
+    from flwr.common.secure_aggregation.quantization import dequantize, quantize
+
+    most, levels, modulus = secagg._MOST_CLIENTS, secagg._LEVELS, secagg._MODULUS
+    assert most * levels < modulus == (most + 1) * levels
+    for value in (8.0, -8.0):
+        whole = most * quantize([np.full(2, value)], 8.0, levels)[0].astype(np.int64) % modulus
+        (found,) = dequantize([whole], 8.0, levels)
+        np.testing.assert_allclose((found - (most - 1) * 8.0) / most, value, rtol=1e-6)
