@@ -136,3 +136,35 @@ def test_so_many_clients_are_summed_as_do_not_overflow():
         whole = most * quantize([np.full(2, value)], 8.0, levels)[0].astype(np.int64) % modulus
         (found,) = dequantize([whole], 8.0, levels)
         np.testing.assert_allclose((found - (most - 1) * 8.0) / most, value, rtol=1e-6)
+
+
+@pytest.mark.parametrize("clients", [3, 4, 9])
+@pytest.mark.parametrize("stage", [None, "setup", "share_keys", "collect_masked_vectors", "unmask"])
+def test_the_mean_is_of_those_whose_masked_uploads_came(clients, stage):
+    """Of odd and even numbers of clients, and of arrays of any rank and float."""
+    wanted = {
+        "vector": ((5,), torch.float32),
+        "number": ((), torch.float32),
+        "nothing": ((0, 4), torch.float32),
+        "half": ((2, 3), torch.float16),
+        "double": ((1, 2, 2), torch.float64),
+    }
+    need = RULES.enough(clients)
+    lost = [70 + c for c in range(clients - need)] if stage else []
+
+    def changed(node, now, answer):
+        return None if now == stage and node in lost else answer
+
+    played = Clients([3 * c + 1 for c in range(clients)], wanted, changed)
+    sum_, outcome = summed(played)
+    assert sum_.mean is not None
+    there = [n for n in played.nodes() if stage == "unmask" or n not in lost]
+    assert sorted(outcome.good) == there
+    want = mean_of(played, there)
+    most, whole = max(played.images), sum(played.images[n - 70] for n in there)
+    for name, (shape, dtype) in wanted.items():
+        found = sum_.mean[name]
+        assert (tuple(found.shape), found.dtype) == (shape, dtype)
+        step = 2 * 8.0 / (1 << 22) * len(there) * most / whole
+        rtol = 1e-3 if dtype == torch.float16 else 1e-6
+        torch.testing.assert_close(found.double(), want[name], rtol=rtol, atol=step)

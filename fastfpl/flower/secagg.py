@@ -265,7 +265,7 @@ def _stage(letter: Letter, message: Any, context: Any, site: Site) -> Letter:
         most = float(context.state.config_records[flowers.state]["clipping_range"])
         vectors = []
         for name, tensor in sorted(unpack(answer.arrays).items()):
-            vector = tensor.double().numpy()
+            vector = tensor.double().reshape(-1).numpy()  # Flower's sums miss a number alone
             if not np.isfinite(vector).all() or np.abs(vector).max(initial=0.0) > most:
                 raise Refused(
                     f"fastfpl.flower: numbers of {name!r} must lie within secagg_clip={most:g}, or "
@@ -486,7 +486,7 @@ class SecureMean:
 
     def _check_masked(self, flowers: SimpleNamespace, record: Any, client: int) -> None:
         """Refuse masked arrays that are not of the shapes that are summed."""
-        shapes = [(1,), *(shape for shape, _ in self._wanted.values())]
+        shapes = [(1,), *((math.prod(shape),) for shape, _ in self._wanted.values())]
         try:
             got = [flowers.vector(data) for data in record[flowers.key.MASKED_PARAMETERS]]
             good = [one.shape for one in got] == shapes
