@@ -168,3 +168,49 @@ def test_the_mean_is_of_those_whose_masked_uploads_came(clients, stage):
         step = 2 * 8.0 / (1 << 22) * len(there) * most / whole
         rtol = 1e-3 if dtype == torch.float16 else 1e-6
         torch.testing.assert_close(found.double(), want[name], rtol=rtol, atol=step)
+
+
+def test_late_shares_and_a_second_sum_do_not_tell_an_upload_apart():
+    """What had come too late opens the first sum: the second is of the same clients, or is none."""
+    late, lost = {70, 71, 72, 73}, set()
+
+    def changed(node, stage, answer):
+        return None if node in lost or (stage == "unmask" and node in late) else answer
+
+    played = Clients([5, 5, 5, 5], changed=changed)
+    sum_, outcome = summed(played)
+    assert sum_.mean is None
+    assert sorted(outcome.absent) == [70, 71, 72, 73]
+    opened = [stage for stage, _, answer in played.answers if answer.head["kind"] == "secure"]
+    assert opened.count("unmask") == 4, "the test must be able to fail: they tell their shares"
+    late.clear()
+    lost.add(73)
+    sum_, outcome = summed(played, mean=sum_)
+    assert sum_.mean is None
+    assert [stage for stage, *_ in played.answers].count("unmask") == 4
+    _, outcome = summed(played, mean=sum_, without=[73])
+    assert (sum_.mean, outcome.good) == (None, {})
+    lost.clear()
+    _, outcome = summed(played, mean=sum_)
+    torch.testing.assert_close(
+        sum_.mean["ctx"].double(), mean_of(played, outcome.good)["ctx"], rtol=0, atol=1e-5
+    )
+    assert sorted(outcome.good) == [70, 71, 72, 73]
+
+
+def test_no_letter_has_a_life_of_no_time():
+    """Flower makes twelve hours of it, in which shares of a round that has ended would arrive."""
+    from flwr.app import Message, RecordDict
+
+    assert Message(RecordDict(), 1, "train", ttl=0.0).metadata.ttl == 12 * 3600
+
+    def changed(node, stage, answer):
+        return None if (node, stage) == (73, "collect_masked_vectors") else answer
+
+    played = Clients([5, 5, 5, 5], changed=changed)
+    sum_, _ = summed(played, timeout=1.0)
+    assert sum_.mean is None
+    assert [stage for stage, _ in played.lives] == [
+        stage for stage in ("setup", "share_keys", "collect_masked_vectors") for _ in range(4)
+    ]
+    assert all(life > 0 for _, life in played.lives)

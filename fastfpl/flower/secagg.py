@@ -322,6 +322,7 @@ class SecureMean:
         self._counts = counts
         self._rules = rules
         self._device = device
+        self._asked_of: set[int] | None = None
         self.mean: State | None = None
         self.nbytes_up = self.nbytes_down = 0
 
@@ -342,15 +343,21 @@ class SecureMean:
         ``take`` is given what clients say of their training, without arrays. Nobody's answer is
         good unless the mean is known. Who is lost before uploads are masked is left out, and the
         others begin anew: Flower's last stage asks for shares that such a client never gave.
+
+        Once clients were asked to open a sum, no other clients are summed in the round: answers
+        that come late open the first one too, and two sums tell their difference.
         """
         whole: Outcome[Taken] = Outcome()
         end = post.now() + timeout
-        here = dict(letters)
+        may = self._asked_of
+        here = {n: one for n, one in letters.items() if may is None or one.head["client"] in may}
         while len(here) >= max(need, 3):
             updates: dict[int, Taken] = {}
 
             def told(stage: str, sealed: Mapping[int, Letter], opened: Any) -> list[Any]:
-                rest = max(end - post.now(), 0.0)
+                rest = end - post.now()
+                if rest <= 0:  # a life of 0 is twelve hours to Flower
+                    return []
                 outcome: Outcome[Any] = exchange(
                     post, sealed, kind, round_, opened, need=need, grace=grace, timeout=rest
                 )
@@ -455,6 +462,10 @@ class SecureMean:
                 if progress.active_node_ids != set(letters):
                     return set(progress.active_node_ids)
             if workflow.collect_masked_vectors_stage(grid, context, progress):
+                summed = {letters[node].head["client"] for node in progress.active_node_ids}
+                if self._asked_of not in (None, summed):
+                    return set(letters)
+                self._asked_of = summed
                 workflow.unmask_stage(grid, context, progress)
         except FastfplError:
             raise
