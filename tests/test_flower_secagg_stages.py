@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import itertools
 from types import SimpleNamespace
 
@@ -214,3 +215,86 @@ def test_no_letter_has_a_life_of_no_time():
         stage for stage in ("setup", "share_keys", "collect_masked_vectors") for _ in range(4)
     ]
     assert all(life > 0 for _, life in played.lives)
+
+
+def array(shape):
+    """The head of an array of NumPy's, without its numbers."""
+    text = f"{{'descr': '<i8', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+
+
+def archive():
+    content = io.BytesIO()
+    np.savez(content, x=np.zeros(1))
+    return content.getvalue()
+
+
+def key(curve):
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from flwr.supercore.primitives import asymmetric
+
+    return asymmetric.public_key_to_bytes(ec.generate_private_key(curve()).public_key())
+
+
+def small(record):
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    return key(ec.SECP256R1)
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "value"),
+    [
+        ("setup", "pk1", None),
+        ("setup", "pk1", 5),
+        ("setup", "pk2", b"no key"),
+        ("setup", "pk2", small),
+        ("setup", "pk2", lambda record: record["pk1"]),
+        ("share_keys", "dsts", None),
+        ("share_keys", "dsts", 3),
+        ("share_keys", "dsts", [1, 2, 3]),
+        ("share_keys", "dsts", [70, 70, 72]),
+        ("share_keys", "ctxts", lambda record: record["ctxts"][:1]),
+        ("share_keys", "ctxts", ["a", "b", "c"]),
+        ("collect_masked_vectors", "masked_params", 7),
+        ("collect_masked_vectors", "masked_params", [archive(), archive()]),
+        ("collect_masked_vectors", "masked_params", [b"PK\x03\x04", b""]),
+        ("collect_masked_vectors", "masked_params", [array("(9999999999999,)"), b""]),
+        ("collect_masked_vectors", "masked_params", [array("(" * 2000), b""]),
+        ("collect_masked_vectors", "masked_params", [b"0" * 100_000]),
+        ("collect_masked_vectors", "update", "ab"),
+        ("collect_masked_vectors", "update", [1]),
+        ("unmask", "nids", None),
+        ("unmask", "nids", [71, 71, 71, 71]),
+        ("unmask", "nids", [1, 2, 3, 4]),
+        ("unmask", "shares", [1, 2, 3, 4]),
+        ("unmask", "shares", [b"", b"", b"", b""]),
+        ("unmask", "shares", lambda record: record["shares"][:1]),
+    ],
+)
+def test_one_client_that_answers_nonsense_does_not_stop_the_others(stage, name, value):
+    """It is refused by name, whatever Flower's stages and NumPy would say of its answer."""
+
+    def changed(node, now, answer):
+        if (node, now) != (71, stage):
+            return answer
+        if name == "update":
+            return Letter({**answer.head, name: value}, answer.arrays)
+        record = secagg._opened(answer)
+        wrong = value(record) if callable(value) else value
+        del record[name]
+        if wrong is not None:
+            record[name] = wrong
+        return Letter(answer.head, {secagg._RECORD: secagg._sealed(record)})
+
+    played = Clients([5, 3, 4, 6], changed=changed)
+    rules = RULES.model_copy(update={"most_bytes": 50_000})
+    sum_ = secagg.SecureMean(played.wanted, played.images.__getitem__, "images", rules)
+    _, outcome = summed(played, mean=sum_)
+    assert list(outcome.refused) == [71]
+    assert outcome.refused[71].startswith("fastfpl.flower: ")
+    there = [70, 71, 72, 73] if stage == "unmask" else [70, 72, 73]
+    assert sorted(outcome.good) == there
+    torch.testing.assert_close(
+        sum_.mean["ctx"].double(), mean_of(played, there)["ctx"], rtol=0, atol=2e-5
+    )

@@ -165,6 +165,7 @@ def _flowers() -> SimpleNamespace:
             parameters=server.MAIN_PARAMS_RECORD,
             round=server.WorkflowKey.CURRENT_ROUND,
             vector=server.bytes_to_ndarray,
+            public_key=server.bytes_to_public_key,
         )
     except (ImportError, AttributeError) as error:
         raise InputError(
@@ -205,6 +206,53 @@ def _check_told(head: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
                 f"fastfpl.flower: a stage must be answered with {key} {shown(value)}; got "
                 f"{shown(head.get(key))} from client {wanted['client']}"
             )
+
+
+def _check_stage(
+    flowers: SimpleNamespace,
+    stage: str,
+    asked: Mapping[str, Any],
+    record: Mapping[str, Any],
+    others: set[int],
+    client: int,
+) -> None:
+    """Refuse an answer of which Flower's next stage can make nothing, for all clients."""
+    key = flowers.key
+
+    def texts(name: str, many: int) -> bool:
+        got = record.get(name)
+        if not isinstance(got, list) or len(got) != many:
+            return False
+        return all(isinstance(one, bytes) and one for one in got)
+
+    if stage == "setup":
+        rule = "two keys of the curve P-384"
+        keys = [record.get(k) for k in (key.PUBLIC_KEY_1, key.PUBLIC_KEY_2)]
+        good = keys[0] != keys[1] and all(_is_key(flowers, one) for one in keys)
+    elif stage == "share_keys":
+        rule = "a share for each of the other clients"
+        nodes = record.get(key.DESTINATION_LIST)
+        good = isinstance(nodes, list) and sorted(nodes) == sorted(others)
+        good = good and texts(key.CIPHERTEXT_LIST, len(others))
+    elif stage == "unmask":
+        rule = "the shares that it was asked for"
+        wanted = [*asked[key.ACTIVE_NODE_ID_LIST], *asked[key.DEAD_NODE_ID_LIST]]
+        good = texts(key.SHARE_LIST, len(wanted)) and record.get(key.NODE_ID_LIST) == wanted
+        good = good and all(len(one) % 16 == 4 for one in record[key.SHARE_LIST])
+    else:
+        return
+    if not good:
+        raise Refused(
+            f"fastfpl.flower: a client's answer to the stage {stage} must hold {rule}; got others "
+            f"from client {client}"
+        )
+
+
+def _is_key(flowers: SimpleNamespace, data: object) -> bool:
+    try:
+        return bool(flowers.public_key(data).curve.name == "secp384r1")
+    except Exception:  # what a parser says of bytes that are anything
+        return False
 
 
 # -- at a client -----------------------------------------------------------------------------------
@@ -412,11 +460,19 @@ class SecureMean:
             def opened(node: int, answer: Letter) -> Any:
                 client = letters[node].head["client"]
                 _check_told(answer.head, _told("secure", letters[node].head))
+                if answer.nbytes > self._rules.most_bytes:
+                    raise Refused(
+                        f"fastfpl.flower: an answer must have at most most_bytes="
+                        f"{self._rules.most_bytes} bytes; got {answer.nbytes} from client {client}"
+                    )
                 self.nbytes_up += answer.nbytes
                 record, content = _opened(answer), RecordDict()
+                asked_for = asked[node].config_records[flowers.name]
+                _check_stage(flowers, stage, asked_for, record, {*letters} - {node}, client)
                 if third:
                     self._check_masked(flowers, record, client)
-                    taken(node, Letter(dict(answer.head.get("update") or {})))
+                    said = answer.head.get("update")
+                    taken(node, Letter(said if isinstance(said, dict) else {}))
                     content = self._untold(flowers, self._weight(letters[node]))
                 content.config_records[flowers.name] = record
                 return SimpleNamespace(
@@ -504,7 +560,7 @@ class SecureMean:
             good = good and all(one.dtype == np.int64 for one in got)
             good = good and all(one.min(initial=0) >= 0 for one in got)
             good = good and all(one.max(initial=0) < _MODULUS for one in got)
-        except (KeyError, TypeError, ValueError, OSError, EOFError):
+        except Exception:  # what NumPy says of bytes that are anything
             good = False
         if not good:
             raise Refused(
