@@ -298,3 +298,20 @@ def test_one_client_that_answers_nonsense_does_not_stop_the_others(stage, name, 
     torch.testing.assert_close(
         sum_.mean["ctx"].double(), mean_of(played, there)["ctx"], rtol=0, atol=2e-5
     )
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(19.625, "larger ones: -r secagg_clip=16"), (float("nan"), "NaN or inf"), (8.0, None)],
+)
+def test_what_cannot_be_carried_is_refused_without_its_numbers(number, said):
+    played = Clients([5, 5, 5, 5])
+    played.uploads[1]["ctx"][2] = number
+    sum_, outcome = summed(played)
+    if said is None:  # the largest that is carried
+        want = mean_of(played, outcome.good)["ctx"]
+        torch.testing.assert_close(sum_.mean["ctx"].double(), want, rtol=0, atol=1e-5)
+        return
+    assert sorted(outcome.good) == [70, 72, 73]
+    assert outcome.failed[71].endswith(f"client 1 got {said}")
+    assert "19.6" not in outcome.failed[71]

@@ -314,11 +314,13 @@ def _stage(letter: Letter, message: Any, context: Any, site: Site) -> Letter:
         vectors = []
         for name, tensor in sorted(unpack(answer.arrays).items()):
             vector = tensor.double().reshape(-1).numpy()  # Flower's sums miss a number alone
-            if not np.isfinite(vector).all() or np.abs(vector).max(initial=0.0) > most:
+            finite = bool(np.isfinite(vector).all())
+            if not finite or np.abs(vector).max(initial=0.0) > most:
+                # not which: the server is to see none of them
+                found = f"larger ones: -r secagg_clip={2 * most:g}" if finite else "NaN or inf"
                 raise Refused(
                     f"fastfpl.flower: numbers of {name!r} must lie within secagg_clip={most:g}, or "
-                    f"masks would not come off; got {np.abs(vector).max():g} at client "
-                    f"{site.client}: -r secagg_clip={2 * most:g}"
+                    f"masks would not come off; client {site.client} got {found}"
                 )
             vectors.append(vector)
         weight = answer.head["images"] if letter.head.get("counts") == "images" else 1
