@@ -315,3 +315,20 @@ def test_what_cannot_be_carried_is_refused_without_its_numbers(number, said):
     assert sorted(outcome.good) == [70, 72, 73]
     assert outcome.failed[71].endswith(f"client 1 got {said}")
     assert "19.6" not in outcome.failed[71]
+
+
+def test_a_client_forgets_keys_and_shares_with_the_last_stage():
+    """Who gets hold of clients later opens no former sum; the next one begins as the first."""
+    state = secagg._flowers().state
+
+    def changed(node, stage, answer):
+        if stage == "unmask":
+            return answer
+        assert len(played.contexts[node - 70].state.config_records[state]) > 5
+        return answer
+
+    played = Clients([5, 3, 4, 6], changed=changed)
+    for _ in range(2):
+        sum_, _ = summed(played)
+        assert sum_.mean is not None
+        assert [dict(c.state.config_records[state]) for c in played.contexts] == [{}] * 4

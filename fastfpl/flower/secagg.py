@@ -283,7 +283,7 @@ def secure_answer(letter: Letter, message: Any, context: Any, site: Site) -> Let
 
 
 def _stage(letter: Letter, message: Any, context: Any, site: Site) -> Letter:
-    from flwr.app import Message, RecordDict
+    from flwr.app import ConfigRecord, Message, RecordDict
     from flwr.common import Code, FitRes, Status, ndarrays_to_parameters
 
     flowers, record = _flowers(), _opened(letter)
@@ -330,6 +330,8 @@ def _stage(letter: Letter, message: Any, context: Any, site: Site) -> Letter:
 
     inner = Message(RecordDict({flowers.name: record}), metadata=message.metadata)
     answer = flowers.answer(inner, context, train)
+    if stage == "unmask":  # Flower would keep keys and shares until the next sum
+        context.state.config_records[flowers.state] = ConfigRecord()
     sealed = {_RECORD: _sealed(answer.content.config_records[flowers.name])}
     return Letter(_told("secure", letter.head, **({"update": said} if said else {})), sealed)
 
