@@ -22,7 +22,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -112,26 +112,53 @@ class Warm:
 
 def ask(path: str, arguments: list[str]) -> None:
     """Have a fork do what is asked, pass signals on to it and end as it ends."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:  # closed, and the socket would be taken for the stream
+            os.open(os.devnull, os.O_RDWR)
     with socket.socket(socket.AF_UNIX) as to:
         try:
-            to.connect(path)
+            cwd = os.getcwd()
+            with _short(path) as place:
+                to.connect(place)
         except OSError as error:
             # whoever started it may outlive it, and slow is better than not at all
             sys.stderr.write(f"fastfpl.warm: {error}: {path}; Python is started anew\n")
             sys.stderr.flush()
             os.execv(sys.executable, [sys.executable, *arguments])
-        asked = {"arguments": arguments, "cwd": os.getcwd(), "environment": dict(os.environ)}
+        asked = {"arguments": arguments, "cwd": cwd, "environment": dict(os.environ)}
         content = json.dumps(asked).encode()
-        socket.send_fds(to, [_LENGTH.pack(len(content))], [0, 1, 2])
-        to.sendall(content)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, frame: to.send(bytes([number])))
-        status = _STATUS.unpack(_read(to, _STATUS.size))[0]
+        try:
+            socket.send_fds(to, [_LENGTH.pack(len(content))], [0, 1, 2])
+            to.sendall(content)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda number, frame: to.send(bytes([number])))
+            status = _STATUS.unpack(_read(to, _STATUS.size))[0]
+        except (EOFError, OSError) as error:
+            sys.stderr.write(
+                f"fastfpl.warm: the process that waits for a fork must live as long as it; got "
+                f"none: {error}; the fork has ended with it\n"
+            )
+            sys.stderr.flush()
+            os._exit(1)
     if os.WIFSIGNALED(status):
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.kill(os.getpid(), os.WTERMSIG(status))
+        number = os.WTERMSIG(status)
+        with contextlib.suppress(OSError):  # of SIGKILL there is no other
+            signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
     os._exit(os.WEXITSTATUS(status))
+
+
+@contextlib.contextmanager
+def _short(path: str) -> Iterator[str]:
+    """Name a socket by 107 bytes, which are all that a name may have, however deep it lies."""
+    folder, name = os.path.split(path)
+    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{number}/{name}"
+    finally:
+        os.close(number)
 
 
 def _read(source: socket.socket, size: int) -> bytes:
@@ -154,16 +181,20 @@ def serve(path: str, modules: list[str]) -> None:
 
     own = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [folder for folder in sys.path if folder != own]
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whoever ignores it is told of no child's end
+    said = os.dup(1)
+    os.dup2(2, 1)  # what imports print
     for name in modules:
         importlib.import_module(name)
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         raise SystemExit("fastfpl.warm: imports must leave devices alone; got a CUDA context")
     with socket.socket(socket.AF_UNIX) as server:
-        server.bind(path)
+        with _short(path) as place:
+            server.bind(place)
         server.listen(64)
-        sys.stdout.write("ready\n")
-        sys.stdout.flush()
+        os.write(said, b"ready\n")
+        os.close(said)
         gc.freeze()
         answering: set[int] = set()
         watched: list[Any] = [server, 0]  # its input ends with whoever started it
@@ -185,11 +216,16 @@ def serve(path: str, modules: list[str]) -> None:
 
 def answer(connection: socket.socket) -> dict[str, Any]:
     """Fork once more, and go on only as the child; the parent says how that one ended."""
-    begin, streams, _, _ = socket.recv_fds(connection, _LENGTH.size, 3)
-    asked: dict[str, Any] = json.loads(_read(connection, _LENGTH.unpack(begin)[0]))
+    try:
+        begin, streams, _, _ = socket.recv_fds(connection, _LENGTH.size, 3)
+        asked: dict[str, Any] = json.loads(_read(connection, _LENGTH.unpack(begin)[0]))
+    except (EOFError, OSError, ValueError, OverflowError, struct.error):
+        os._exit(0)  # whoever asked has gone
+    this = os.getpid()
     child = os.fork()
     if child == 0:
         connection.close()
+        _end_with(this)
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
             os.close(stream)
@@ -209,19 +245,29 @@ def answer(connection: socket.socket) -> dict[str, Any]:
     os._exit(0)
 
 
+def _end_with(parent: int) -> None:
+    """Have this process killed when its parent ends, however that ends."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 def end(work: Callable[[], None]) -> None:
     """Work, and end as Python ends, but leave memory to the system: to clear it takes a second."""
     import atexit
     import threading
 
     status: Any = 0
+    interrupted = False
     try:
         work()
     except SystemExit as stop:
         status = stop.code
     except BaseException as error:
         sys.excepthook(type(error), error, error.__traceback__)
-        status = -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+        interrupted, status = isinstance(error, KeyboardInterrupt), 1
     if not isinstance(status, int | None):
         sys.stderr.write(f"{status}\n")
         status = 1
@@ -230,7 +276,7 @@ def end(work: Callable[[], None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
-    if status == -signal.SIGINT:
+    if interrupted:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
     os._exit((status or 0) & 0xFF)
@@ -261,8 +307,10 @@ def play(arguments: list[str], cwd: str, environment: dict[str, str]) -> None:
     importlib.invalidate_caches()
     tempfile.tempdir = None
     _draw_anew(random)
-    if "torch" in sys.modules and "OMP_NUM_THREADS" in environment:
-        sys.modules["torch"].set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    # a list has a number for each level of threads within threads; OpenMP leaves out what is none
+    threads = environment.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if "torch" in sys.modules and threads.isdecimal() and int(threads) > 0:
+        sys.modules["torch"].set_num_threads(int(threads))
     kind, what, *rest = arguments
     if kind == "-m":
         sys.argv[1:] = rest

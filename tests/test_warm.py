@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import psutil
@@ -122,3 +124,104 @@ def test_what_cannot_be_forked_is_a_sentence(module, text, tmp_path):
         (tmp_path / f"{module}.py").write_text(text)
     with pytest.raises(InputError, match=rf"got {module}, and a process that ended with 1"):
         Warm([module], tmp_path)
+
+
+def test_a_fork_ends_with_the_process_that_waits_for_it(warm, tmp_path):
+    code = WAITS.replace("os.getpid()", "f'{os.getpid()} {os.getppid()}'")
+    one = subprocess.Popen(
+        [*warm.command, "-c", code, str(tmp_path / "n")], stderr=subprocess.PIPE, text=True
+    )
+    until(lambda: (tmp_path / "n").exists() and (tmp_path / "n").read_text())
+    number, waiting = map(int, (tmp_path / "n").read_text().split())
+    os.kill(waiting, signal.SIGKILL)
+    said = one.communicate(timeout=10)[1]
+    assert one.returncode == 1
+    assert said.startswith("fastfpl.warm: ")
+    assert "Traceback" not in said
+    until(lambda: not lives(number))
+
+
+def lives(number):
+    try:
+        return psutil.Process(number).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import sys; sys.exit(-2)",
+        "import os, signal; signal.signal(13, signal.SIG_DFL); os.kill(os.getpid(), 13)",
+        "raise KeyboardInterrupt",
+        "import os; os.abort()",
+    ],
+)
+def test_an_end_is_that_of_a_python_that_is_started(code, warm):
+    own, other = (play(command, code).returncode for command in (warm.command, (sys.executable,)))
+    assert own == other != 0
+
+
+def test_what_is_closed_is_no_stream_of_another(warm, tmp_path):
+    """A socket in a stream's place would keep a fork alive whose asker was killed."""
+    shell = ["sh", "-c", 'exec "$@" <&-', "sh"]
+    one = subprocess.Popen([*shell, *warm.command, "-c", WAITS, str(tmp_path / "number")])
+    until(lambda: (tmp_path / "number").exists() and (tmp_path / "number").read_text())
+    number = int((tmp_path / "number").read_text())
+    assert os.readlink(f"/proc/{number}/fd/0") == os.devnull
+    one.kill()
+    one.wait(10)
+    until(lambda: not lives(number))
+
+
+def test_a_folder_that_is_gone_is_a_python_that_is_started(warm, tmp_path):
+    (tmp_path / "gone").mkdir()
+    shell = ["sh", "-c", 'rmdir "$PWD"; exec "$@"', "sh", *warm.command, "-c", "print(1)"]
+    told = subprocess.run(shell, cwd=tmp_path / "gone", capture_output=True, text=True, check=True)
+    assert told.stdout == "1\n"
+    assert "Traceback" not in told.stderr
+
+
+@pytest.mark.parametrize("threads", ["4,2", "", "0", "many"])
+def test_numbers_of_threads_are_as_openmp_reads_them(threads, tmp_path):
+    (tmp_path / "torch.py").write_text(
+        "class cuda:\n    is_initialized = lambda: False\n"
+        "seed = lambda: None\nset_num_threads = lambda n: print('threads', n)\n"
+    )
+    with Warm(["torch"], tmp_path) as one:
+        told = play(one.command, "", env={**os.environ, "OMP_NUM_THREADS": threads})
+    assert (told.returncode, told.stdout) == (0, "threads 4\n" if threads == "4,2" else "")
+
+
+def test_a_folder_may_lie_deep_and_imports_may_print(tmp_path, monkeypatch, capfd):
+    """A socket's name may have 107 bytes."""
+    deep = tmp_path / ("d" * 120)
+    deep.mkdir()
+    (tmp_path / "speaks.py").write_text("print('a word')\n")
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    with Warm(["speaks"], tmp_path) as one:
+        assert len(one.command[-1]) > 120
+        assert play(one.command, "print(1)").stdout == "1\n"
+    assert capfd.readouterr().err == "a word\n"
+    assert not list(deep.iterdir())
+
+
+def test_who_goes_without_a_word_is_no_trouble(capfd):
+    with Warm([]) as one:
+        for words in (b"", b"abc", bytes(8), b"\xff" * 8, bytes(7) + b"\x05abc"):
+            with socket.socket(socket.AF_UNIX) as to:
+                to.connect(one.command[-1])
+                to.sendall(words)
+        assert play(one.command, "print(1)").stdout == "1\n"
+    assert capfd.readouterr().err == ""
+
+
+def test_children_are_waited_for_where_they_were_ignored():
+    code = (
+        "import signal, subprocess, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
+        "from fastfpl.warm import Warm\n"
+        "with Warm([]) as one:\n"
+        "    for _ in range(3): subprocess.run([*one.command, '-c', 'print(1)'])\n"
+    )
+    told = play((sys.executable,), code)
+    assert (told.returncode, told.stdout, told.stderr) == (0, "1\n" * 3, "")

@@ -40,7 +40,7 @@ __all__ = ["SecureMean", "check_secagg", "counts_of", "masks", "secure_answer"]
 # Flower's record of a stage among a letter's arrays, which are else those of a download
 _RECORD = "secagg+"
 _LEVELS, _MODULUS = 1 << 22, 1 << 32  # Flower's defaults: of numbers, and of their sum
-_MOST_CLIENTS = _MODULUS // _LEVELS
+_MOST_CLIENTS = _MODULUS // _LEVELS - 1  # of largest weight each, whose sum is not to be 0 again
 
 
 def check_secagg(settings: Settings, rules: Rules) -> None:
@@ -165,6 +165,7 @@ def _flowers() -> SimpleNamespace:
             parameters=server.MAIN_PARAMS_RECORD,
             round=server.WorkflowKey.CURRENT_ROUND,
             vector=server.bytes_to_ndarray,
+            public_key=server.bytes_to_public_key,
         )
     except (ImportError, AttributeError) as error:
         raise InputError(
@@ -207,6 +208,53 @@ def _check_told(head: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
             )
 
 
+def _check_stage(
+    flowers: SimpleNamespace,
+    stage: str,
+    asked: Mapping[str, Any],
+    record: Mapping[str, Any],
+    others: set[int],
+    client: int,
+) -> None:
+    """Refuse an answer of which Flower's next stage can make nothing, for all clients."""
+    key = flowers.key
+
+    def texts(name: str, many: int) -> bool:
+        got = record.get(name)
+        if not isinstance(got, list) or len(got) != many:
+            return False
+        return all(isinstance(one, bytes) and one for one in got)
+
+    if stage == "setup":
+        rule = "two keys of the curve P-384"
+        keys = [record.get(k) for k in (key.PUBLIC_KEY_1, key.PUBLIC_KEY_2)]
+        good = keys[0] != keys[1] and all(_is_key(flowers, one) for one in keys)
+    elif stage == "share_keys":
+        rule = "a share for each of the other clients"
+        nodes = record.get(key.DESTINATION_LIST)
+        good = isinstance(nodes, list) and sorted(nodes) == sorted(others)
+        good = good and texts(key.CIPHERTEXT_LIST, len(others))
+    elif stage == "unmask":
+        rule = "the shares that it was asked for"
+        wanted = [*asked[key.ACTIVE_NODE_ID_LIST], *asked[key.DEAD_NODE_ID_LIST]]
+        good = texts(key.SHARE_LIST, len(wanted)) and record.get(key.NODE_ID_LIST) == wanted
+        good = good and all(len(one) % 16 == 4 for one in record[key.SHARE_LIST])
+    else:
+        return
+    if not good:
+        raise Refused(
+            f"fastfpl.flower: a client's answer to the stage {stage} must hold {rule}; got others "
+            f"from client {client}"
+        )
+
+
+def _is_key(flowers: SimpleNamespace, data: object) -> bool:
+    try:
+        return bool(flowers.public_key(data).curve.name == "secp384r1")
+    except Exception:  # what a parser says of bytes that are anything
+        return False
+
+
 # -- at a client -----------------------------------------------------------------------------------
 
 
@@ -235,7 +283,7 @@ def secure_answer(letter: Letter, message: Any, context: Any, site: Site) -> Let
 
 
 def _stage(letter: Letter, message: Any, context: Any, site: Site) -> Letter:
-    from flwr.app import Message, RecordDict
+    from flwr.app import ConfigRecord, Message, RecordDict
     from flwr.common import Code, FitRes, Status, ndarrays_to_parameters
 
     flowers, record = _flowers(), _opened(letter)
@@ -265,12 +313,14 @@ def _stage(letter: Letter, message: Any, context: Any, site: Site) -> Letter:
         most = float(context.state.config_records[flowers.state]["clipping_range"])
         vectors = []
         for name, tensor in sorted(unpack(answer.arrays).items()):
-            vector = tensor.double().numpy()
-            if not np.isfinite(vector).all() or np.abs(vector).max(initial=0.0) > most:
+            vector = tensor.double().reshape(-1).numpy()  # Flower's sums miss a number alone
+            finite = bool(np.isfinite(vector).all())
+            if not finite or np.abs(vector).max(initial=0.0) > most:
+                # not which: the server is to see none of them
+                found = f"larger ones: -r secagg_clip={2 * most:g}" if finite else "NaN or inf"
                 raise Refused(
                     f"fastfpl.flower: numbers of {name!r} must lie within secagg_clip={most:g}, or "
-                    f"masks would not come off; got {np.abs(vector).max():g} at client "
-                    f"{site.client}: -r secagg_clip={2 * most:g}"
+                    f"masks would not come off; client {site.client} got {found}"
                 )
             vectors.append(vector)
         weight = answer.head["images"] if letter.head.get("counts") == "images" else 1
@@ -280,6 +330,8 @@ def _stage(letter: Letter, message: Any, context: Any, site: Site) -> Letter:
 
     inner = Message(RecordDict({flowers.name: record}), metadata=message.metadata)
     answer = flowers.answer(inner, context, train)
+    if stage == "unmask":  # Flower would keep keys and shares until the next sum
+        context.state.config_records[flowers.state] = ConfigRecord()
     sealed = {_RECORD: _sealed(answer.content.config_records[flowers.name])}
     return Letter(_told("secure", letter.head, **({"update": said} if said else {})), sealed)
 
@@ -322,6 +374,7 @@ class SecureMean:
         self._counts = counts
         self._rules = rules
         self._device = device
+        self._asked_of: set[int] | None = None
         self.mean: State | None = None
         self.nbytes_up = self.nbytes_down = 0
 
@@ -342,15 +395,21 @@ class SecureMean:
         ``take`` is given what clients say of their training, without arrays. Nobody's answer is
         good unless the mean is known. Who is lost before uploads are masked is left out, and the
         others begin anew: Flower's last stage asks for shares that such a client never gave.
+
+        Once clients were asked to open a sum, no other clients are summed in the round: answers
+        that come late open the first one too, and two sums tell their difference.
         """
         whole: Outcome[Taken] = Outcome()
         end = post.now() + timeout
-        here = dict(letters)
+        may = self._asked_of
+        here = {n: one for n, one in letters.items() if may is None or one.head["client"] in may}
         while len(here) >= max(need, 3):
             updates: dict[int, Taken] = {}
 
             def told(stage: str, sealed: Mapping[int, Letter], opened: Any) -> list[Any]:
-                rest = max(end - post.now(), 0.0)
+                rest = end - post.now()
+                if rest <= 0:  # a life of 0 is twelve hours to Flower
+                    return []
                 outcome: Outcome[Any] = exchange(
                     post, sealed, kind, round_, opened, need=need, grace=grace, timeout=rest
                 )
@@ -405,11 +464,19 @@ class SecureMean:
             def opened(node: int, answer: Letter) -> Any:
                 client = letters[node].head["client"]
                 _check_told(answer.head, _told("secure", letters[node].head))
+                if answer.nbytes > self._rules.most_bytes:
+                    raise Refused(
+                        f"fastfpl.flower: an answer must have at most most_bytes="
+                        f"{self._rules.most_bytes} bytes; got {answer.nbytes} from client {client}"
+                    )
                 self.nbytes_up += answer.nbytes
                 record, content = _opened(answer), RecordDict()
+                asked_for = asked[node].config_records[flowers.name]
+                _check_stage(flowers, stage, asked_for, record, {*letters} - {node}, client)
                 if third:
                     self._check_masked(flowers, record, client)
-                    taken(node, Letter(dict(answer.head.get("update") or {})))
+                    said = answer.head.get("update")
+                    taken(node, Letter(said if isinstance(said, dict) else {}))
                     content = self._untold(flowers, self._weight(letters[node]))
                 content.config_records[flowers.name] = record
                 return SimpleNamespace(
@@ -455,6 +522,10 @@ class SecureMean:
                 if progress.active_node_ids != set(letters):
                     return set(progress.active_node_ids)
             if workflow.collect_masked_vectors_stage(grid, context, progress):
+                summed = {letters[node].head["client"] for node in progress.active_node_ids}
+                if self._asked_of not in (None, summed):
+                    return set(letters)
+                self._asked_of = summed
                 workflow.unmask_stage(grid, context, progress)
         except FastfplError:
             raise
@@ -486,14 +557,14 @@ class SecureMean:
 
     def _check_masked(self, flowers: SimpleNamespace, record: Any, client: int) -> None:
         """Refuse masked arrays that are not of the shapes that are summed."""
-        shapes = [(1,), *(shape for shape, _ in self._wanted.values())]
+        shapes = [(1,), *((math.prod(shape),) for shape, _ in self._wanted.values())]
         try:
             got = [flowers.vector(data) for data in record[flowers.key.MASKED_PARAMETERS]]
             good = [one.shape for one in got] == shapes
             good = good and all(one.dtype == np.int64 for one in got)
             good = good and all(one.min(initial=0) >= 0 for one in got)
             good = good and all(one.max(initial=0) < _MODULUS for one in got)
-        except (KeyError, TypeError, ValueError, OSError, EOFError):
+        except Exception:  # what NumPy says of bytes that are anything
             good = False
         if not good:
             raise Refused(

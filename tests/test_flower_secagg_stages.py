@@ -1,0 +1,334 @@
+"""The stages of a sum under masks between a server and clients that train nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from fastfpl.flower import secagg
+from fastfpl.flower.checks import check_update
+from fastfpl.flower.letters import SCHEMA, Letter, digest, pack
+from fastfpl.flower.rules import make_rules
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("flwr") is None, reason="flwr is not installed"),
+    # of what flwr imports, not of anything here
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+FEDERATION = "0" * 32
+RULES = make_rules({"aggregation": "secagg+", "quorum": 0.67})
+VECTOR = {"ctx": ((5,), torch.float32)}
+
+
+class Clients:
+    """A post to clients whose uploads are drawn, with a clock of its own.
+
+    ``changed(node, stage, answer)`` is what comes of an answer; None never comes. What clients
+    have answered is in ``answers`` all the same.
+    """
+
+    def __init__(self, images, wanted=VECTOR, changed=lambda node, stage, answer: answer):
+        from flwr.app import Context, RecordDict
+
+        draw = torch.Generator().manual_seed(3)
+        self.images, self.wanted, self.changed = images, wanted, changed
+        self.uploads = [
+            {
+                n: torch.randn(shape, generator=draw).to(dtype)
+                for n, (shape, dtype) in wanted.items()
+            }
+            for _ in images
+        ]
+        self.contexts = [Context(1, 70 + c, {}, RecordDict(), {}) for c in range(len(images))]
+        self.time, self.numbers, self.there = 0.0, itertools.count(), {}
+        self.answers, self.lives = [], []
+
+    def site(self, client):
+        def answer(letter):
+            head = {"schema": SCHEMA, "kind": "update", "federation": FEDERATION, "loss": 1.0}
+            head |= {"client": client, "round": 0, "seen": 1, "images": self.images[client]}
+            return Letter({**head, "asked": digest(letter.arrays)}, pack(self.uploads[client]))
+
+        return SimpleNamespace(client=client, answer=answer)
+
+    def nodes(self):
+        return {70 + c: "" for c in range(len(self.images))}
+
+    def send(self, letters, kind, round_, ttl):
+        from flwr.app import Message, RecordDict
+        from flwr.app.metadata import Metadata
+
+        sent = {}
+        for node, letter in letters.items():
+            number = f"m{next(self.numbers)}"
+            metadata = Metadata(1, number, 1, node, "", str(round_), 0.0, 1e12, "train")
+            message = Message(RecordDict(), metadata=metadata)
+            client, stage = node - 70, secagg._opened(letter)["stage"]
+            answer = secagg.secure_answer(letter, message, self.contexts[client], self.site(client))
+            self.answers.append((stage, node, answer))
+            self.lives.append((stage, ttl))
+            sent[number], self.there[number] = node, self.changed(node, stage, answer)
+        return sent
+
+    def fetch(self, numbers):
+        return [(n, self.there.pop(n)) for n in numbers if self.there.get(n) is not None]
+
+    def now(self):
+        return self.time
+
+    def wait(self):
+        self.time += 0.5
+
+
+def summed(clients, *, mean=None, need=None, counts="images", timeout=60.0, without=()):
+    """Go through the stages once: (what knows the mean, what came of the exchange)."""
+    mean = mean or secagg.SecureMean(clients.wanted, clients.images.__getitem__, counts, RULES)
+    head = {"schema": SCHEMA, "kind": "train", "federation": FEDERATION, "round": 0}
+    letters = {
+        node: Letter({**head, "client": node - 70})
+        for node in clients.nodes()
+        if node not in without
+    }
+
+    def take(node, answer):
+        return check_update(
+            answer, federation=FEDERATION, client=node - 70, round_=0, asked=digest({}),
+            images=clients.images[node - 70], wanted={}, rules=RULES,
+        )  # fmt: skip
+
+    need = need or RULES.enough(len(clients.images))
+    outcome = mean.exchange(
+        clients, letters, "train", 0, take, need=need, grace=1.0, timeout=timeout
+    )
+    return mean, outcome
+
+
+def mean_of(clients, nodes):
+    """The weighted mean of plain uploads."""
+    whole = sum(clients.images[n - 70] for n in nodes)
+    return {
+        name: sum(clients.images[n - 70] * clients.uploads[n - 70][name].double() for n in nodes)
+        / whole
+        for name in clients.wanted
+    }
+
+
+@pytest.fixture(autouse=True)
+def in_a_task(monkeypatch):
+    from flwr.supercore.task_identity import TaskIdentity
+
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+def test_so_many_clients_are_summed_as_do_not_overflow():
+    """Weights are whole numbers up to 2^22 and numbers too: one client more, and sums are 0."""
+    from flwr.common.secure_aggregation.quantization import dequantize, quantize
+
+    most, levels, modulus = secagg._MOST_CLIENTS, secagg._LEVELS, secagg._MODULUS
+    assert most * levels < modulus == (most + 1) * levels
+    for value in (8.0, -8.0):
+        whole = most * quantize([np.full(2, value)], 8.0, levels)[0].astype(np.int64) % modulus
+        (found,) = dequantize([whole], 8.0, levels)
+        np.testing.assert_allclose((found - (most - 1) * 8.0) / most, value, rtol=1e-6)
+
+
+@pytest.mark.parametrize("clients", [3, 4, 9])
+@pytest.mark.parametrize("stage", [None, "setup", "share_keys", "collect_masked_vectors", "unmask"])
+def test_the_mean_is_of_those_whose_masked_uploads_came(clients, stage):
+    """Of odd and even numbers of clients, and of arrays of any rank and float."""
+    wanted = {
+        "vector": ((5,), torch.float32),
+        "number": ((), torch.float32),
+        "nothing": ((0, 4), torch.float32),
+        "half": ((2, 3), torch.float16),
+        "double": ((1, 2, 2), torch.float64),
+    }
+    need = RULES.enough(clients)
+    lost = [70 + c for c in range(clients - need)] if stage else []
+
+    def changed(node, now, answer):
+        return None if now == stage and node in lost else answer
+
+    played = Clients([3 * c + 1 for c in range(clients)], wanted, changed)
+    sum_, outcome = summed(played)
+    assert sum_.mean is not None
+    there = [n for n in played.nodes() if stage == "unmask" or n not in lost]
+    assert sorted(outcome.good) == there
+    want = mean_of(played, there)
+    most, whole = max(played.images), sum(played.images[n - 70] for n in there)
+    for name, (shape, dtype) in wanted.items():
+        found = sum_.mean[name]
+        assert (tuple(found.shape), found.dtype) == (shape, dtype)
+        step = 2 * 8.0 / (1 << 22) * len(there) * most / whole
+        rtol = 1e-3 if dtype == torch.float16 else 1e-6
+        torch.testing.assert_close(found.double(), want[name], rtol=rtol, atol=step)
+
+
+def test_late_shares_and_a_second_sum_do_not_tell_an_upload_apart():
+    """What had come too late opens the first sum: the second is of the same clients, or is none."""
+    late, lost = {70, 71, 72, 73}, set()
+
+    def changed(node, stage, answer):
+        return None if node in lost or (stage == "unmask" and node in late) else answer
+
+    played = Clients([5, 5, 5, 5], changed=changed)
+    sum_, outcome = summed(played)
+    assert sum_.mean is None
+    assert sorted(outcome.absent) == [70, 71, 72, 73]
+    opened = [stage for stage, _, answer in played.answers if answer.head["kind"] == "secure"]
+    assert opened.count("unmask") == 4, "the test must be able to fail: they tell their shares"
+    late.clear()
+    lost.add(73)
+    sum_, outcome = summed(played, mean=sum_)
+    assert sum_.mean is None
+    assert [stage for stage, *_ in played.answers].count("unmask") == 4
+    _, outcome = summed(played, mean=sum_, without=[73])
+    assert (sum_.mean, outcome.good) == (None, {})
+    lost.clear()
+    _, outcome = summed(played, mean=sum_)
+    torch.testing.assert_close(
+        sum_.mean["ctx"].double(), mean_of(played, outcome.good)["ctx"], rtol=0, atol=1e-5
+    )
+    assert sorted(outcome.good) == [70, 71, 72, 73]
+
+
+def test_no_letter_has_a_life_of_no_time():
+    """Flower makes twelve hours of it, in which shares of a round that has ended would arrive."""
+    from flwr.app import Message, RecordDict
+
+    assert Message(RecordDict(), 1, "train", ttl=0.0).metadata.ttl == 12 * 3600
+
+    def changed(node, stage, answer):
+        return None if (node, stage) == (73, "collect_masked_vectors") else answer
+
+    played = Clients([5, 5, 5, 5], changed=changed)
+    sum_, _ = summed(played, timeout=1.0)
+    assert sum_.mean is None
+    assert [stage for stage, _ in played.lives] == [
+        stage for stage in ("setup", "share_keys", "collect_masked_vectors") for _ in range(4)
+    ]
+    assert all(life > 0 for _, life in played.lives)
+
+
+def array(shape):
+    """The head of an array of NumPy's, without its numbers."""
+    text = f"{{'descr': '<i8', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+
+
+def archive():
+    content = io.BytesIO()
+    np.savez(content, x=np.zeros(1))
+    return content.getvalue()
+
+
+def key(curve):
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from flwr.supercore.primitives import asymmetric
+
+    return asymmetric.public_key_to_bytes(ec.generate_private_key(curve()).public_key())
+
+
+def small(record):
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    return key(ec.SECP256R1)
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "value"),
+    [
+        ("setup", "pk1", None),
+        ("setup", "pk1", 5),
+        ("setup", "pk2", b"no key"),
+        ("setup", "pk2", small),
+        ("setup", "pk2", lambda record: record["pk1"]),
+        ("share_keys", "dsts", None),
+        ("share_keys", "dsts", 3),
+        ("share_keys", "dsts", [1, 2, 3]),
+        ("share_keys", "dsts", [70, 70, 72]),
+        ("share_keys", "ctxts", lambda record: record["ctxts"][:1]),
+        ("share_keys", "ctxts", ["a", "b", "c"]),
+        ("collect_masked_vectors", "masked_params", 7),
+        ("collect_masked_vectors", "masked_params", [archive(), archive()]),
+        ("collect_masked_vectors", "masked_params", [b"PK\x03\x04", b""]),
+        ("collect_masked_vectors", "masked_params", [array("(9999999999999,)"), b""]),
+        ("collect_masked_vectors", "masked_params", [array("(" * 2000), b""]),
+        ("collect_masked_vectors", "masked_params", [b"0" * 100_000]),
+        ("collect_masked_vectors", "update", "ab"),
+        ("collect_masked_vectors", "update", [1]),
+        ("unmask", "nids", None),
+        ("unmask", "nids", [71, 71, 71, 71]),
+        ("unmask", "nids", [1, 2, 3, 4]),
+        ("unmask", "shares", [1, 2, 3, 4]),
+        ("unmask", "shares", [b"", b"", b"", b""]),
+        ("unmask", "shares", lambda record: record["shares"][:1]),
+    ],
+)
+def test_one_client_that_answers_nonsense_does_not_stop_the_others(stage, name, value):
+    """It is refused by name, whatever Flower's stages and NumPy would say of its answer."""
+
+    def changed(node, now, answer):
+        if (node, now) != (71, stage):
+            return answer
+        if name == "update":
+            return Letter({**answer.head, name: value}, answer.arrays)
+        record = secagg._opened(answer)
+        wrong = value(record) if callable(value) else value
+        del record[name]
+        if wrong is not None:
+            record[name] = wrong
+        return Letter(answer.head, {secagg._RECORD: secagg._sealed(record)})
+
+    played = Clients([5, 3, 4, 6], changed=changed)
+    rules = RULES.model_copy(update={"most_bytes": 50_000})
+    sum_ = secagg.SecureMean(played.wanted, played.images.__getitem__, "images", rules)
+    _, outcome = summed(played, mean=sum_)
+    assert list(outcome.refused) == [71]
+    assert outcome.refused[71].startswith("fastfpl.flower: ")
+    there = [70, 71, 72, 73] if stage == "unmask" else [70, 72, 73]
+    assert sorted(outcome.good) == there
+    torch.testing.assert_close(
+        sum_.mean["ctx"].double(), mean_of(played, there)["ctx"], rtol=0, atol=2e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(19.625, "larger ones: -r secagg_clip=16"), (float("nan"), "NaN or inf"), (8.0, None)],
+)
+def test_what_cannot_be_carried_is_refused_without_its_numbers(number, said):
+    played = Clients([5, 5, 5, 5])
+    played.uploads[1]["ctx"][2] = number
+    sum_, outcome = summed(played)
+    if said is None:  # the largest that is carried
+        want = mean_of(played, outcome.good)["ctx"]
+        torch.testing.assert_close(sum_.mean["ctx"].double(), want, rtol=0, atol=1e-5)
+        return
+    assert sorted(outcome.good) == [70, 72, 73]
+    assert outcome.failed[71].endswith(f"client 1 got {said}")
+    assert "19.6" not in outcome.failed[71]
+
+
+def test_a_client_forgets_keys_and_shares_with_the_last_stage():
+    """Who gets hold of clients later opens no former sum; the next one begins as the first."""
+    state = secagg._flowers().state
+
+    def changed(node, stage, answer):
+        if stage == "unmask":
+            return answer
+        assert len(played.contexts[node - 70].state.config_records[state]) > 5
+        return answer
+
+    played = Clients([5, 3, 4, 6], changed=changed)
+    for _ in range(2):
+        sum_, _ = summed(played)
+        assert sum_.mean is not None
+        assert [dict(c.state.config_records[state]) for c in played.contexts] == [{}] * 4
