@@ -27,7 +27,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-__all__ = ["Warm"]
+__all__ = ["Warm", "end_with"]
 
 _LENGTH = struct.Struct("!Q")
 _STATUS = struct.Struct("!i")
@@ -225,7 +225,7 @@ def answer(connection: socket.socket) -> dict[str, Any]:
     child = os.fork()
     if child == 0:
         connection.close()
-        _end_with(this)
+        end_with(this)
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
             os.close(stream)
@@ -245,11 +245,11 @@ def answer(connection: socket.socket) -> dict[str, Any]:
     os._exit(0)
 
 
-def _end_with(parent: int) -> None:
-    """Have this process killed when its parent ends, however that ends."""
+def end_with(parent: int, number: int = signal.SIGKILL) -> None:
+    """Have this process get a signal when its parent ends, however that ends; on Linux."""
     import ctypes
 
-    ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
+    ctypes.CDLL(None).prctl(1, int(number))  # PR_SET_PDEATHSIG
     if os.getppid() != parent:
         os._exit(1)
 

@@ -205,6 +205,7 @@ def test_masks_have_all_of_their_key():
         ({"dropout": 0.5}, {}, "dropout must be 0.0|dropout must be left out"),
         ({}, {"wire": "float16"}, "wire must be exact with aggregation=secagg"),
         ({}, {"quorum": 0.5}, "quorum must be above 0.5 with aggregation=secagg"),
+        ({}, {"quorum": 0.5 + 1e-10}, "quorum must be above 0.5 with aggregation=secagg"),
         ({"clients": 2}, {}, "a round must call 3 to 1023 clients .* got 2"),
         ({"method": "pfedmoap"}, {}, "aggregation must be plain for pfedmoap; .* single uploads"),
         ({"method": "prompt-fedamp"}, {}, "aggregation must be plain for prompt-fedamp"),
@@ -359,3 +360,7 @@ def test_rules_say_what_is_there():
     assert make_rules({}).aggregation == "plain"
     with pytest.raises(InputError, match="aggregation"):
         make_rules({"aggregation": "secret"})
+    for value in (True, 0, -1.0, float("nan"), float("inf"), 1e7, "8", None, [8.0]):
+        with pytest.raises(InputError, match="secagg_clip is refused"):
+            make_rules({"secagg_clip": value})
+    assert make_rules({"secagg_clip": 8}).secagg_clip == 8.0

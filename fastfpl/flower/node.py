@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import FrameType
@@ -25,7 +26,7 @@ from fastfpl import system
 from fastfpl.errors import Missing
 from fastfpl.flower.apps import flower_version
 from fastfpl.system import FORKS
-from fastfpl.warm import Warm
+from fastfpl.warm import Warm, end_with
 
 __all__ = ["ENVIRONMENT", "WARM_COMMANDS", "environment", "run_node", "tool", "warm_commands"]
 
@@ -109,14 +110,18 @@ def run_node(arguments: Sequence[str]) -> int:
     flower_version()
     supernode = tool("flower-supernode")
     with warm_commands() as warm:
-        node = subprocess.Popen([supernode, *arguments], env=warm)
+        # whoever restarts what was killed finds its port and its key free
+        bound = partial(end_with, os.getpid(), signal.SIGTERM) if FORKS else None
+        node = subprocess.Popen([supernode, *arguments], env=warm, preexec_fn=bound)
 
         def pass_on(number: int, frame: FrameType | None) -> None:
             node.send_signal(number)
 
         # Ctrl-C reaches the whole group of a terminal by itself
         before = {signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN)}
-        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, pass_on)
+        for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                before[number] = signal.signal(number, pass_on)
         try:
             return node.wait()
         finally:

@@ -69,7 +69,7 @@ def make_rules(values: Mapping[str, Any]) -> Rules:
                 + near(cut(str(key)), known)
             )
     clean: dict[str, Any] = {
-        key: float(value) if isinstance(value, int) and key not in ("most_bytes",) else value
+        key: float(value) if type(value) is int and key not in ("most_bytes",) else value
         for key, value in values.items()
     }
     try:

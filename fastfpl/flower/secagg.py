@@ -68,7 +68,7 @@ def check_secagg(settings: Settings, rules: Rules) -> None:
             "fastfpl.flower: dp_unit must be image with aggregation=secagg+, since a server that "
             "sees no single upload cannot cut one; got client"
         )
-    if rules.quorum <= 0.5:
+    if rules.quorum <= 0.5 + 1e-9:  # as `Rules.enough` rounds
         raise InputError(
             "fastfpl.flower: quorum must be above 0.5 with aggregation=secagg+, or a server could "
             f"ask one half of the clients for one secret of a client, and the other half for the "

@@ -1,0 +1,65 @@
+"""What `fastfpl flower node` does with signals, and with what it started, around a SuperNode."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from fastfpl.system import FORKS
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("flwr") is None, reason="flwr is not installed"),
+    pytest.mark.skipif(not FORKS, reason="forks are for Linux"),
+]
+SUPERNODE = """#!{python}
+import os, signal, sys, time
+for number, code in ((signal.SIGTERM, 5), (signal.SIGHUP, 6)):
+    signal.signal(number, lambda *_, code=code: sys.exit(code))
+open(sys.argv[1] + ".part", "w").write(str(os.getpid()))
+os.rename(sys.argv[1] + ".part", sys.argv[1])
+time.sleep(60)
+"""
+NODE = """
+import contextlib, os, sys
+from fastfpl.flower import node
+node.tool = lambda name: sys.argv[1]
+node.warm_commands = lambda: contextlib.nullcontext(os.environ)
+sys.exit(node.run_node(sys.argv[2:]))
+"""
+
+
+def lives(number):
+    try:
+        return psutil.Process(number).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 5), (signal.SIGHUP, 6), (signal.SIGKILL, -signal.SIGKILL)],
+)
+def test_a_supernode_ends_with_its_node(number, code, tmp_path):
+    """Who restarts a node finds its port and its key free, however it ended."""
+    script = tmp_path / "supernode"
+    script.write_text(SUPERNODE.format(python=sys.executable))
+    script.chmod(0o700)
+    one = subprocess.Popen([sys.executable, "-c", NODE, str(script), str(tmp_path / "number")])
+    end = time.monotonic() + 60
+    while not (tmp_path / "number").exists():
+        assert one.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    supernode = int((tmp_path / "number").read_text())
+    os.kill(one.pid, number)
+    assert one.wait(20) == code
+    while lives(supernode):
+        assert time.monotonic() < end
+        time.sleep(0.05)
