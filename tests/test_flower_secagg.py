@@ -42,7 +42,7 @@ def in_a_task(monkeypatch):
         monkeypatch.setattr(TaskIdentity, name, 1)
 
 
-def play(folder, settings, rules=None, *, lost=lambda message: False):
+def play(folder, settings, rules=None, *, lost=lambda message: False, resume=False, **node):
     """Play a run over a grid in this process: (result, grid)."""
     from flwr.app import Context, RecordDict
 
@@ -52,10 +52,10 @@ def play(folder, settings, rules=None, *, lost=lambda message: False):
         "settings": json.dumps(settings.model_dump()),
         "rules": json.dumps({**RULES, **(rules or {})}),
         "out": str(folder / "out"),
-        "resume": False,
+        "resume": resume,
     }
     nodes = {
-        70 + c: {"partition-id": c, "state-dir": str(folder / f"site-{c}"), "threads": 1}
+        70 + c: {"partition-id": c, "state-dir": str(folder / f"site-{c}"), "threads": 1, **node}
         for c in range(settings.clients)
     }
     grid = LocalGrid(apps.client_app(), nodes, config, stays=True, lost=lost)
@@ -354,6 +354,39 @@ def test_a_mean_of_means_is_told_from_a_mean():
 
     method.merge = merge
     assert counted(method, server, wanted) is None
+
+
+@needs_flower
+def test_nobody_trains_in_the_clear_who_does_not_want_to(tmp_path, in_a_task):
+    settings = make_settings({**RUN, "rounds": 1})
+    with pytest.raises(InputError, match="summed under masks, as its own configuration says"):
+        play(tmp_path / "a", settings, {"aggregation": "plain"}, aggregation="secagg+")
+    with pytest.raises(InputError, match="aggregation must be secagg.* got 'sometimes'"):
+        play(tmp_path / "b", settings, {"patience": 0.0}, aggregation="sometimes")
+    found, _ = play(tmp_path / "c", settings, aggregation="secagg+")
+    assert found.rounds[0]["lost"] == []
+    # what the run is to be stands in its configuration, whatever a letter asks for
+    letter = Letter({"schema": SCHEMA, "kind": "train"})
+    run = {"rules": json.dumps(RULES), "settings": json.dumps(settings.model_dump())}
+    with pytest.raises(InputError, match="summed under masks, as the run says"):
+        apps.refuse_plain(letter, run, {})
+    apps.refuse_plain(letter, {**run, "rules": "{}"}, {})
+
+
+@needs_flower
+@pytest.mark.parametrize("first", ["plain", "secagg+"])
+def test_a_run_goes_on_as_it_began(first, tmp_path, in_a_task):
+    settings = make_settings({**RUN, "rounds": 1})
+    play(tmp_path, settings, {"aggregation": first})
+    more = settings.model_copy(update={"rounds": 2})
+    (tmp_path / "out" / "result.json").unlink()
+    other = {"plain": "secagg+", "secagg+": "plain"}[first]
+    with pytest.raises(
+        InputError, match=f"aggregation: '{first}' then, '{other}' now".replace("+", ".")
+    ):
+        play(tmp_path, more, {"aggregation": other}, resume=True)
+    found, _ = play(tmp_path, more, {"aggregation": first}, resume=True)
+    assert len(found.rounds) == 2
 
 
 def test_rules_say_what_is_there():

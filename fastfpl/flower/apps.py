@@ -113,6 +113,7 @@ NODE_KEYS = {
     "pretrained": "its own copy of the CLIP's weights",
     "device": "cpu, cuda or auto",
     "threads": "CPU threads",
+    "aggregation": "secagg+: it trains for a server alone that learns means under masks",
 }
 
 
@@ -161,6 +162,23 @@ def site_of(run: Mapping[str, Any], node: Mapping[str, Any]) -> Site:
     )
 
 
+def refuse_plain(letter: Letter, run: Mapping[str, Any], node: Mapping[str, Any]) -> None:
+    """Refuse to train in the clear where the run, or this client, wants sums under masks."""
+    demand = node.get("aggregation")
+    if demand not in (None, "plain", "secagg+"):
+        raise InputError(
+            "fastfpl.flower: aggregation must be secagg+ in the node's configuration, or left out; "
+            f"got {shown(demand)}"
+        )
+    _, rules = _run_settings(run)
+    if letter.head.get("kind") == "train" and "secagg+" in (demand, rules.aggregation):
+        raise Refused(
+            "fastfpl.flower: uploads of this client must be summed under masks, as "
+            f"{'its own configuration' if demand == 'secagg+' else 'the run'} says; got a letter "
+            "that asks for one in the clear: -r aggregation=secagg+"
+        )
+
+
 def client_app() -> Any:
     """Return a ClientApp that plays one client of any method; the run's configuration says which.
 
@@ -177,6 +195,7 @@ def client_app() -> Any:
         try:
             letter = letter_of(message.content)
             site = site_of(context.run_config, context.node_config)
+            refuse_plain(letter, context.run_config, context.node_config)
             if letter.head.get("kind") == "secure":
                 answer = secure_answer(letter, message, context, site)
             else:

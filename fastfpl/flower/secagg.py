@@ -72,7 +72,7 @@ def check_secagg(settings: Settings, rules: Rules) -> None:
         raise InputError(
             "fastfpl.flower: quorum must be above 0.5 with aggregation=secagg+, or a server could "
             f"ask one half of the clients for one secret of a client, and the other half for the "
-            f"other; got {rules.quorum:g}: -r quorum=0.67"
+            f"other; got {rules.quorum:g}: -r quorum=0.6"
         )
 
 

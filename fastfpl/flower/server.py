@@ -193,6 +193,8 @@ class Server:
         """Wait for clients, play the rounds that are left, and save after each."""
         settings = self.settings
         self.facts = {**settings_facts(settings, self.options), "engine": "flower"}
+        # what was summed under masks is never asked for again without
+        self.facts["aggregation"] = self.rules.aggregation
         task = self._task_before()
         self.clip = self.model or load_model(settings, self.device)
         mine = identity(self.clip, self.kind, settings, self.options)
