@@ -186,6 +186,8 @@ def serve(path: str, modules: list[str]) -> None:
     os.dup2(2, 1)  # what imports print
     for name in modules:
         importlib.import_module(name)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()  # or every fork would say it again
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         raise SystemExit("fastfpl.warm: imports must leave devices alone; got a CUDA context")

@@ -20,7 +20,7 @@ pytestmark = [
 ]
 SUPERNODE = """#!{python}
 import os, signal, sys, time
-for number, code in ((signal.SIGTERM, 5), (signal.SIGHUP, 6)):
+for number, code in ((signal.SIGTERM, 5), (signal.SIGHUP, 6), (signal.SIGINT, 7)):
     signal.signal(number, lambda *_, code=code: sys.exit(code))
 open(sys.argv[1] + ".part", "w").write(str(os.getpid()))
 os.rename(sys.argv[1] + ".part", sys.argv[1])
@@ -44,21 +44,28 @@ def lives(number):
 
 @pytest.mark.parametrize(
     ("number", "code"),
-    [(signal.SIGTERM, 5), (signal.SIGHUP, 6), (signal.SIGKILL, -signal.SIGKILL)],
+    [
+        (signal.SIGTERM, 5),
+        (signal.SIGHUP, 6),
+        (signal.SIGINT, 7),
+        (signal.SIGKILL, -signal.SIGKILL),
+    ],
 )
 def test_a_supernode_ends_with_its_node(number, code, tmp_path):
     """Who restarts a node finds its port and its key free, however it ended."""
     script = tmp_path / "supernode"
     script.write_text(SUPERNODE.format(python=sys.executable))
     script.chmod(0o700)
-    one = subprocess.Popen([sys.executable, "-c", NODE, str(script), str(tmp_path / "number")])
+    command = [sys.executable, "-c", NODE, str(script), str(tmp_path / "number")]
+    one = subprocess.Popen(command, start_new_session=True)
     end = time.monotonic() + 60
     while not (tmp_path / "number").exists():
         assert one.poll() is None
         assert time.monotonic() < end
         time.sleep(0.05)
     supernode = int((tmp_path / "number").read_text())
-    os.kill(one.pid, number)
+    # as a terminal does it: to all of a group
+    os.killpg(one.pid, number) if number == signal.SIGINT else os.kill(one.pid, number)
     assert one.wait(20) == code
     while lives(supernode):
         assert time.monotonic() < end

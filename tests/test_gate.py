@@ -556,7 +556,7 @@ def seen():
     of_attention = attention._settings(qkv, 2, False, None)["PRECISION"]
     return allows_tf32(), of_gate, of_attention
 """
-    script = look + "assert seen() == (False, 'ieee', 'tf32x3'), seen()\n"
+    script = look + "assert seen() == (False, 'ieee', 'bf16x6'), seen()\n"
     script += "import os, sys\n"
     # a fork each, so that torch is imported once
     for how, line in TF32.items():

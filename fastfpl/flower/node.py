@@ -112,14 +112,20 @@ def run_node(arguments: Sequence[str]) -> int:
     with warm_commands() as warm:
         # whoever restarts what was killed finds its port and its key free
         bound = partial(end_with, os.getpid(), signal.SIGTERM) if FORKS else None
-        node = subprocess.Popen([supernode, *arguments], env=warm, preexec_fn=bound)
+        # of its own session: a signal reaches it once, whether a terminal sends it or a supervisor
+        node = subprocess.Popen(
+            [supernode, *arguments], env=warm, preexec_fn=bound, start_new_session=True
+        )
 
         def pass_on(number: int, frame: FrameType | None) -> None:
             node.send_signal(number)
 
-        # Ctrl-C reaches the whole group of a terminal by itself
-        before = {signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN)}
-        for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+        before = {}
+        for number in {
+            signal.SIGINT,
+            signal.SIGTERM,
+            getattr(signal, "SIGHUP", signal.SIGTERM),
+        }:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
                 before[number] = signal.signal(number, pass_on)
         try:
