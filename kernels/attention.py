@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastfpl.kernels.device import on_its_device
+from fastfpl.kernels.launching import cdiv, launched, power
 from fastfpl.kernels.lifetime import keep
 from fastfpl.kernels.precision import allows_tf32
 from fastfpl.kernels.rounding import quotient
@@ -572,10 +573,12 @@ def prefix_attention_fwd(
     mixed = qkv.new_empty(groups, queries, triple // 3)
     settings = _settings(qkv, heads, last_only, step)
     block = block or _block(qkv, heads, last_only)
-    tiles = triton.cdiv(queries, block)
+    tiles = cdiv(queries, block)
     programs = tiles * heads * _chunks(settings) * groups
     if programs:
-        _prefix_attention_fwd_kernel[(programs,)](
+        launched(
+            _prefix_attention_fwd_kernel,
+            programs,
             *(mixed, qkv, bias, sos, begin, ends, tiles, rows, queries, shared),
             BLOCK_M=block,
             **settings,
@@ -613,10 +616,12 @@ def prefix_attention_bwd(
     chunks = _chunks(settings)
     wide = torch.promote_types(qkv.dtype, torch.float32)
     d_qkv = torch.empty_like(qkv)
-    notes = qkv.new_empty(3, groups, heads, queries, dtype=wide).unbind()
+    notes = [qkv.new_empty(groups, heads, queries, dtype=wide) for _ in range(3)]
     block_q = block or _block(qkv, heads, last_only)
-    tiles = triton.cdiv(queries, block_q)
-    _prefix_attention_bwd_query_kernel[(tiles * heads * chunks * groups,)](
+    tiles = cdiv(queries, block_q)
+    launched(
+        _prefix_attention_bwd_query_kernel,
+        tiles * heads * chunks * groups,
         *(d_qkv, *notes, d_mixed, qkv, bias, sos, begin, ends),
         *(tiles, rows, queries, shared),
         BLOCK_M=block_q,
@@ -633,8 +638,10 @@ def prefix_attention_bwd(
     own = settings | {"BLOCK_N": block or (64 if narrow else 32) // (2 if double else 1)}
     if split:
         own["BLOCK_D"] = 16
-    tiles = triton.cdiv(rows - shared, own["BLOCK_N"])
-    _prefix_attention_bwd_key_kernel[(tiles * heads * _chunks(own) * groups,)](
+    tiles = cdiv(rows - shared, own["BLOCK_N"])
+    launched(
+        _prefix_attention_bwd_key_kernel,
+        tiles * heads * _chunks(own) * groups,
         *(d_qkv, None, *tables, tiles, 1, queries, rows, queries, shared),
         LEAD=False,
         **own,
@@ -643,19 +650,23 @@ def prefix_attention_bwd(
         return d_qkv
 
     settings["BLOCK_N"] = 16 if shared <= 16 else 32
-    tiles = triton.cdiv(shared, settings["BLOCK_N"])
-    per_part = 64 * triton.cdiv(queries, 64 * triton.cdiv(programs, tiles * heads * groups))
-    parts = triton.cdiv(queries, per_part)
+    tiles = cdiv(shared, settings["BLOCK_N"])
+    per_part = 64 * cdiv(queries, 64 * cdiv(programs, tiles * heads * groups))
+    parts = cdiv(queries, per_part)
     shape = (groups, parts, shared, 2, width)
     partial = qkv.new_empty(shape, dtype=wide) if parts > 1 else None
-    _prefix_attention_bwd_key_kernel[(tiles * heads * chunks * groups * parts,)](
+    launched(
+        _prefix_attention_bwd_key_kernel,
+        tiles * heads * chunks * groups * parts,
         *(d_qkv, partial, *tables, tiles, parts, per_part, rows, queries, shared),
         LEAD=True,
         **settings,
     )
     if partial is not None:
         columns = 128
-        _prefix_attention_bwd_sum_kernel[(groups * shared * triton.cdiv(2 * width, columns),)](
+        launched(
+            _prefix_attention_bwd_sum_kernel,
+            groups * shared * cdiv(2 * width, columns),
             *(d_qkv, partial, parts, rows, shared),
             WIDTH=width,
             BLOCK_R=32,
@@ -678,12 +689,18 @@ def _block(qkv: Tensor, heads: int, last_only: bool) -> int:
 
 
 def _settings(qkv: Tensor, heads: int, last_only: bool, step: int | None) -> dict[str, Any]:
-    width = qkv.shape[-1] // 3
-    head = width // heads
-    half = qkv.dtype in (torch.float16, torch.bfloat16)
     precision = "ieee"  # says nothing but for float32
     if qkv.dtype == torch.float32:
         precision = "tf32" if allows_tf32() else "bf16x6"
+    width = qkv.shape[-1] // 3
+    return dict(_settings_of(qkv.dtype, width, width // heads, last_only, step, precision))
+
+
+@functools.lru_cache(maxsize=64)
+def _settings_of(
+    dtype: torch.dtype, width: int, head: int, last_only: bool, step: int | None, precision: str
+) -> dict[str, Any]:
+    half = dtype in (torch.float16, torch.bfloat16)
     # so much of a head at a time as leaves no register spilled: half where it is in several pieces
     widest = (64 if half else 32) // (1 if head <= 64 else 2)
     return {
@@ -692,17 +709,17 @@ def _settings(qkv: Tensor, heads: int, last_only: bool, step: int | None) -> dic
         "SCALE": head**-0.5,
         "LAST": last_only,
         "BLOCK_N": step or (32 if half else 16),
-        "BLOCK_D": max(16, min(widest, triton.next_power_of_2(head))),
-        "ACC": tl.float64 if qkv.dtype == torch.float64 else tl.float32,
+        "BLOCK_D": max(16, min(widest, power(head))),
+        "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
         "PRECISION": precision,
         # what a query holds of a wide head, or in float64, is spread over twice the threads
-        "num_warps": 4 if head <= 64 and qkv.dtype != torch.float64 else 8,
+        "num_warps": 4 if head <= 64 and dtype != torch.float64 else 8,
         "maxnreg": 255,  # of itself the assembler keeps to fewer on some cards, and spills
     }
 
 
 def _chunks(settings: dict[str, Any]) -> int:
-    return triton.cdiv(settings["HEAD"], settings["BLOCK_D"])
+    return cdiv(settings["HEAD"], settings["BLOCK_D"])
 
 
 @functools.lru_cache(maxsize=1024)  # a pass in parts has two for each part

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastfpl.kernels.device import on_its_device
+from fastfpl.kernels.launching import cdiv, launched, power
 from fastfpl.kernels.precision import allows_tf32
 
 __all__ = ["WIDEST", "gate_bwd", "gate_fwd"]
@@ -269,15 +270,15 @@ def _constants(qz: Tensor, kv: Tensor, blocks: tuple[int, int] | None) -> dict[s
     classes, experts = kv.shape[1:3]
     tf32 = qz.dtype == torch.float32 and allows_tf32()
     # 16 is the least a product on the matrix units takes
-    padded = max(16, triton.next_power_of_2(width))
+    padded = max(16, power(width))
     units, wide = tf32 or qz.itemsize == 2, padded > 32
     if blocks is None:
         # the largest that spill no register on any card
         most_b = 32 if units or not wide else 16
         most_c = 32 if qz.itemsize == 2 and not wide else 16
         blocks = (
-            min(most_b, max(16, triton.next_power_of_2(images))),
-            min(most_c, max(16, triton.next_power_of_2(classes))),
+            min(most_b, max(16, power(images))),
+            min(most_c, max(16, power(classes))),
         )
     return {
         "E": experts,
@@ -320,7 +321,7 @@ def gate_fwd(
     """
     (clients, images), heads, classes = qz.shape[:2], qz.shape[3], kv.shape[1]
     constants = _constants(qz, kv, blocks)
-    tiles = triton.cdiv(images, constants["BLOCK_B"]) * triton.cdiv(classes, constants["BLOCK_C"])
+    tiles = cdiv(images, constants["BLOCK_B"]) * cdiv(classes, constants["BLOCK_C"])
     # heads apart until the card is busy; their logits are then added in the order of the heads
     parts = next(
         (n for n in range(1, heads + 1) if heads % n == 0 and clients * tiles * n >= _BUSY), heads
@@ -331,7 +332,9 @@ def gate_fwd(
     if wanted:
         stats = tuple(qz.new_empty((clients, heads, images, classes), dtype=wide) for _ in range(3))
     if out.numel():
-        _gate_fwd_kernel[(clients * tiles * parts,)](
+        launched(
+            _gate_fwd_kernel,
+            clients * tiles * parts,
             qz,
             kv,
             out,
@@ -362,25 +365,32 @@ def gate_bwd(
     """
     (clients, images), heads, classes, experts = qz.shape[:2], qz.shape[3], *kv.shape[1:3]
     constants = _constants(qz, kv, blocks)
-    tiles_b = triton.cdiv(images, constants["BLOCK_B"])
-    tiles_c = triton.cdiv(classes, constants["BLOCK_C"])
+    tiles_b = cdiv(images, constants["BLOCK_B"])
+    tiles_c = cdiv(classes, constants["BLOCK_C"])
     constants["SCALE"] = scale
     given = (d_logits.contiguous(), qz, kv, *stats)
     d_qz = d_kv = None
     if of_images:
         programs = clients * heads * tiles_b
         # classes apart until the card is busy; their parts are then added in the order of classes
-        parts = max(1, min(tiles_c, triton.cdiv(_BUSY, max(1, programs))))
+        parts = max(1, min(tiles_c, cdiv(_BUSY, max(1, programs))))
         wide = qz.dtype if parts == 1 else _accumulator(qz.dtype)
         by_part = qz.new_empty((parts, *qz.shape), dtype=wide)
         if programs:
-            _gate_bwd_qz_kernel[(programs * parts,)](
-                *given, by_part, images, classes, parts, **constants
+            launched(
+                _gate_bwd_qz_kernel,
+                programs * parts,
+                *given,
+                by_part,
+                images,
+                classes,
+                parts,
+                **constants,
             )
         d_qz = by_part[0] if parts == 1 else by_part.sum(dim=0).to(qz.dtype)
     if of_experts:
         d_kv = torch.empty_like(kv)
         programs = clients * heads * experts * tiles_c
         if programs:
-            _gate_bwd_kv_kernel[(programs,)](*given, d_kv, images, classes, **constants)
+            launched(_gate_bwd_kv_kernel, programs, *given, d_kv, images, classes, **constants)
     return d_qz, d_kv

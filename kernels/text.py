@@ -6,6 +6,7 @@ activation). Statistics are of float32, of float64 for float64.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastfpl.kernels.device import on_its_device
+from fastfpl.kernels.launching import cdiv, launched, power
 from fastfpl.kernels.rounding import quotient, root
 
 __all__ = [
@@ -216,10 +218,23 @@ def norm_fwd(
     """LayerNorm of x (M, W): normalised rows, x + shift (or None), mean and 1 / deviation (M,)."""
     h = torch.empty_like(x)
     base = None if shift is None else torch.empty_like(x)
-    mean, rstd = x.new_empty(2, len(x), dtype=_wide(x))
-    grid, settings = _rows(x)
+    mean, rstd = (x.new_empty(len(x), dtype=_wide(x)) for _ in range(2))
+    programs, settings = _rows(x)
     if len(x):
-        _norm_fwd_kernel[grid](h, base, mean, rstd, x, weight, bias, shift, EPS=eps, **settings)
+        launched(
+            _norm_fwd_kernel,
+            programs,
+            h,
+            base,
+            mean,
+            rstd,
+            x,
+            weight,
+            bias,
+            shift,
+            EPS=eps,
+            **settings,
+        )
     return h, base, mean, rstd
 
 
@@ -228,27 +243,31 @@ def norm_bwd(
     d_h: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, d_x: Tensor
 ) -> None:
     """Add the gradient of LayerNorm with respect to its input to ``d_x`` (M, W)."""
-    grid, settings = _rows(x)
+    programs, settings = _rows(x)
     if len(x):
-        _norm_bwd_kernel[grid](d_x, d_h, x, weight, mean, rstd, **settings)
+        launched(_norm_bwd_kernel, programs, d_x, d_h, x, weight, mean, rstd, **settings)
 
 
 @on_its_device
 def activation_fwd(u: Tensor, bias: Tensor, kind: str) -> Tensor:
     """Activate u + bias, u (M, F): "quick_gelu" or "gelu"."""
     a = torch.empty_like(u)
-    grid, settings = _blocks(u)
+    programs, settings = _blocks(u)
     if len(u):
-        _activation_fwd_kernel[grid](a, u, bias, QUICK=kind == "quick_gelu", **settings)
+        launched(
+            _activation_fwd_kernel, programs, a, u, bias, QUICK=kind == "quick_gelu", **settings
+        )
     return a
 
 
 @on_its_device
 def activation_bwd(d_a: Tensor, u: Tensor, bias: Tensor, kind: str) -> Tensor:
     """Give the gradient with respect to ``u``, written over ``d_a`` (M, F)."""
-    grid, settings = _blocks(u)
+    programs, settings = _blocks(u)
     if len(u):
-        _activation_bwd_kernel[grid](d_a, u, bias, QUICK=kind == "quick_gelu", **settings)
+        launched(
+            _activation_bwd_kernel, programs, d_a, u, bias, QUICK=kind == "quick_gelu", **settings
+        )
     return d_a
 
 
@@ -257,9 +276,9 @@ def unit_fwd(y: Tensor) -> tuple[Tensor, Tensor]:
     """Divide the rows of y (M, D) by their lengths; give both."""
     f = torch.empty_like(y)
     norm = y.new_empty(len(y), dtype=_wide(y))
-    grid, settings = _rows(y)
+    programs, settings = _rows(y)
     if len(y):
-        _unit_fwd_kernel[grid](f, norm, y, **settings)
+        launched(_unit_fwd_kernel, programs, f, norm, y, **settings)
     return f, norm
 
 
@@ -267,9 +286,9 @@ def unit_fwd(y: Tensor) -> tuple[Tensor, Tensor]:
 def unit_bwd(d_f: Tensor, f: Tensor, norm: Tensor) -> Tensor:
     """Give the gradient with respect to what `unit_fwd` was given."""
     d_y = torch.empty_like(f)
-    grid, settings = _rows(f)
+    programs, settings = _rows(f)
     if len(f):
-        _unit_bwd_kernel[grid](d_y, d_f, f, norm, **settings)
+        launched(_unit_bwd_kernel, programs, d_y, d_f, f, norm, **settings)
     return d_y
 
 
@@ -277,39 +296,47 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _rows(x: Tensor) -> tuple[tuple[int], dict[str, Any]]:
+def _rows(x: Tensor) -> tuple[int, dict[str, Any]]:
+    return _rows_of(*x.shape, x.dtype)
+
+
+@functools.lru_cache(maxsize=1024)
+def _rows_of(count: int, width: int, dtype: torch.dtype) -> tuple[int, dict[str, Any]]:
     """Programs of whole rows: one row until there are enough programs for the card, then more.
 
     16 numbers a thread are two or four loads of 16 bytes, and a row's sum stays inside few warps.
     """
-    count, width = x.shape
-    block = triton.next_power_of_2(width)
-    most = _REGISTERS // (block * _wide(x).itemsize)
+    block = power(width)
+    most = _REGISTERS // (block * torch.promote_types(dtype, torch.float32).itemsize)
     rows = 4 if count >= _MANY[1] else 2 if count >= _MANY[0] else 1
     rows = min(rows, max(1, most))
     warps = min(8, max(1, rows * block // 512))
-    return (triton.cdiv(count, rows),), {
+    return cdiv(count, rows), {
         "count": count,
         "WIDTH": width,
         "ROWS": rows,
         "BLOCK_W": block,
-        "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
+        "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
         "num_warps": warps,
         # of itself the assembler keeps to fewer on some cards, and spills
         "maxnreg": min(255, 2048 // warps),
     }
 
 
-def _blocks(u: Tensor) -> tuple[tuple[int], dict[str, Any]]:
+def _blocks(u: Tensor) -> tuple[int, dict[str, Any]]:
+    return _blocks_of(*u.shape, u.dtype)
+
+
+@functools.lru_cache(maxsize=1024)
+def _blocks_of(count: int, width: int, dtype: torch.dtype) -> tuple[int, dict[str, Any]]:
     """Programs of 2048 numbers: 16 a thread, two or four loads of 16 bytes."""
-    count, width = u.shape
-    block = min(1024, triton.next_power_of_2(width))
+    block = min(1024, power(width))
     rows = 2048 // block
-    return (triton.cdiv(count, rows) * triton.cdiv(width, block),), {
+    return cdiv(count, rows) * cdiv(width, block), {
         "count": count,
         "WIDTH": width,
         "ROWS": rows,
         "BLOCK_W": block,
-        "ACC": tl.float64 if u.dtype == torch.float64 else tl.float32,
+        "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
         "num_warps": 4,
     }

@@ -5,13 +5,13 @@ from __future__ import annotations
 import ctypes
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastfpl.kernels.launching import power
 from fastfpl.kernels.transport_tile import INTERPRETED
 
-__all__ = ["LANGUAGE", "depth_of", "kinds_of", "power", "stored", "two_parts", "warps", "wide_of"]
+__all__ = ["LANGUAGE", "depth_of", "kinds_of", "stored", "two_parts", "warps", "wide_of"]
 
 LANGUAGE = {
     torch.float16: tl.float16,
@@ -19,11 +19,6 @@ LANGUAGE = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
 }
-
-
-def power(n: int) -> int:
-    """Return the next power of two."""
-    return int(triton.next_power_of_2(max(n, 1)))
 
 
 def two_parts(x: float) -> tuple[float, float]:

@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastfpl.kernels.device import on_its_device
-from fastfpl.kernels.transport_launch import depth_of, kinds_of, power, two_parts, warps, wide_of
+from fastfpl.kernels.launching import cdiv, launched, power
+from fastfpl.kernels.transport_launch import depth_of, kinds_of, two_parts, warps, wide_of
 from fastfpl.kernels.transport_many import entries
 from fastfpl.kernels.transport_pair import plan_of_pair
 from fastfpl.kernels.transport_tile import _similarities, _solve_any, _solve_two, _whole
@@ -196,7 +197,9 @@ def transport_logits_fwd(
     size = numbers * wide.itemsize // 4  # registers
     # 64 KiB of patches fit every card, with what is fetched ahead or without
     step = blocks["BLOCK_P"] * blocks["BLOCK_D"] * max(patches.itemsize, prompts.itemsize)
-    _transport_logits_fwd_kernel[(clients * images * triton.cdiv(classes, blocks["BLOCK_C"]),)](
+    launched(
+        _transport_logits_fwd_kernel,
+        clients * images * cdiv(classes, blocks["BLOCK_C"]),
         patches,
         prompts,
         logits,

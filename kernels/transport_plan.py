@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastfpl.kernels.device import on_its_device
-from fastfpl.kernels.transport_launch import LANGUAGE, power, stored, two_parts, warps, wide_of
+from fastfpl.kernels.launching import cdiv, launched, power
+from fastfpl.kernels.transport_launch import LANGUAGE, stored, two_parts, warps, wide_of
 from fastfpl.kernels.transport_many import entries
 from fastfpl.kernels.transport_pair import plan_of_pair
 from fastfpl.kernels.transport_tile import _solve_any, _solve_two, _whole
@@ -125,7 +126,9 @@ def transport_plan_fwd(
     } | (tile or {})
     # of float64 a number is two registers, and its exponential takes as many again
     size = math.prod(blocks.values()) * (4 if wide == torch.float64 else 1)
-    _transport_plan_fwd_kernel[(triton.cdiv(problems, blocks["BLOCK_G"]),)](
+    launched(
+        _transport_plan_fwd_kernel,
+        cdiv(problems, blocks["BLOCK_G"]),
         sim,
         plan,
         iterations,

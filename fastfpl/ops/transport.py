@@ -562,8 +562,9 @@ def _against_triton(sim: Tensor, *_: object) -> list[str]:
 
 
 def _against_triton_logits(patches: Tensor, prompts: Tensor, *options: Any) -> list[str]:
+    from fastfpl.kernels.launching import power
     from fastfpl.kernels.transport import MOST_ENTRIES_SINGLE, MOST_PATCHES_DOUBLE
-    from fastfpl.kernels.transport_launch import power, wide_of
+    from fastfpl.kernels.transport_launch import wide_of
 
     n_patches, n_prompts = patches.shape[-2], prompts.shape[-2]
     reasons = launch.against("transport_logits", patches=patches)
@@ -579,8 +580,9 @@ def _against_triton_logits(patches: Tensor, prompts: Tensor, *options: Any) -> l
 
 
 def _beyond_kernels(n_patches: int, n_prompts: int, *tensors: Tensor) -> list[str]:
+    from fastfpl.kernels.launching import power
     from fastfpl.kernels.transport import MOST_ENTRIES_DOUBLE, MOST_PATCHES, MOST_PROMPTS
-    from fastfpl.kernels.transport_launch import power, wide_of
+    from fastfpl.kernels.transport_launch import wide_of
 
     reasons = []
     if n_patches > MOST_PATCHES:
