@@ -235,7 +235,7 @@ STEPS = (
     Step(
         "two-cards",
         "features of cuda:1 are those of cuda:0, byte for byte",
-        "streams and events of the current device; kernels/device.py",
+        "streams and events of the current device; kernels/launching.py",
         argv=("-m", "bench.two_cards", "--first", "cuda:0", "--second", "cuda:1"),
         rehearsal=("-m", "bench.two_cards", "--first", "cpu", "--second", "cpu", "--images", "8"),
         minutes=5,

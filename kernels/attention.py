@@ -8,6 +8,8 @@ between: a program of queries gives their gradient, a program of keys those of k
 Every query sees the prefix: its gradient is summed in parts, then over the parts in their order.
 
 A head wider than BLOCK_D is worked on in CHUNKS; a program gives the gradient of one of them.
+Loops have their bounds before they begin, so that Triton can fetch for a step while another is
+multiplied; a ``while`` it does not look into.
 """
 
 from __future__ import annotations
@@ -21,8 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastfpl.kernels.device import on_its_device
-from fastfpl.kernels.launching import cdiv, launched, power
+from fastfpl.kernels.launching import cdiv, launched, on_its_device, power
 from fastfpl.kernels.lifetime import keep
 from fastfpl.kernels.precision import allows_tf32
 from fastfpl.kernels.rounding import quotient
@@ -213,10 +214,16 @@ def _sees(row, start, key, there, shared):
 
 
 @triton.jit
-def _following(at, first, shared, BLOCK: tl.constexpr):
-    """Step through the prefix, then through the rows from ``first`` on."""
-    following = at + BLOCK
-    return tl.where((at < shared) & (following >= shared), first, following)
+def _steps(first, end, shared, BLOCK: tl.constexpr):
+    """Count the steps through the prefix, and those and the ones from ``first`` to ``end``."""
+    lead = (tl.minimum(shared, end) + BLOCK - 1) // BLOCK
+    return lead, lead + (tl.maximum(end - first, 0) + BLOCK - 1) // BLOCK
+
+
+@triton.jit
+def _keys_from(step, lead, first, BLOCK: tl.constexpr):
+    """Say where the keys of a step begin: in the prefix, then from ``first`` on."""
+    return tl.where(step < lead, step * BLOCK, first + (step - lead) * BLOCK)
 
 
 @triton.jit
@@ -240,6 +247,7 @@ def _prefix_attention_fwd_kernel(
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     STEP: tl.constexpr = 3 * WIDTH
     HEADS: tl.constexpr = WIDTH // HEAD
@@ -252,6 +260,7 @@ def _prefix_attention_fwd_kernel(
     group = (pid // tiles).to(tl.int64)
     query, live, row, start = _queries(pid % tiles, begin, ends, queries, LAST, BLOCK_M)
     first, end = _keys_of(live, row, start, shared, rows)
+    lead, steps = _steps(first, end, shared, BLOCK_N)
 
     q = qkv + group * rows * STEP + at
     k = q + WIDTH
@@ -268,9 +277,8 @@ def _prefix_attention_fwd_kernel(
         total = tl.full([BLOCK_M], 1.0, dtype=ACC)
         out = tl.zeros([BLOCK_M, BLOCK_D], dtype=ACC)
         out += _token(sos + WIDTH + at, chunk, HEAD, BLOCK_D, ACC)
-    # the prefix' rows, then those from `first` on
-    at_key = tl.where(shared > 0, 0, first)
-    while at_key < end:
+    for step in tl.range(0, steps, num_stages=STAGES):
+        at_key = _keys_from(step, lead, first, BLOCK_N)
         key = at_key + tl.arange(0, BLOCK_N)
         there = key < tl.where(at_key < shared, shared, end)
         score = _dots(
@@ -285,7 +293,6 @@ def _prefix_attention_fwd_kernel(
         value = _load(v, v_bias, key, there, chunk, STEP, HEAD, BLOCK_D, ACC)
         out = out * fade[:, None] + _mix(p, value, ACC, PRECISION)
         top = above
-        at_key = _following(at_key, first, shared, BLOCK_N)
     out = out * quotient(1.0, total)[:, None]
     _store(mixed + group * queries * WIDTH + at, query, live, chunk, out, WIDTH, HEAD, BLOCK_D)
 
@@ -315,6 +322,7 @@ def _prefix_attention_bwd_query_kernel(
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     STEP: tl.constexpr = 3 * WIDTH
     HEADS: tl.constexpr = WIDTH // HEAD
@@ -328,6 +336,7 @@ def _prefix_attention_bwd_query_kernel(
     group = (pid // tiles).to(tl.int64)
     query, live, row, start = _queries(pid % tiles, begin, ends, queries, LAST, BLOCK_M)
     first, end = _keys_of(live, row, start, shared, rows)
+    lead, steps = _steps(first, end, shared, BLOCK_N)
 
     q = qkv + group * rows * STEP + at
     k = q + WIDTH
@@ -349,8 +358,8 @@ def _prefix_attention_bwd_query_kernel(
         top = token
         total = tl.full([BLOCK_M], 1.0, dtype=ACC)
         drift = d_token
-    at_key = tl.where(shared > 0, 0, first)
-    while at_key < end:
+    for step in tl.range(0, steps, num_stages=STAGES):
+        at_key = _keys_from(step, lead, first, BLOCK_N)
         key = at_key + tl.arange(0, BLOCK_N)
         there = key < tl.where(at_key < shared, shared, end)
         score = _dots(
@@ -368,7 +377,6 @@ def _prefix_attention_bwd_query_kernel(
         total = total * fade + tl.sum(p, 1)
         drift = drift * fade + tl.sum(p * d_p, 1)
         top = above
-        at_key = _following(at_key, first, shared, BLOCK_N)
     # not top + log2(total) in one number: what that loses to rounding, all weights of a row would
     inverse = quotient(1.0, total)
     drift = drift * inverse
@@ -383,8 +391,8 @@ def _prefix_attention_bwd_query_kernel(
     if sos is not None:
         d_token = tl.exp2((token - top) * UNIT) * (d_token - drift)
         d_q += d_token[:, None] * _token(sos + at, chunk, HEAD, BLOCK_D, ACC)
-    at_key = tl.where(shared > 0, 0, first)
-    while at_key < end:
+    for step in tl.range(0, steps, num_stages=STAGES):
+        at_key = _keys_from(step, lead, first, BLOCK_N)
         key = at_key + tl.arange(0, BLOCK_N)
         there = key < tl.where(at_key < shared, shared, end)
         score = _dots(
@@ -399,7 +407,6 @@ def _prefix_attention_bwd_query_kernel(
         d_score = tl.exp2((score - top[:, None]) * UNIT) * (d_p - drift[:, None])
         again = _load(k, k_bias, key, there, chunk, STEP, HEAD, BLOCK_D, ACC)
         d_q += _mix(d_score, again, ACC, PRECISION)
-        at_key = _following(at_key, first, shared, BLOCK_N)
     d_q = d_q * (SCALE * inverse)[:, None]
     _store(d_qkv + group * rows * STEP + at, row, live, chunk, d_q, STEP, HEAD, BLOCK_D)
 
@@ -433,6 +440,7 @@ def _prefix_attention_bwd_key_kernel(
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     STEP: tl.constexpr = 3 * WIDTH
     HEADS: tl.constexpr = WIDTH // HEAD
@@ -469,8 +477,8 @@ def _prefix_attention_bwd_key_kernel(
         q_bias, k_bias, v_bias = bias + at, bias + WIDTH + at, bias + 2 * WIDTH + at
     d_k = tl.zeros([BLOCK_N, BLOCK_D], dtype=ACC)
     d_v = tl.zeros([BLOCK_N, BLOCK_D], dtype=ACC)
-    while query_at < query_end:
-        query = query_at + tl.arange(0, BLOCK_M)
+    for at_query in tl.range(query_at, query_end, BLOCK_M, num_stages=STAGES):
+        query = at_query + tl.arange(0, BLOCK_M)
         live = query < query_end
         row = query
         if LAST:
@@ -495,7 +503,6 @@ def _prefix_attention_bwd_key_kernel(
         )  # fmt: skip
         asking = _load(q, q_bias, row, live, chunk, STEP, HEAD, BLOCK_D, ACC)
         d_k += _mix(p * (d_p - drift[None, :]), asking, ACC, PRECISION)
-        query_at += BLOCK_M
     d_k *= SCALE
 
     d_q = d_qkv + group * rows * STEP + at
@@ -712,6 +719,9 @@ def _settings_of(
         "BLOCK_D": max(16, min(widest, power(head))),
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
         "PRECISION": precision,
+        # the next keys and values are on their way while these are multiplied; of float64 there is
+        # no room for both
+        "STAGES": 1 if dtype == torch.float64 else 2,
         # what a query holds of a wide head, or in float64, is spread over twice the threads
         "num_warps": 4 if head <= 64 and dtype != torch.float64 else 8,
         "maxnreg": 255,  # of itself the assembler keeps to fewer on some cards, and spills

@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastfpl.kernels.device import on_its_device
-from fastfpl.kernels.launching import cdiv, launched, power
+from fastfpl.kernels.launching import cdiv, launched, on_its_device, power
 from fastfpl.kernels.precision import allows_tf32
 
 __all__ = ["WIDEST", "gate_bwd", "gate_fwd"]

@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastfpl.kernels.device import on_its_device
-from fastfpl.kernels.launching import cdiv, launched, power
+from fastfpl.kernels.launching import cdiv, launched, on_its_device, power
 from fastfpl.kernels.rounding import quotient, root
 
 __all__ = [
@@ -218,9 +217,10 @@ def norm_fwd(
     """LayerNorm of x (M, W): normalised rows, x + shift (or None), mean and 1 / deviation (M,)."""
     h = torch.empty_like(x)
     base = None if shift is None else torch.empty_like(x)
-    mean, rstd = (x.new_empty(len(x), dtype=_wide(x)) for _ in range(2))
+    mean = x.new_empty(x.shape[0], dtype=_wide(x))
+    rstd = torch.empty_like(mean)
     programs, settings = _rows(x)
-    if len(x):
+    if programs:
         launched(
             _norm_fwd_kernel,
             programs,
@@ -244,7 +244,7 @@ def norm_bwd(
 ) -> None:
     """Add the gradient of LayerNorm with respect to its input to ``d_x`` (M, W)."""
     programs, settings = _rows(x)
-    if len(x):
+    if programs:
         launched(_norm_bwd_kernel, programs, d_x, d_h, x, weight, mean, rstd, **settings)
 
 
@@ -253,7 +253,7 @@ def activation_fwd(u: Tensor, bias: Tensor, kind: str) -> Tensor:
     """Activate u + bias, u (M, F): "quick_gelu" or "gelu"."""
     a = torch.empty_like(u)
     programs, settings = _blocks(u)
-    if len(u):
+    if programs:
         launched(
             _activation_fwd_kernel, programs, a, u, bias, QUICK=kind == "quick_gelu", **settings
         )
@@ -264,7 +264,7 @@ def activation_fwd(u: Tensor, bias: Tensor, kind: str) -> Tensor:
 def activation_bwd(d_a: Tensor, u: Tensor, bias: Tensor, kind: str) -> Tensor:
     """Give the gradient with respect to ``u``, written over ``d_a`` (M, F)."""
     programs, settings = _blocks(u)
-    if len(u):
+    if programs:
         launched(
             _activation_bwd_kernel, programs, d_a, u, bias, QUICK=kind == "quick_gelu", **settings
         )
@@ -275,9 +275,9 @@ def activation_bwd(d_a: Tensor, u: Tensor, bias: Tensor, kind: str) -> Tensor:
 def unit_fwd(y: Tensor) -> tuple[Tensor, Tensor]:
     """Divide the rows of y (M, D) by their lengths; give both."""
     f = torch.empty_like(y)
-    norm = y.new_empty(len(y), dtype=_wide(y))
+    norm = y.new_empty(y.shape[0], dtype=_wide(y))
     programs, settings = _rows(y)
-    if len(y):
+    if programs:
         launched(_unit_fwd_kernel, programs, f, norm, y, **settings)
     return f, norm
 
@@ -287,7 +287,7 @@ def unit_bwd(d_f: Tensor, f: Tensor, norm: Tensor) -> Tensor:
     """Give the gradient with respect to what `unit_fwd` was given."""
     d_y = torch.empty_like(f)
     programs, settings = _rows(f)
-    if len(f):
+    if programs:
         launched(_unit_bwd_kernel, programs, d_y, d_f, f, norm, **settings)
     return d_y
 

@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastfpl.kernels.device import on_its_device
-from fastfpl.kernels.launching import cdiv, launched, power
+from fastfpl.kernels.launching import cdiv, launched, on_its_device, power
 from fastfpl.kernels.transport_launch import LANGUAGE, stored, two_parts, warps, wide_of
 from fastfpl.kernels.transport_many import entries
 from fastfpl.kernels.transport_pair import plan_of_pair

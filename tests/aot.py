@@ -115,6 +115,14 @@ COUNTED = {
 PIPELINED = {
     "_gate_fwd_kernel": ("bf16", "fp16", "ieee", "tf32"),
     "_gate_bwd_qz_kernel": ("bf16", "fp16", "ieee"),
+    **dict.fromkeys(
+        (
+            "_prefix_attention_fwd_kernel",
+            "_prefix_attention_bwd_query_kernel",
+            "_prefix_attention_bwd_key_kernel",
+        ),
+        ("bf16", "fp16", "tf32", "bf16x6"),
+    ),
     "_transport_logits_fwd_kernel": ("bf16", "fp16", "tf32x3"),
 }
 

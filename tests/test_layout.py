@@ -58,7 +58,7 @@ LATE = {
 }
 # Files of ops/, kernels/ and csrc/ that are no op. What an op is too long for is <op>_<part>.
 NO_OP = {"__init__", "faces", "launch", "memory", "native", "precision", "rounding", "tower"}
-NO_OP |= {"bindings", "device", "functional", "lifetime", "operators"}
+NO_OP |= {"bindings", "functional", "launching", "lifetime", "operators"}
 
 
 def imports(tree: ast.Module) -> Iterator[tuple[int, str, bool]]:
