@@ -93,6 +93,15 @@ def few_digits() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def few_digits_throughout() -> Iterator[None]:
+    """Do the same for all tests of a file, and for what they share."""
+    from tests.worlds import on_few_digits
+
+    with on_few_digits():
+        yield
+
+
 @pytest.fixture
 def nano(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Register a model small enough to write to disk, with two tags."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,14 +11,9 @@ from fastfpl.cli import main
 from fastfpl.federation import rounds
 from fastfpl.training import preparation
 from tests.command import QUICK, call, not_to_be_called
-from tests.worlds import on_few_digits
 
-
-@pytest.fixture(scope="module", autouse=True)
-def few_digits() -> Iterator[None]:
-    """A real tower encodes all test images, and none of them is the point."""
-    with on_few_digits():
-        yield
+# a real tower encodes all test images, and none of them is the point
+pytestmark = pytest.mark.usefixtures("few_digits_throughout")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,14 +19,9 @@ from fastfpl.errors import InputError, Missing
 from fastfpl.tracking import bars
 from tests.command import QUICK, assert_a_line_a_round, call
 from tests.warm import warm_python
-from tests.worlds import on_few_digits
 
-
-@pytest.fixture(scope="module", autouse=True)
-def few_digits() -> Iterator[None]:
-    """A real tower encodes all test images, and none of them is the point."""
-    with on_few_digits():
-        yield
+# a real tower encodes all test images, and none of them is the point
+pytestmark = pytest.mark.usefixtures("few_digits_throughout")
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from fastfpl.errors import InputError, KindError, Missing
 from fastfpl.methods import METHODS, Method, PromptFL, find_method, method_name, method_names
 from fastfpl.methods.own import KNOWN, source_of
 from fastfpl.report import load_comparisons, write_report
-from tests.worlds import TINY_RUN, figures, on_few_digits
+from tests.worlds import TINY_RUN, figures
 
 SHORT = {**TINY_RUN, "rounds": 1, "local_epochs": 1}
 FLAGS = ["--dataset", "digits", "--clients", "2", "--shots", "2", "--n-ctx", "2"]
@@ -44,11 +44,8 @@ class Mine(PromptFL):
 '''
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few_digits():
-    """A real tower encodes all test images, and none of them is the point."""
-    with on_few_digits():
-        yield
+# a real tower encodes all test images, and none of them is the point
+pytestmark = pytest.mark.usefixtures("few_digits_throughout")
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from fastfpl.flower.server import serve
 from fastfpl.flower.site import Site
 from fastfpl.report import html_page
 from tests.post import Mailbox
-from tests.worlds import TINY_RUN, on_few_digits
+from tests.worlds import TINY_RUN
 
 RUN = {**TINY_RUN, "clients": 3, "local_epochs": 1, "threads": 1}
 
@@ -28,11 +28,8 @@ accounted = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few_digits():
-    """A real tower encodes all test images, and none of them is the point."""
-    with on_few_digits():
-        yield
+# a real tower encodes all test images, and none of them is the point
+pytestmark = pytest.mark.usefixtures("few_digits_throughout")
 
 
 @pytest.fixture(scope="module")

@@ -26,17 +26,13 @@ from fastfpl.training.gathering import stack
 from fastfpl.training.private import ImagePrivacy
 from tests.post import Mailbox
 from tests.test_privacy import RUN, accounted
-from tests.worlds import on_few_digits
 
 SYSTEMS = ("promptfl", "fedprox", "pfedmoap", "fedotp", "fedpgp", "fedapt", "fedtpg")
 PLAIN = [name for name, method in METHODS.items() if method.trains and method.supervised]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few_digits():
-    """A real tower encodes all test images, and none of them is the point."""
-    with on_few_digits():
-        yield
+# a real tower encodes all test images, and none of them is the point
+pytestmark = pytest.mark.usefixtures("few_digits_throughout")
 
 
 @pytest.fixture(scope="module")

@@ -22,17 +22,14 @@ from fastfpl.flower.server import serve
 from fastfpl.flower.site import Site
 from fastfpl.report import html_page
 from tests.post import Mailbox
-from tests.worlds import GATE, TINY_RUN, on_few_digits
+from tests.worlds import GATE, TINY_RUN
 
 RUN = {**TINY_RUN, "clients": 3, "local_epochs": 1, "threads": 1}
 OPTIONS = {"pfedmoap": GATE, "fedpgp": {"bottleneck": 2}, "fedtpg": {"widening": 1}}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few_digits():
-    """A real tower encodes all test images, and none of them is the point."""
-    with on_few_digits():
-        yield
+# a real tower encodes all test images, and none of them is the point
+pytestmark = pytest.mark.usefixtures("few_digits_throughout")
 
 
 @pytest.fixture(scope="module")
