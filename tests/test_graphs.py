@@ -289,17 +289,20 @@ def test_a_replayed_text_pass_is_the_pass(name):
     method, states = pass_of(name)
     capture = StandIn()
     texts, seen = TextGraphs(capture), []
+    given = [states(k) for k in range(5)]
     for k in range(5):
-        given = states(k)
         with torch.no_grad():
-            seen.append((texts.text(method, *given), method.text(*given)))
+            seen.append((texts.text(method, *given[k]), method.text(*given[k])))
         # the third time is captured, and replayed as all that follow
         assert (capture.asides, capture.captures, capture.replays) == (
             min(k + 1, 2),
             int(k > 1),
             max(k - 1, 0),
         )
-    # nobody wrote into what was handed out before
+    # nobody wrote into what was handed out before, or into what was given
+    for k, sides in enumerate(given):
+        for side, again in zip(sides, states(k), strict=True):
+            assert all(torch.equal(side[name], again[name]) for name in again)
     for found, exact in seen:
         assert torch.equal(found, exact)
         assert found.stride() == exact.stride()
@@ -663,6 +666,7 @@ def test_a_replayed_text_pass_is_the_pass_on_a_gpu(name):
     method.task.classes._layouts.clear()
     if hasattr(method, "keys"):
         method.keys = method.keys.to(device)
+        method._places = None if method._places is None else method._places.to(device)
     capture = CudaCapture(device)
     texts, seen = TextGraphs(capture, required=True), []
     for k in range(6):
@@ -949,6 +953,28 @@ def test_one_model_answers_one_list_of_images_once(brought):
     assert found[0] is found[2]
     assert found[3].images == 0
     assert [found[c].images for c in (0, 1)] == [len(mine[1]), len(mine[2])]
+
+
+@pytest.mark.gpu
+def test_no_client_is_waited_for_on_a_gpu(clip, cache, monkeypatch):
+    plain_add, plain_bring, brought = scoring._Answers.add, scoring._Answers.bring, []
+
+    def add(self, *answers):
+        plain_add(self, *answers)
+        torch.cuda.set_sync_debug_mode("error")
+
+    def bring(self):
+        torch.cuda.set_sync_debug_mode("default")
+        brought.append(len(self._there))
+        plain_bring(self)
+
+    monkeypatch.setattr(scoring._Answers, "add", add)
+    monkeypatch.setattr(scoring._Answers, "bring", bring)
+    try:
+        fastfpl.run("local", model=clip.to("cuda"), cache=cache, **tiny("local"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert brought == [4] * 3  # all clients of each evaluation
 
 
 def test_the_first_client_that_is_wrong_is_named(monkeypatch):
