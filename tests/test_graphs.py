@@ -754,6 +754,39 @@ def test_a_capture_that_fails_leaves_a_run_without_graphs_and_a_reason(midway):
     assert_same_state(rounds_of(world), federation)
 
 
+def test_after_a_capture_that_broke_off_work_is_where_it_was(monkeypatch):
+    """As torch has it: who leaves a capture that is invalid stays on its stream."""
+    now = ["current"]
+
+    class Broken:
+        def __init__(self, graph, pool, stream):
+            self.place = stream, pool
+            places.append(self.place)
+
+        def __enter__(self):
+            now[0] = self.place[0]
+
+        def __exit__(self, *_):
+            raise RuntimeError("the capture was invalidated")
+
+    places, counted = [], iter(range(9))
+    for name, stand_in in (
+        ("Stream", lambda device: f"stream {next(counted)}"),
+        ("graph_pool_handle", lambda: f"pool {next(counted)}"),
+        ("current_stream", lambda device: now[0]),
+        ("set_stream", lambda stream: now.__setitem__(0, stream)),
+        ("CUDAGraph", object),
+        ("graph", Broken),
+    ):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    capture = CudaCapture(torch.device("cuda"))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="invalidated"):
+            capture.capture(lambda: None)
+        assert now == ["current"]
+    assert places == [("stream 0", "pool 1"), ("stream 2", "pool 3")]
+
+
 def test_a_text_pass_whose_capture_fails_leaves_a_run_with_replayed_steps_and_a_reason():
     texts, world = (
         TextGraphs(Fails(RuntimeError("no copies\nmore"), midway=True)),

@@ -78,12 +78,13 @@ class CudaCapture:
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """Capture the work into a graph; the result replays it on the current stream."""
-        graph = torch.cuda.CUDAGraph()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
         try:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 work()
         except Exception:
-            # other work may still be captured, but not where a capture broke off
+            # torch goes on where a capture broke off; what else is captured is so elsewhere
+            torch.cuda.set_stream(current)
             self._begin()
             raise
         return graph.replay
