@@ -15,6 +15,7 @@ import fastfpl
 import fastfpl.training.graphs as graphs
 from fastfpl.config import make_settings
 from fastfpl.errors import InputError, NotConverged, NotSupported
+from fastfpl.federation import preparation
 from fastfpl.methods import METHODS, PromptFL
 from fastfpl.ops import all_faces, attention, embedded, launch, text, tower
 from fastfpl.ops.faces import face, recorded_faces
@@ -625,6 +626,18 @@ def test_a_result_says_why_nothing_was_replayed(clip, cache, given, kept, said):
     result = fastfpl.run("promptfl", model=clip, cache=cache, cuda_graphs=given, **small)
     assert result.settings["cuda_graphs"] == kept
     assert result.environment["cuda_graphs"] == said
+
+
+def test_a_run_replays_its_evaluations_and_says_so(clip, cache, monkeypatch):
+    made = TextGraphs(StandIn())
+    monkeypatch.setattr(preparation, "text_graphs", lambda *_: made)
+    small = {**TINY_RUN, "rounds": 3, "local_epochs": 1}
+    result = fastfpl.run("local", model=clip, cache=cache, **small)
+    assert made.captured == made.capture.replays == 1  # in the third round
+    assert result.environment["cuda_graphs"] == (
+        "steps are not replayed: the run is on cpu, not on a CUDA device; text passes of "
+        "evaluations are replayed"
+    )
 
 
 # --- on a GPU -------------------------------------------------------------------------------------
