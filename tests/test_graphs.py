@@ -772,7 +772,8 @@ def test_after_a_capture_that_broke_off_work_is_where_it_was(monkeypatch):
     now = ["current"]
 
     class Broken:
-        def __init__(self, graph, pool, stream):
+        def __init__(self, graph, pool, stream, capture_error_mode):
+            assert capture_error_mode == "thread_local"
             self.place = stream, pool
             places.append(self.place)
 

@@ -80,7 +80,9 @@ class CudaCapture:
         """Capture the work into a graph; the result replays it on the current stream."""
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
         try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            # another thread may pin memory meanwhile: of a feed, which fetches ahead
+            mode = "thread_local"
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode=mode):
                 work()
         except Exception:
             # torch goes on where a capture broke off; what else is captured is so elsewhere
