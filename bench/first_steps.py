@@ -206,7 +206,7 @@ STEPS = (
     ),
     _tests(
         "graphs",
-        "replayed steps are the steps",
+        "replayed steps and text passes are what they are",
         "fastfpl/training/graphs.py; what a graph reads must live as long as it does",
         *("-m", "gpu", "tests/test_graphs.py"),
     ),

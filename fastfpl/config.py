@@ -257,8 +257,8 @@ class Settings(BaseModel):
     )
     cuda_graphs: Literal["auto", "off", "on"] = Field(
         "auto",
-        description="replay training steps as CUDA graphs: where they can be, never, or refuse "
-        "where they cannot; decides speed, not figures",
+        description="replay training steps and text passes of evaluations as CUDA graphs: where "
+        "they can be, never, or refuse where they cannot; decides speed, not figures",
     )
     feature_dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto",

@@ -1,9 +1,10 @@
-"""Replayed steps are the steps: captured on the CPU by a stand-in, and on a GPU by CUDA itself."""
+"""Replayed work is the work: captured on the CPU by a stand-in, and on a GPU by CUDA itself."""
 
 import gc
 from dataclasses import replace
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -12,16 +13,29 @@ from torch.utils._pytree import tree_leaves
 
 import fastfpl
 import fastfpl.training.graphs as graphs
-from fastfpl.errors import InputError, NotSupported
+from fastfpl.config import make_settings
+from fastfpl.errors import InputError, NotConverged, NotSupported
+from fastfpl.federation import preparation
 from fastfpl.methods import METHODS, PromptFL
 from fastfpl.ops import all_faces, attention, embedded, launch, text, tower
 from fastfpl.ops.faces import face, recorded_faces
 from fastfpl.ops.lifetime import kept
-from fastfpl.training.graphs import CudaCapture, StepGraphs
-from fastfpl.training.steps import Cohort
+from fastfpl.prompts import ClassPrompts
+from fastfpl.training import scoring
+from fastfpl.training.gathering import stack
+from fastfpl.training.graphs import (
+    CudaCapture,
+    StepGraphs,
+    TextGraphs,
+    against_text,
+    summary,
+    text_graphs,
+)
+from fastfpl.training.scoring import score
+from fastfpl.training.steps import Cohort, stored
 from tests.test_fedapt_unsupervised import PairedWorld
 from tests.test_federation import OPTIONS, SELECTED, assert_same_state, play
-from tests.worlds import GATE, TINY_RUN, World, drawn, small_clip
+from tests.worlds import GATE, NAMES, TINY_RUN, World, drawn, small_clip
 
 ALL = pytest.mark.parametrize("method", [*OPTIONS, "fedapt-unsupervised"])
 
@@ -112,20 +126,26 @@ def world_of(method, **settings):
     return World(method, options=OPTIONS[method], settings=settings)
 
 
-def rounds_of(world, capture=None, rounds=4):
+def rounds_of(world, capture=None, rounds=4, *, texts=None):
     federation = world.federation()
     if capture is not None:
         federation.trainer.graphs = StepGraphs(capture)
+    federation.trainer.texts = texts
     return play(federation, rounds, SELECTED)
 
 
 @ALL
-def test_replayed_steps_are_the_steps(method):
+def test_replayed_steps_and_evaluations_are_what_they_are(method):
     capture = StandIn()
+    texts = TextGraphs(capture)
     # cohorts of two and one
     world = world_of(method, cohort=2)
-    assert_same_state(rounds_of(world), rounds_of(world, capture))
-    assert 0 < capture.captures < capture.replays
+    federation = rounds_of(world, capture, texts=texts)
+    assert_same_state(rounds_of(world), federation)
+    assert capture.captures == federation.trainer.graphs.captured + texts.captured
+    assert federation.trainer.graphs.captured > 0
+    assert texts.captured > 0
+    assert capture.captures < capture.replays
     # two steps of every shape ran as they are
     assert capture.asides >= 2 * capture.captures
 
@@ -226,7 +246,7 @@ def test_a_replayed_step_names_its_faces():
     federation.sampling.sample = lambda round_: [0, 1, 3]
     for _ in range(3):
         federation.round()
-    capture = federation.trainer.graphs._capture
+    capture = federation.trainer.graphs.capture
     before = capture.asides
     with recorded_faces() as faces:
         federation.round()
@@ -234,7 +254,296 @@ def test_a_replayed_step_names_its_faces():
     assert faces == {"encode_text": {"torch"}, "gate_experts": {"torch"}}
 
 
-# --- where steps cannot be captured ---------------------------------------------------------------
+# --- text passes of evaluations -------------------------------------------------------------------
+
+# a class list that is not the trained one has contexts of its own in FedAPT
+PASSES = [*METHODS, "fedapt, other classes"]
+
+
+def pass_of(name, rows=2):
+    """Return a method, and ``states(k)``: what an evaluation gives its text pass."""
+    name, *other = name.split(", ")
+    method = World(name, options=OPTIONS.get(name, {})).federation().method
+    if other:
+        method = method.on(ClassPrompts(method.task.classes._clip, NAMES[3:0:-1]))
+    down = stack([method.download(method.server_init(), 0, 0)] * rows)
+    own = {}
+    if name == "pfedmoap":
+        experts = drawn(rows, 2, *down["ctx"].shape[1:], seed=9, dtype=torch.float32)
+        who = torch.arange(1, 1 + 2 * rows).view(rows, 2)
+        down |= {"experts": experts, "expert_owner": who, "expert_round": torch.zeros_like(who)}
+        own = {
+            f"gate.{n}": torch.stack([t] * rows) for n, t in method._common_gate().tensors().items()
+        }
+    sides = method.start(down, own, training=False)
+
+    def moved(tensor, k):
+        there = stored(tensor)
+        noise = drawn(*there.shape, seed=50 + k, dtype=torch.float32)
+        return (there + 0.1 * noise).expand(tensor.shape)
+
+    return method, lambda k: [{n: moved(t, k) for n, t in side.items()} for side in sides]
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_a_replayed_text_pass_is_the_pass(name):
+    method, states = pass_of(name)
+    capture = StandIn()
+    texts, seen = TextGraphs(capture), []
+    given = [states(k) for k in range(5)]
+    for k in range(5):
+        with torch.no_grad():
+            seen.append((texts.text(method, *given[k]), method.text(*given[k])))
+        # the third time is captured, and replayed as all that follow
+        assert (capture.asides, capture.captures, capture.replays) == (
+            min(k + 1, 2),
+            int(k > 1),
+            max(k - 1, 0),
+        )
+    # nobody wrote into what was handed out before, or into what was given
+    for k, sides in enumerate(given):
+        for side, again in zip(sides, states(k), strict=True):
+            assert all(torch.equal(side[name], again[name]) for name in again)
+    for found, exact in seen:
+        assert torch.equal(found, exact)
+        assert found.stride() == exact.stride()
+    assert not torch.equal(seen[2][0], seen[3][0])
+
+
+class Sees(TorchDispatchMode):
+    """Collects the names of operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+# numbers of the host become a tensor, numbers of a tensor come to the host, or decide about a shape
+FORBIDDEN = {"lift_fresh", "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal"}
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_no_text_pass_does_what_no_capture_may(name):
+    method, states = pass_of(name)
+    with torch.no_grad():
+        method.text(*states(0))  # fills caches
+        with Sees() as sees:
+            method.text(*states(1))
+    assert len(sees.names) > 5
+    assert not sees.names & FORBIDDEN
+
+
+@pytest.mark.interpreted
+@pytest.mark.skipif(bool(launch.missing()), reason="no Triton")
+@pytest.mark.parametrize("name", ["fedotp", "fedapt, other classes"])
+def test_no_text_pass_by_kernels_does_what_no_capture_may(name):
+    from tests.counts import Counts, _noted
+
+    method, states = pass_of(name)
+    counts = Counts()
+    with torch.no_grad(), face("triton", "encode_text"), _noted(counts):
+        method.text(*states(0))
+        with Sees() as sees:
+            method.text(*states(1))
+    assert counts.triton > 10
+    assert not sees.names & FORBIDDEN
+
+
+@pytest.mark.parametrize(
+    ("name", "copied"),
+    [("promptfl", 1), ("pfedmoap", 1), ("fedotp", 2), ("fedpgp", 3), ("fedapt", 1), ("fedtpg", 20)],
+)
+def test_what_a_replayed_pass_launches_beside_its_graph(name, copied):
+    """One copy of what the pass looks at, and one of what is handed out."""
+    from tests.counts import Counts, _Operators
+
+    method, states = pass_of(name)
+    capture = Remembers()
+    texts = TextGraphs(capture)
+    for k in range(3):
+        texts.text(method, *states(k))
+    given, counts = states(3), Counts()
+    with _Operators(counts):
+        found = texts.text(method, *given)
+    assert (counts.triton, counts.products, counts.torch) == (0, 0, 2)
+    (one,) = texts._passes.values()
+    assert len(one.inputs) == copied
+    read = sum(stored(t).nbytes for t in one.inputs)
+    assert counts.bytes == 2 * (read + found.nbytes)
+
+
+def test_a_graph_has_none_of_what_a_pass_does_not_look_at():
+    method, states = pass_of("pfedmoap")
+    texts = TextGraphs(StandIn())
+    for k in range(3):
+        trained, fixed = states(k)
+        texts.text(method, trained, fixed)
+    assert set(fixed) == {"experts"}
+    assert len(trained) == 9
+    (one,) = texts._passes.values()
+    assert one.asked == ({"ctx"}, set())
+    assert [t.shape for t in one.inputs] == [trained["ctx"].shape]
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda state: state["own"],
+        lambda state: state.get("own"),
+        lambda state: dict(state)["own"],
+        lambda state: {**state, "more": 0}["own"],
+        lambda state: (state | {"more": 0})["own"],
+        lambda state: ({"more": 0} | state)["own"],
+        lambda state: state.copy()["own"],
+        lambda state: next(t for n, t in state.items() if n == "own"),
+        lambda state: max(state.values(), key=torch.Tensor.numel),
+    ],
+)
+def test_every_look_at_a_tensor_is_seen(look):
+    class Looks(PromptFL):
+        def text(self, trained, fixed):
+            assert "own" in fixed
+            assert list(fixed) == ["small", "own"]
+            return super().text(trained, fixed) + look(fixed)
+
+    method = World("promptfl").federation().method
+    method.__class__ = Looks
+    capture = StandIn()
+    texts = TextGraphs(capture)
+    with torch.no_grad():
+        for k in range(4):
+            trained = {"ctx": drawn(1, 3, 32, seed=k, dtype=torch.float32)}
+            fixed = {"small": torch.ones(1), "own": torch.full((1, 1, 16), float(k))}
+            assert torch.equal(texts.text(method, trained, fixed), method.text(trained, fixed))
+    assert capture.replays == 2
+
+
+def test_a_pass_that_asks_for_more_when_it_is_captured_is_not_captured():
+    class Later(PromptFL):
+        passes = 0
+
+        def text(self, trained, fixed):
+            self.passes += 1
+            found = super().text(trained, fixed)
+            return found if self.passes < 3 else found + fixed["later"]
+
+    method = World("promptfl").federation().method
+    method.__class__ = Later
+    texts = TextGraphs(StandIn())
+    ctx, later = drawn(1, 3, 32, seed=1, dtype=torch.float32), torch.ones(1)
+    found = [texts.text(method, {"ctx": ctx}, {"later": later}) for _ in range(4)]
+    assert torch.equal(found[2], found[0] + 1)
+    assert torch.equal(found[3], found[2])
+    assert texts.captured == 0
+    assert "capturing a text pass failed: " in texts.reasons[0]
+
+
+def test_few_text_passes_are_known(monkeypatch):
+    monkeypatch.setattr(graphs, "_TEXTS", 2)
+    capture = StandIn()
+    texts = TextGraphs(capture)
+    method, states = pass_of("local")
+    whole = states(0)[0]["ctx"]
+    with torch.no_grad():
+        for rows in (1, 2, 1, 2, 1, 2, 1):  # both are captured
+            given = {"ctx": whole[:rows].clone()}
+            assert torch.equal(texts.text(method, given, {}), method.text(given, {}))
+        assert capture.captures == 2
+        for rows in (3, 4, 3, 4, 5):  # and driven out by others
+            given = {"ctx": whole[:1].repeat(rows, 1, 1)}
+            assert torch.equal(texts.text(method, given, {}), method.text(given, {}))
+    assert capture.captures == 2
+    assert len(texts._passes) == 2
+
+
+def test_a_method_of_the_same_kind_has_graphs_of_its_own():
+    capture = StandIn()
+    texts = TextGraphs(capture)
+    (one, states), (other, _) = (pass_of("fedapt") for _ in range(2))
+    other.keys = other.keys + 1
+    with torch.no_grad():
+        for k in range(4):
+            for method in (one, other):
+                assert torch.equal(texts.text(method, *states(k)), method.text(*states(k)))
+    assert capture.captures == 2
+
+
+def test_a_replayed_text_pass_names_its_faces():
+    method, states = pass_of("promptfl")
+    texts = TextGraphs(StandIn())
+    for k in range(4):
+        with recorded_faces() as faces:
+            texts.text(method, *states(k))
+        assert faces == {"encode_text": {"torch"}}
+
+
+def test_a_trial_captures_nothing():
+    federation = world_of("promptfl").federation()
+    (exam,) = federation.examiner.exams
+    capture = StandIn()
+    texts, down = TextGraphs(capture), stack([federation.now.download(federation.method, 0)])
+    images = dict(enumerate(exam.images))
+    for _ in range(4):
+        score(exam.method, [0, 1], down, {}, exam.feed, images, texts=texts, trial=True)
+    assert capture.asides == capture.captures == 0
+
+
+def on_a_card(**settings):
+    """What is said of a run with these settings, as if it were on a card."""
+    made = make_settings({"method": "promptfl", **settings})
+    return made, torch.device("cuda")
+
+
+def test_text_passes_share_the_capture_of_the_steps():
+    settings, device = on_a_card(cuda_graphs="on")
+    steps = StepGraphs(StandIn())
+    texts = text_graphs(settings, device, steps)
+    assert texts.capture is steps.capture
+    texts.capture = Fails(RuntimeError("no"))
+    method, states = pass_of("promptfl")
+    for k in range(2):
+        texts.text(method, *states(k))
+    with pytest.raises(NotSupported, match="where no text pass can be captured; got 'on', but"):
+        texts.text(method, *states(2))
+
+
+def test_within_a_budget_evaluations_are_as_they_are():
+    settings, device = on_a_card(max_memory="8GiB", cuda_graphs="on")
+    assert text_graphs(settings, device, StepGraphs(StandIn())) is None
+    assert against_text(settings, device) == ["max_memory counts the graphs of steps alone"]
+
+
+def test_what_is_said_of_a_run():
+    _, device = on_a_card()
+    method = World("promptfl").federation().method
+    steps, texts = StepGraphs(StandIn()), TextGraphs(StandIn())
+
+    def said(*graphs, **more):
+        return summary(*on_a_card(**more)[:1], method, device, *graphs)
+
+    assert said(steps, texts) == "none came a third time"
+    steps.captured = 1
+    assert said(steps, texts) == (
+        "steps are replayed; text passes of evaluations are not replayed: none came a third time"
+    )
+    texts.captured = 1
+    assert said(steps, texts) == "steps are replayed; text passes of evaluations are replayed"
+    assert said(steps, None, max_memory="8GiB") == (
+        "steps are replayed; text passes of evaluations are not replayed: max_memory counts the "
+        "graphs of steps alone"
+    )
+    steps.give_up("a sentence")
+    assert said(steps, texts) == (
+        "steps are not replayed: a sentence; text passes of evaluations are replayed"
+    )
+    assert said(None, None, cuda_graphs="off") == "cuda_graphs is off"
+
+
+# --- where nothing can be captured ----------------------------------------------------------------
 
 
 @pytest.fixture
@@ -253,6 +562,18 @@ def test_a_face_that_waits_is_not_captured(waiting):
         "the face 'torch' of encode_text waits for the device"
     ]
     assert_same_state(rounds_of(world), federation)
+
+
+def test_a_text_pass_whose_face_waits_is_not_captured(waiting):
+    capture = StandIn()
+    texts = TextGraphs(capture)
+    method, states = pass_of("promptfl")
+    for k in range(4):
+        texts.text(method, *states(k))
+    assert (capture.asides, capture.captures) == (1, 0)
+    assert texts.reasons == ["the face 'torch' of encode_text waits for the device"]
+    with pytest.raises(NotSupported, match="no text pass can be captured; got 'on', but the face"):
+        TextGraphs(capture, required=True).text(method, *states(0))
 
 
 def test_a_face_that_waits_is_refused_if_graphs_must_be(waiting):
@@ -307,6 +628,18 @@ def test_a_result_says_why_nothing_was_replayed(clip, cache, given, kept, said):
     assert result.environment["cuda_graphs"] == said
 
 
+def test_a_run_replays_its_evaluations_and_says_so(clip, cache, monkeypatch):
+    made = TextGraphs(StandIn())
+    monkeypatch.setattr(preparation, "text_graphs", lambda *_: made)
+    small = {**TINY_RUN, "rounds": 3, "local_epochs": 1}
+    result = fastfpl.run("local", model=clip, cache=cache, **small)
+    assert made.captured == made.capture.replays == 1  # in the third round
+    assert result.environment["cuda_graphs"] == (
+        "steps are not replayed: the run is on cpu, not on a CUDA device; text passes of "
+        "evaluations are replayed"
+    )
+
+
 # --- on a GPU -------------------------------------------------------------------------------------
 
 
@@ -330,7 +663,32 @@ def test_replayed_runs_are_the_runs_on_a_gpu(method, clip, cache):
     assert runs["off"].environment["cuda_graphs"] == "cuda_graphs is off"
     assert runs["off"].faces == runs["auto"].faces
     waits = method == "fedotp" and "torch" in runs["auto"].faces["transport_logits"]
-    assert (runs["auto"].environment["cuda_graphs"] == "steps are replayed") != waits
+    said = runs["auto"].environment["cuda_graphs"]
+    assert said.startswith("steps are replayed") != waits
+    # pFedMoAP's cohorts have experts from the second round on: another kind
+    assert said.endswith("evaluations are replayed") or method == "pfedmoap"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", PASSES)
+def test_a_replayed_text_pass_is_the_pass_on_a_gpu(name):
+    """Bit for bit: the same kernels over the same strides."""
+    device = torch.device("cuda", 0)
+    method, states = pass_of(name)
+    method.task.classes.tower = method.task.classes.tower.to(device, torch.float32)
+    method.task.classes._layouts.clear()
+    if hasattr(method, "keys"):
+        method.keys = method.keys.to(device)
+        method._places = None if method._places is None else method._places.to(device)
+    capture = CudaCapture(device)
+    texts, seen = TextGraphs(capture, required=True), []
+    for k in range(6):
+        given = [{n: t.to(device) for n, t in side.items()} for side in states(k)]
+        with torch.no_grad():
+            seen.append((texts.text(method, *given), method.text(*given)))
+        del given
+    assert texts.captured == 1
+    assert all(torch.equal(found, exact) for found, exact in seen)
 
 
 @pytest.mark.gpu
@@ -409,6 +767,53 @@ def test_a_capture_that_fails_leaves_a_run_without_graphs_and_a_reason(midway):
     assert_same_state(rounds_of(world), federation)
 
 
+def test_after_a_capture_that_broke_off_work_is_where_it_was(monkeypatch):
+    """As torch has it: who leaves a capture that is invalid stays on its stream."""
+    now = ["current"]
+
+    class Broken:
+        def __init__(self, graph, pool, stream, capture_error_mode):
+            assert capture_error_mode == "thread_local"
+            self.place = stream, pool
+            places.append(self.place)
+
+        def __enter__(self):
+            now[0] = self.place[0]
+
+        def __exit__(self, *_):
+            raise RuntimeError("the capture was invalidated")
+
+    places, counted = [], iter(range(9))
+    for name, stand_in in (
+        ("Stream", lambda device: f"stream {next(counted)}"),
+        ("graph_pool_handle", lambda: f"pool {next(counted)}"),
+        ("current_stream", lambda device: now[0]),
+        ("set_stream", lambda stream: now.__setitem__(0, stream)),
+        ("CUDAGraph", object),
+        ("graph", Broken),
+    ):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    capture = CudaCapture(torch.device("cuda"))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="invalidated"):
+            capture.capture(lambda: None)
+        assert now == ["current"]
+    assert places == [("stream 0", "pool 1"), ("stream 2", "pool 3")]
+
+
+def test_a_text_pass_whose_capture_fails_leaves_a_run_with_replayed_steps_and_a_reason():
+    texts, world = (
+        TextGraphs(Fails(RuntimeError("no copies\nmore"), midway=True)),
+        world_of("local"),
+    )
+    federation = rounds_of(world, StandIn(), texts=texts)
+    assert texts.captured == len(texts._passes) == 0
+    assert texts.reasons == ["capturing a text pass failed: no copies"]
+    assert federation.trainer.graphs.captured > 0
+    assert federation.trainer.graphs.reasons == []
+    assert_same_state(rounds_of(world), federation)
+
+
 def test_a_capture_that_fails_is_refused_if_graphs_must_be():
     federation = world_of("promptfl").federation()
     error = torch.OutOfMemoryError("CUDA out of memory")
@@ -483,6 +888,20 @@ def test_what_a_graph_reads_lives_as_long_as_the_graph(method):
         assert not any(ref.expired() for ref in read)
 
 
+@pytest.mark.parametrize("name", PASSES)
+def test_what_a_text_pass_reads_lives_as_long_as_its_graph(name):
+    method, states = pass_of(name)
+    capture = Remembers()
+    texts = TextGraphs(capture)
+    for k in range(3):
+        texts.text(method, *states(k))
+    let_go()
+    (read,) = capture.reads
+    assert len(read) > 3
+    assert not any(ref.expired() for ref in read)
+    assert texts.captured == 1
+
+
 @pytest.mark.interpreted
 @pytest.mark.skipif(bool(launch.missing()), reason="no Triton")
 def test_what_launches_read_lives_as_long_as_it_is_kept():
@@ -521,3 +940,110 @@ def let_go():
     for weak in (text._packings, text._parts, tower._constants, tower._lengths):
         weak.clear()
     gc.collect()
+
+
+# --- answers are brought over together ------------------------------------------------------------
+
+
+@pytest.fixture
+def brought(monkeypatch):
+    """How many answers came to the host each time."""
+    plain, seen = torch.Tensor.cpu, []
+
+    def cpu(self, *arguments):
+        seen.append(len(self))
+        return plain(self, *arguments)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", cpu)
+    return seen
+
+
+def scored(federation, members, images=None):
+    (exam,) = federation.examiner.exams
+    method = exam.method
+    downs = [federation.now.download(method, c) for c in members]
+    images = dict(enumerate(exam.images)) if images is None else images
+    return score(method, members, stack(downs), {}, exam.feed, images)
+
+
+def test_answers_of_a_cohort_come_over_at_once(brought, monkeypatch):
+    federation = world_of("local").federation()
+    members = [0, 2, 3, 4]
+    sizes = [len(federation.examiner.exams[0].images[c]) for c in members]
+    scored(federation, members)  # lays out its prompts
+    brought.clear()
+    together = scored(federation, members)
+    assert brought == [sum(sizes)]
+    monkeypatch.setattr(scoring, "_WAITING", 1)
+    monkeypatch.setattr(scoring, "at_once", lambda *_: 2)
+    brought.clear()
+    apart = scored(federation, members)
+    assert brought == [n for size in sizes for n in (2,) * (size // 2) + (1,) * (size % 2)]
+    for client, size in zip(members, sizes, strict=True):
+        assert len(apart[client].answers) == size
+        for name in ("answers", "labels", "domains"):
+            one, other = (getattr(found[client], name) for found in (together, apart))
+            assert np.array_equal(one, other)
+
+
+def test_one_model_answers_one_list_of_images_once(brought):
+    federation = world_of("promptfl").federation()
+    mine = federation.examiner.exams[0].images
+    images = {0: mine[1], 1: mine[2], 2: mine[1], 3: mine[1][:0]}
+    method = federation.method
+    down = stack([federation.now.download(method, 0)])
+    exam = federation.examiner.exams[0]
+    scored(federation, [0])  # lays out its prompts
+    brought.clear()
+    found = score(method, [2, 3, 0, 1], down, {}, exam.feed, images)
+    assert brought == [len(mine[1]) + len(mine[2])]
+    assert found[0] is found[2]
+    assert found[3].images == 0
+    assert [found[c].images for c in (0, 1)] == [len(mine[1]), len(mine[2])]
+
+
+@pytest.mark.gpu
+def test_no_client_is_waited_for_on_a_gpu(clip, cache, monkeypatch):
+    plain_add, plain_bring, brought = scoring._Answers.add, scoring._Answers.bring, []
+
+    def add(self, *answers):
+        plain_add(self, *answers)
+        torch.cuda.set_sync_debug_mode("error")
+
+    def bring(self):
+        torch.cuda.set_sync_debug_mode("default")
+        brought.append(len(self._there))
+        plain_bring(self)
+
+    monkeypatch.setattr(scoring._Answers, "add", add)
+    monkeypatch.setattr(scoring._Answers, "bring", bring)
+    try:
+        fastfpl.run("local", model=clip.to("cuda"), cache=cache, **tiny("local"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert brought == [4] * 3  # all clients of each evaluation
+
+
+def test_the_first_client_that_is_wrong_is_named(monkeypatch):
+    federation = world_of("local").federation()
+    images = dict(enumerate(federation.examiner.exams[0].images))
+    plain, calls, wrong = PromptFL.logits, [], set()
+
+    def logits(self, *arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise NotConverged("what the last one says of itself")
+        found = plain(self, *arguments)
+        return found * float("nan") if len(calls) in wrong else found
+
+    monkeypatch.setattr(type(federation.method), "logits", logits)
+    for nans, sentence in (
+        ({2, 3}, "got one that is not for client 2 in an evaluation of local; lower lr="),
+        ({3}, "got one that is not for client 0"),
+        (set(), "what the last one says of itself"),
+    ):
+        calls.clear()
+        wrong.clear()
+        wrong.update(nans)
+        with pytest.raises(NotConverged, match=sentence):
+            scored(federation, [4, 2, 0, 1], images)

@@ -38,8 +38,9 @@ def run(
     and classes, images are encoded fewer at a time. A run that does not fit is refused before its
     first round. result.json says under memory what was chosen; figures stay equal to rounding.
 
-    --cuda-graphs=auto replays training steps on a GPU from their third time on, unless an op has
-    to wait for the device; result.json says in environment.cuda_graphs what happened.
+    --cuda-graphs=auto replays training steps and the text passes of evaluations on a GPU from
+    their third time on, unless an op has to wait for the device; result.json says in
+    environment.cuda_graphs what happened. With --memory evaluations run as they are.
     """
     from fastfpl.data import short_name
     from fastfpl.federation import Comparison

@@ -14,6 +14,7 @@ from fastfpl.methods import Method, State
 from fastfpl.ops.memory import current_limit, memory_limit
 from fastfpl.training.feeds import Feed
 from fastfpl.training.gathering import Share, gather, row, stack
+from fastfpl.training.graphs import TextGraphs
 from fastfpl.training.scoring import Scores, score
 from fastfpl.training.trainer import Trainer
 
@@ -103,7 +104,7 @@ class Examiner:
             share = self.share(0, one, {})
             with memory_limit(share.text):
                 down = stack([one])
-                return [_answers(exam, everyone, down, {}) for exam in self.exams]
+                return [_answers(exam, everyone, down, {}, trainer.texts) for exam in self.exams]
 
         def share_of(client: int, down: State, own: State) -> Share:
             share = self.share(client, down, own)
@@ -123,7 +124,7 @@ class Examiner:
                         for u, client in enumerate(members):
                             keep(client, row(own, u))
                 for scores, exam in zip(found, self.exams, strict=True):
-                    answers = _answers(exam, members, part.down, own)
+                    answers = _answers(exam, members, part.down, own, trainer.texts)
                     scores |= dict(zip(members, answers, strict=True))
             trainer.observer(
                 f"round {round_ + 1} of {trainer.settings.rounds}, evaluating",
@@ -156,9 +157,11 @@ class Examiner:
             exam.method.task.text_features.clear()
 
 
-def _answers(exam: Exam, members: Sequence[int], down: State, own: State) -> list[Scores]:
+def _answers(
+    exam: Exam, members: Sequence[int], down: State, own: State, texts: TextGraphs | None
+) -> list[Scores]:
     images = {c: exam.images[c] for c in members}
-    scores = score(exam.method, members, down, own, exam.feed, images)
+    scores = score(exam.method, members, down, own, exam.feed, images, texts=texts)
     return [scores[c] for c in members]
 
 

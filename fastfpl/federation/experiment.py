@@ -54,7 +54,7 @@ from fastfpl.tracking.callback import Told
 from fastfpl.tracking.lines import METRICS, Lines
 from fastfpl.training.budget import uncapped
 from fastfpl.training.feeds import Observer, silent
-from fastfpl.training.graphs import against
+from fastfpl.training.graphs import summary
 from fastfpl.training.preparation import load_model
 
 __all__ = [
@@ -458,12 +458,10 @@ def _settings(federation: Federation) -> dict[str, Any]:
     }
 
 
-def _unreplayed(federation: Federation) -> list[str]:
-    """Say why no training step was replayed as a CUDA graph."""
-    graphs = federation.trainer.graphs
-    if graphs is not None:
-        return graphs.reasons
-    return against(federation.settings, federation.method, federation.clip.device)
+def _replayed(federation: Federation) -> str:
+    """Say what was replayed as a CUDA graph, and why the rest was not."""
+    trainer, device = federation.trainer, federation.clip.device
+    return summary(federation.settings, federation.method, device, trainer.graphs, trainer.texts)
 
 
 def _result(federation: Federation, faces: dict[str, list[str]], peak: int, ranks: int) -> Result:
@@ -485,7 +483,7 @@ def _result(federation: Federation, faces: dict[str, list[str]], peak: int, rank
         settings=_settings(federation),
         environment={
             **environment(federation.clip.device),
-            "cuda_graphs": "; ".join(_unreplayed(federation)) or "steps are replayed",
+            "cuda_graphs": _replayed(federation),
             "ranks": ranks,
         },
         faces=faces,

@@ -41,7 +41,7 @@ from fastfpl.released import as_released, changes_data, choose_quirks, disturbed
 from fastfpl.training.budget import Budget
 from fastfpl.training.feeds import Observer, evaluation_feed, silent, training_feed
 from fastfpl.training.gathering import stack
-from fastfpl.training.graphs import step_graphs
+from fastfpl.training.graphs import step_graphs, text_graphs
 from fastfpl.training.preparation import (
     choose_device,
     load_model,
@@ -396,6 +396,7 @@ def prepare(
         images=trained,
         observer=observer,
         graphs=graphs,
+        texts=text_graphs(settings, clip.device, graphs),
         budget=budget,
         private=image_privacy(settings, method),
     )

@@ -156,7 +156,8 @@ class Method(ABC):
 
     `text`, `loss`, `measured_loss` and `after_step` are a training step. They read no number of a
     tensor (nothing that waits for the device), draw nothing, and take what changes from step to
-    step or round to round from their arguments alone: a step may be replayed without them.
+    step or round to round from their arguments alone: a step may be replayed without them, and so
+    may `text` in an evaluation.
 
     Attributes
     ----------

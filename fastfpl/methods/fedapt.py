@@ -77,6 +77,7 @@ class FedAPT(Method):
     def __init__(self, task: Task, options: Mapping[str, Any] | None = None) -> None:
         super().__init__(task, options)
         self._trained_names = task.classes.names
+        self._places: Tensor | None = None  # of other classes among those that were trained
         domains = task.client_domains
         if domains is None or len(set(domains)) < 2:
             domains = tuple(range(task.clients))
@@ -93,6 +94,11 @@ class FedAPT(Method):
         other = super().on(classes)
         assert isinstance(other, FedAPT)
         other._trained_names = self._trained_names
+        if classes.names != self._trained_names:
+            place = {name: c for c, name in enumerate(self._trained_names)}
+            at = [place.get(name, len(place)) for name in classes.names]
+            # on the device once: a list would be copied there in every pass
+            other._places = torch.tensor(at, device=self.keys.device)
         # a client that came later has its key here too
         other._key_of, other.keys = self._key_of, self.keys.to(other.keys.device)
         return other
@@ -104,7 +110,7 @@ class FedAPT(Method):
         network for it as ``torch.nn.Linear`` draws it, both from the run's seed and the name.
         """
         other = type(self)(self.task, self.options.model_dump())
-        other._trained_names = self._trained_names
+        other._trained_names, other._places = self._trained_names, self._places
         other._key_of, other.keys = [*self._key_of], self.keys
         domains = self.task.client_domains or ()
         if len(set(domains)) > 1 and domain in domains:
@@ -180,13 +186,10 @@ class FedAPT(Method):
 
     def _of_classes(self, ctx: Tensor) -> Tensor:
         """Give each class of the list its context: its own if it was trained, else the mean."""
-        names = self.task.classes.names
-        if names == self._trained_names:
+        if self._places is None:
             return ctx
-        place = {name: c for c, name in enumerate(self._trained_names)}
         mean = ctx.mean(dim=-3, keepdim=True)
-        at = [place.get(name, len(place)) for name in names]
-        return torch.cat((ctx, mean), dim=-3)[..., at, :, :]
+        return torch.cat((ctx, mean), dim=-3)[..., self._places.to(ctx.device), :, :]
 
     def _passes(self, ctx: Tensor, keys: Tensor) -> Iterator[Tensor]:
         """Encode one context under many keys (G, T, W), some at a time: (some, C, D)."""

@@ -10,11 +10,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastfpl.errors import NotConverged
+from fastfpl.errors import FastfplError, NotConverged
 from fastfpl.methods import Method, State
 from fastfpl.methods.contract import check_logits, check_text, started
 from fastfpl.ops.memory import current_limit
 from fastfpl.training.feeds import Feed
+from fastfpl.training.graphs import TextGraphs
 
 __all__ = ["Scores", "at_once", "score"]
 
@@ -23,6 +24,8 @@ Indices = npt.NDArray[np.int64]
 # bytes of features, logits and what is between of the images that are scored at once: enough for
 # full-speed products
 _SCORED = 1 << 26
+# bytes of answers that stay on the device before they are brought over
+_WAITING = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,14 +79,17 @@ def score(
     feed: Feed,
     images: Mapping[int, Indices],
     *,
+    texts: TextGraphs | None = None,
     trial: bool = False,
 ) -> dict[int, Scores]:
     """Evaluate a cohort, each client on its own test images over all C classes; some may have none.
 
-    Text features are encoded once; a down and own of one row serve all members (a global model).
-    So many images are scored at once as 64 MiB hold of their features and of what stands between
-    these and the logits, or the limit around (`fastfpl.ops.memory`) if it is lower. A ``trial``
-    scores no more than these of every client, to see what it needs.
+    Text features are encoded once, by ``texts`` if given, which replay a pass that comes back; a
+    down and own of one row serve all members (a global model). Nothing here waits for the device
+    before all members have answered, or 131072 images. So many images are scored at once as 64 MiB
+    hold of their features and of what stands between these and the logits, or the limit around
+    (`fastfpl.ops.memory`) if it is lower. A ``trial`` scores no more than these of every client, to
+    see what it needs, and captures nothing.
     """
     asked = [client for client in members if len(images[client])]
     there = set(asked)
@@ -92,41 +98,86 @@ def score(
         return result
     rows = len(next(iter({**down, **own}.values())))
     trained, fixed = started(method, down, own, rows, training=False)
-    text = method.text(trained, fixed)
+    if texts is None or trial:
+        text = method.text(trained, fixed)
+    else:
+        text = texts.text(method, trained, fixed)
     check_text(method, text, rows)
     count = at_once(method, fixed, feed.batch(images[asked[0]][None, :1]))
-    shared: dict[bytes, Scores] = {}
-    for u, client in enumerate(members):
-        if client not in there:
-            continue
-        at = u if text.shape[0] > 1 else 0
-        # one model and one list of images: one answer
-        key = images[client].tobytes() if text.shape[0] == 1 else None
-        if key is not None and key in shared:
-            result[client] = shared[key]
-            continue
-        mine = {k: v[at : at + 1] for k, v in trained.items()}
-        constants = {k: v[at : at + 1] for k, v in fixed.items()}
-        answers = []
-        where = images[client][:count] if trial else images[client]
-        for start in range(0, len(where), count):
-            part = where[start : start + count][None]
-            logits = method.logits(text[at : at + 1], mine, constants, feed.batch(part))
-            check_logits(method, logits, (1, part.shape[1], len(method.task.classes)))
-            # no class has the number -1
-            finite = logits.isfinite().all(dim=-1)
-            answers.append(torch.where(finite, logits.argmax(dim=-1), -1)[0].cpu().numpy())
-            if (answers[-1] < 0).any():
+    answers = _Answers(method)
+    first: dict[bytes, int] = {}
+    same: list[tuple[int, int]] = []  # members, and those whose answers are theirs too
+    try:
+        for u, client in enumerate(members):
+            if client not in there:
+                continue
+            at = u if text.shape[0] > 1 else 0
+            if text.shape[0] == 1:
+                # one model and one list of images: one answer
+                other = first.setdefault(images[client].tobytes(), u)
+                same.append((u, other))
+                if other != u:
+                    continue
+            else:
+                same.append((u, u))
+            mine = {k: v[at : at + 1] for k, v in trained.items()}
+            constants = {k: v[at : at + 1] for k, v in fixed.items()}
+            where = images[client][:count] if trial else images[client]
+            for start in range(0, len(where), count):
+                part = where[start : start + count][None]
+                logits = method.logits(text[at : at + 1], mine, constants, feed.batch(part))
+                check_logits(method, logits, (1, part.shape[1], len(method.task.classes)))
+                # no class has the number -1
+                finite = logits.isfinite().all(dim=-1)
+                answers.add(u, client, torch.where(finite, logits.argmax(dim=-1), -1)[0])
+    except FastfplError:
+        answers.bring()  # what is wrong with an earlier client is said first
+        raise
+    answers.bring()
+    made: dict[int, Scores] = {}
+    for u, other in same:
+        if other == u:
+            said = answers.of(u)
+            where = images[members[u]][: len(said)]
+            made[u] = Scores(said, feed.split.labels[where], feed.split.domains[where])
+        result[members[u]] = made[other]
+    return result
+
+
+class _Answers:
+    """Answers of a cohort, which stay on the device until they are brought over together."""
+
+    def __init__(self, method: Method) -> None:
+        self._method = method
+        self._there: list[tuple[int, int, Tensor]] = []
+        self._bytes = 0
+        self._here: dict[int, list[Indices]] = {}
+
+    def add(self, u: int, client: int, answers: Tensor) -> None:
+        """Take answers (n,) of a member, -1 where logits were not finite, and look at none."""
+        self._there.append((u, client, answers))
+        self._bytes += answers.nbytes
+        if self._bytes >= _WAITING:
+            self.bring()
+
+    def bring(self) -> None:
+        """Wait for the device, and refuse the first client with logits that are not finite."""
+        there, self._there, self._bytes = self._there, [], 0
+        if not there:
+            return
+        whole = torch.cat([answers for *_, answers in there]).cpu().numpy()
+        ends = np.cumsum([len(answers) for *_, answers in there])
+        for (u, client, _), mine in zip(there, np.split(whole, ends[:-1]), strict=True):
+            if (mine < 0).any():
                 raise NotConverged(
                     f"fastfpl.run: logits must be finite; got one that is not for client {client} "
-                    f"in an evaluation of {method.name}; lower lr={method.task.lr}"
+                    f"in an evaluation of {self._method.name}; lower lr={self._method.task.lr}"
                 )
-        result[client] = Scores(
-            np.concatenate(answers), feed.split.labels[where], feed.split.domains[where]
-        )
-        if key is not None:
-            shared[key] = result[client]
-    return result
+            self._here.setdefault(u, []).append(mine)
+
+    def of(self, u: int) -> Indices:
+        """Return all answers of a member, which were brought over."""
+        return np.concatenate(self._here[u])
 
 
 def _unasked(feed: Feed) -> Scores:

@@ -12,7 +12,7 @@ from fastfpl.methods import Batch, Method, State
 from fastfpl.methods.contract import check_gradients, check_loss, check_text
 from fastfpl.training.private import ImagePrivacy
 
-__all__ = ["PHASE", "Cohort", "CohortSGD"]
+__all__ = ["PHASE", "Cohort", "CohortSGD", "stored"]
 
 #: What the names of a round's parts begin with in a profile.
 PHASE = "fastfpl: "
@@ -216,7 +216,7 @@ class Cohort:
         twin = Cohort(
             self.method,
             {name: t.clone() for name, t in self.trained.items()},
-            {name: _expanded(_stored(t).clone(), t) for name, t in self.fixed.items()},
+            {name: _expanded(stored(t).clone(), t) for name, t in self.fixed.items()},
             self.sgd.momentum,
             self.sgd.weight_decay,
             self.sgd.buffers,
@@ -230,10 +230,10 @@ class Cohort:
             tensor.copy_(other.trained[name])
             self.sgd.buffers[name].copy_(other.sgd.buffers[name])
         for name, tensor in self.fixed.items():
-            _stored(tensor).copy_(_stored(other.fixed[name]))
+            stored(tensor).copy_(stored(other.fixed[name]))
 
 
-def _stored(tensor: Tensor) -> Tensor:
+def stored(tensor: Tensor) -> Tensor:
     """View what of an expanded tensor is in memory."""
     for dim, stride in enumerate(tensor.stride()):
         if stride == 0 and tensor.shape[dim] > 1:

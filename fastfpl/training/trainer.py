@@ -17,7 +17,7 @@ from fastfpl.training.budget import Budget
 from fastfpl.training.cohort import Trained, train
 from fastfpl.training.feeds import Feed, Observer, silent
 from fastfpl.training.gathering import Share
-from fastfpl.training.graphs import StepGraphs
+from fastfpl.training.graphs import StepGraphs, TextGraphs
 from fastfpl.training.private import ImagePrivacy
 
 __all__ = ["Trainer"]
@@ -41,6 +41,8 @@ class Trainer:
         Told of long steps.
     graphs : StepGraphs or None
         What replays training steps, if anything does.
+    texts : TextGraphs or None
+        What replays the text passes of evaluations, if anything does.
     budget : Budget or None
         What decides how many clients share a pass, if ``max_memory`` does.
     private : ImagePrivacy or None
@@ -53,6 +55,7 @@ class Trainer:
     images: Mapping[int, Indices]
     observer: Observer = silent
     graphs: StepGraphs | None = None
+    texts: TextGraphs | None = None
     budget: Budget | None = None
     private: ImagePrivacy | None = None
 
