@@ -76,7 +76,7 @@ def check_secagg(settings: Settings, rules: Rules) -> None:
         )
 
 
-def counts_of(method: Method, server: State, wanted: Expected, sampling: Sampling) -> Counts:
+def counts_of(method: Method, server: State, wanted: Expected, sampling: Sampling | None) -> Counts:
     """Return what a method's mean counts, or refuse a method or a run that has no secret mean.
 
     Parameters
@@ -85,7 +85,8 @@ def counts_of(method: Method, server: State, wanted: Expected, sampling: Samplin
     server : State
         Before the first round.
     wanted : Expected
-    sampling : Sampling
+    sampling : Sampling or None
+        None where nobody knows yet how many clients a round calls.
 
     Raises
     ------
@@ -97,7 +98,8 @@ def counts_of(method: Method, server: State, wanted: Expected, sampling: Samplin
         raise InputError(
             f"fastfpl.flower: aggregation must be plain for {method.name}; got secagg+, and {why}"
         )
-    for called in (sampling.fewest, len(sampling.sample(0))):  # the first may call all
+    # the first round may call all
+    for called in () if sampling is None else (sampling.fewest, len(sampling.sample(0))):
         if not 3 <= called <= _MOST_CLIENTS:
             raise InputError(
                 f"fastfpl.flower: a round must call 3 to {_MOST_CLIENTS} clients with "
