@@ -279,7 +279,7 @@ needs_dp = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (("pfedmoap", *SECRET), "aggregation must be plain for pfedmoap; .* single uploads in 'pool'"),
+        (("pfedmoap", *SECRET), "plain for pfedmoap; .* single uploads in 'pool'"),
         (("prompt-fedamp", *SECRET), "aggregation must be plain for prompt-fedamp"),
         (("local", *SECRET), "and its clients send nothing"),
         (("zeroshot", *SECRET), "and its clients send nothing"),

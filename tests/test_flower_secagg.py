@@ -21,6 +21,7 @@ from fastfpl.federation.merging import Expected, counted, expected
 from fastfpl.flower import apps, secagg
 from fastfpl.flower.letters import SCHEMA, Letter
 from fastfpl.flower.rules import make_rules
+from fastfpl.flower.status import read_status
 from fastfpl.methods import METHODS
 from fastfpl.testing.worlds import World
 from tests.worlds import TINY_RUN
@@ -321,6 +322,42 @@ def test_a_wrong_masked_upload_is_refused_and_the_rest_is_summed(
     assert told["client"] == 1
     assert "masked uploads must be whole numbers below 2^32" in told["why"]
     assert found.rounds[0]["lost"] == [1]
+
+
+@needs_flower
+def test_one_client_that_seals_nonsense_does_not_stop_a_run(tmp_path, in_a_task, monkeypatch):
+    """It is named in every round, left out of its sum, and the run ends."""
+    honest = secagg.secure_answer
+
+    def hostile(letter, message, context, site):
+        answer = honest(letter, message, context, site)
+        record = secagg._opened(answer)
+        if message.metadata.dst_node_id != 71 or "ctxts" not in record:
+            return answer
+        record["ctxts"] = [bytes(100)] * 3
+        return Letter(answer.head, {secagg._RECORD: secagg._sealed(record)})
+
+    monkeypatch.setattr(apps, "secure_answer", hostile)
+    settings = make_settings(RUN)
+    found, _ = play(tmp_path, settings)
+    for row in found.rounds:
+        (told,) = row["flower"]["refused"]
+        assert told["client"] == 1
+        assert "client 1 is at odds with 0, 2, 3, who are a quorum" in told["why"]
+        assert not row["flower"]["failed"]
+        assert row["lost"] == [1]
+    assert (found.flower["refused"], found.flower["failed"]) == (2, 0)
+    noted = read_status(tmp_path / "out")["noted"]
+    assert [one["client"] for one in noted] == [1, 1]
+    play(
+        tmp_path / "plain",
+        settings,
+        {"aggregation": "plain"},
+        lost=lambda m: any(lost_at("plain", 71, round_)(m) for round_ in ("0", "1")),
+    )
+    ours, theirs = prompts(tmp_path / "out"), prompts(tmp_path / "plain" / "out")
+    for name in ours:  # the second round's steps begin from the rounded first
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-4)
 
 
 COUNTED = {

@@ -11,6 +11,10 @@ all of the key (`masks`), on both sides.
 
 It is for a server that follows the protocol and looks at what it gets. Keys of clients are not
 signed: a server that hands out keys of its own in their names is not held off.
+
+What Flower has not either are marks: with its shares a client sends hashes of them, and of the seed
+of its mask. Who is sent a share holds it to its mark before it trains, the server what it is told
+at the end, so that wrong shares are refused by the name of whoever sent them.
 """
 
 from __future__ import annotations
@@ -18,7 +22,9 @@ from __future__ import annotations
 import hashlib
 import importlib
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,6 +45,10 @@ __all__ = ["SecureMean", "check_secagg", "counts_of", "masks", "secure_answer"]
 
 # Flower's record of a stage among a letter's arrays, which are else those of a download
 _RECORD = "secagg+"
+# ours in such a record: marks of shares, one a client, and of the seed of a mask
+_MARKS, _SEED_MARK = "marks", "seed_mark"
+# of a mark: of the share of a seed, then of that of a key
+_MARK = 32
 _LEVELS, _MODULUS = 1 << 22, 1 << 32  # Flower's defaults: of numbers, and of their sum
 _MOST_CLIENTS = _MODULUS // _LEVELS - 1  # of largest weight each, whose sum is not to be 0 again
 
@@ -135,6 +145,18 @@ def masks(seed: bytes, num_range: int, dimensions_list: Sequence[tuple[int, ...]
     return found
 
 
+def _mark(what: str, numbers: Sequence[int], secret: bytes) -> bytes:
+    """Say what a secret can be told by; it has 128 bits of chance or more, and stays one."""
+    text = "|".join(["fastfpl.flower.mark", what, *map(str, numbers), ""])
+    return hashlib.sha256(text.encode() + secret).digest()
+
+
+def _share_marks(dealer: int, holder: int, seed: bytes, key: bytes) -> bytes:
+    """Mark the two shares that a client deals another."""
+    who = (dealer, holder)
+    return _mark("share of seed", who, seed) + _mark("share of key", who, key)
+
+
 def _flowers() -> SimpleNamespace:
     """Return Flower's parts of the protocol, with masks of ours.
 
@@ -160,6 +182,12 @@ def _flowers() -> SimpleNamespace:
             key=client.Key,
             name=client.RECORD_KEY_CONFIGS,
             state=client.RECORD_KEY_STATE,
+            kept=client.SecAggPlusState,
+            decrypt=client.decrypt,
+            separate=client.share_keys_plaintext_separate,
+            combine=server.combine_shares,
+            private_key=server.bytes_to_private_key,
+            public_bytes=client.public_key_to_bytes,
             compat=server.compat,
             workflow=server.SecAggPlusWorkflow,
             progress=server.WorkflowState,
@@ -232,10 +260,12 @@ def _check_stage(
         keys = [record.get(k) for k in (key.PUBLIC_KEY_1, key.PUBLIC_KEY_2)]
         good = keys[0] != keys[1] and all(_is_key(flowers, one) for one in keys)
     elif stage == "share_keys":
-        rule = "a share for each of the other clients"
+        rule = "a share for each of the other clients, with its marks"
         nodes = record.get(key.DESTINATION_LIST)
         good = isinstance(nodes, list) and sorted(nodes) == sorted(others)
-        good = good and texts(key.CIPHERTEXT_LIST, len(others))
+        good = good and texts(key.CIPHERTEXT_LIST, len(others)) and texts(_MARKS, len(others) + 1)
+        good = good and all(len(one) == 2 * _MARK for one in record[_MARKS])
+        good = good and isinstance(record.get(_SEED_MARK), bytes)
     elif stage == "unmask":
         rule = "the shares that it was asked for"
         wanted = [*asked[key.ACTIVE_NODE_ID_LIST], *asked[key.DEAD_NODE_ID_LIST]]
@@ -248,6 +278,33 @@ def _check_stage(
             f"fastfpl.flower: a client's answer to the stage {stage} must hold {rule}; got others "
             f"from client {client}"
         )
+
+
+def _accused(nodes: object, others: set[int], client: int) -> set[int]:
+    """Read whose shares do not open, as a client says."""
+    good = isinstance(nodes, list) and nodes and all(type(node) is int for node in nodes)
+    if not good or not {*nodes} <= others:  # type: ignore[misc]
+        raise Refused(
+            "fastfpl.flower: a client must say whose shares do not open, of the others of its "
+            f"round; got {shown(nodes)} from client {client}"
+        )
+    return {*nodes}  # type: ignore[misc]
+
+
+def _fits(
+    flowers: SimpleNamespace, so_far: _Attempt, node: int, shares: Sequence[bytes], need: int
+) -> bool:
+    """Whether shares of a client open what it has marked; fewer than are needed open nothing."""
+    if len(shares) < need:
+        return True
+    try:
+        secret = flowers.combine(shares)
+        if node in so_far.alive:
+            return _mark("seed", (node,), secret) == so_far.seeds[node]
+        public = flowers.private_key(secret).public_key()
+        return bool(flowers.public_bytes(public) == so_far.keys[node])
+    except Exception:  # what cryptography says of bytes that are anything
+        return False
 
 
 def _is_key(flowers: SimpleNamespace, data: object) -> bool:
@@ -304,6 +361,20 @@ def _stage(letter: Letter, message: Any, context: Any, site: Site) -> Letter:
                 "fastfpl.flower: a client must be there or lost, of whom one secret each is told; "
                 "got one that is said to be both"
             )
+
+    def kept() -> Any:
+        # Flower's records are read anew: a view of them holds what was there
+        return flowers.kept(**context.state.config_records.get(flowers.state, {}))
+
+    def forget() -> None:
+        context.state.config_records[flowers.state] = ConfigRecord()
+
+    if stage == "collect_masked_vectors":
+        wrong = _unopened(flowers, kept(), record)
+        if wrong:  # what it has dealt itself is never opened
+            forget()
+            sealed = {_RECORD: _sealed(ConfigRecord())}
+            return Letter(_told("secure", letter.head, unopened=wrong), sealed)
     said: dict[str, Any] = {}
 
     def train(message: Any, context: Any) -> Any:
@@ -312,7 +383,7 @@ def _stage(letter: Letter, message: Any, context: Any, site: Site) -> Letter:
         if answer.head.get("kind") != "update":
             raise Refused(str(answer.head.get("why")))
         said.update(answer.head)
-        most = float(context.state.config_records[flowers.state]["clipping_range"])
+        most = float(kept().clipping_range)
         vectors = []
         for name, tensor in sorted(unpack(answer.arrays).items()):
             vector = tensor.double().reshape(-1).numpy()  # Flower's sums miss a number alone
@@ -332,13 +403,110 @@ def _stage(letter: Letter, message: Any, context: Any, site: Site) -> Letter:
 
     inner = Message(RecordDict({flowers.name: record}), metadata=message.metadata)
     answer = flowers.answer(inner, context, train)
+    told = answer.content.config_records[flowers.name]
+    if stage == "share_keys":
+        _add_marks(flowers, kept(), told)
     if stage == "unmask":  # Flower would keep keys and shares until the next sum
-        context.state.config_records[flowers.state] = ConfigRecord()
-    sealed = {_RECORD: _sealed(answer.content.config_records[flowers.name])}
-    return Letter(_told("secure", letter.head, **({"update": said} if said else {})), sealed)
+        forget()
+    more = {"update": said} if said else {}
+    return Letter(_told("secure", letter.head, **more), {_RECORD: _sealed(told)})
+
+
+def _add_marks(flowers: SimpleNamespace, kept: Any, told: Any) -> None:
+    """Add marks to the shares that a client deals: for each of the others, then for itself."""
+    key, own = flowers.key, kept.nid
+    others = told[key.DESTINATION_LIST]
+    marks = []
+    for node, sealed in zip(others, told[key.CIPHERTEXT_LIST], strict=True):
+        shares = flowers.separate(flowers.decrypt(kept.ss2_dict[node], sealed))[2:]
+        marks.append(_share_marks(own, node, *shares))
+    mine = kept.rd_seed_share_dict[own], kept.sk1_share_dict[own]
+    told[_MARKS] = [*marks, _share_marks(own, own, *mine)]
+    told[_SEED_MARK] = _mark("seed", (own,), kept.rd_seed)
+
+
+def _unopened(flowers: SimpleNamespace, kept: Any, record: Any) -> list[int]:
+    """Return whose shares for a client do not open, or are others than they were said to be."""
+    key, own, wrong = flowers.key, kept.nid, []
+    mine = kept.rd_seed_share_dict[own], kept.sk1_share_dict[own]
+    sources, sealed, marks = (record[k] for k in (key.SOURCE_LIST, key.CIPHERTEXT_LIST, _MARKS))
+    for source, text, mark in zip(sources, sealed, marks, strict=True):
+        try:
+            dealer, holder, *shares = flowers.separate(flowers.decrypt(kept.ss2_dict[source], text))
+            good = (dealer, holder) == (source, own) and list(map(len, shares)) == list(
+                map(len, mine)
+            )
+            good = good and _share_marks(dealer, holder, *shares) == mark
+        except Exception:  # what cryptography says of bytes that are anything
+            good = False
+        if not good:
+            wrong.append(source)
+    return wrong
 
 
 # -- at the server ---------------------------------------------------------------------------------
+
+
+class _Unfit(Exception):
+    """Shares that are the ones that were dealt, and open no secret that they were said to be of.
+
+    Attributes
+    ----------
+    nodes : set of int
+        Who dealt them.
+    """
+
+    def __init__(self, nodes: set[int]) -> None:
+        super().__init__(nodes)
+        self.nodes = nodes
+
+
+@dataclass
+class _Attempt:
+    """What clients have said of their secrets, since keys were last drawn.
+
+    Attributes
+    ----------
+    keys : dict from node to bytes
+        The public one whose private half is shared.
+    seeds : dict from node to bytes
+        Marks of the seeds of masks.
+    marks : dict from node to (dict from node to bytes)
+        Of the shares that a client dealt, by who holds them.
+    alive : set of int
+        Whose masked uploads are there, so that the seeds of their masks are asked for.
+    shares : dict from node to list of bytes
+        Of a client's seed, or of the key of one that is lost, as far as they were told.
+    at_odds : dict from node to set of int
+        Whose shares for a client do not open, as it says.
+    used : set of bytes
+        All public keys.
+    """
+
+    keys: dict[int, bytes] = field(default_factory=dict)
+    seeds: dict[int, bytes] = field(default_factory=dict)
+    marks: dict[int, dict[int, bytes]] = field(default_factory=dict)
+    alive: set[int] = field(default_factory=set)
+    shares: dict[int, list[bytes]] = field(default_factory=dict)
+    at_odds: dict[int, set[int]] = field(default_factory=dict)
+    used: set[bytes] = field(default_factory=set)
+
+
+def _left_out(at_odds: Mapping[int, set[int]], need: int) -> tuple[set[int], set[int]]:
+    """Say who is left out of a sum: (on the word of a quorum, in pairs of which one is wrong).
+
+    Two clients that follow the protocol are never at odds. Who is at odds with a quorum is wrong,
+    unless that many are. Of any other pair nobody can say who is: both go, so that whoever is wrong
+    takes one with it at most, and fewer hostile ones than a quorum never single an upload out.
+    """
+    pairs = {frozenset((one, other)) for one, others in at_odds.items() for other in others}
+    degree = Counter(node for pair in pairs for node in pair)
+    alone = {node for node, count in degree.items() if count >= need}
+    both: set[int] = set()
+    for pair in sorted(map(sorted, pairs), key=lambda p: (-max(degree[n] for n in p), p)):
+        if not {*pair} & (alone | both):
+            both |= {*pair}
+    return alone, both
 
 
 class SecureMean:
@@ -396,10 +564,12 @@ class SecureMean:
 
         ``take`` is given what clients say of their training, without arrays. Nobody's answer is
         good unless the mean is known. Who is lost before uploads are masked is left out, and the
-        others begin anew: Flower's last stage asks for shares that such a client never gave.
+        others begin anew: Flower's last stage asks for shares that such a client never gave. So do
+        they where clients are at odds on shares (`_left_out`), before a sum is asked for.
 
         Once clients were asked to open a sum, no other clients are summed in the round: answers
-        that come late open the first one too, and two sums tell their difference.
+        that come late open the first one too, and two sums tell their difference. But for a client
+        that has dealt shares of no secret: it alone is what the two can differ by.
         """
         whole: Outcome[Taken] = Outcome()
         end = post.now() + timeout
@@ -422,7 +592,7 @@ class SecureMean:
             def taken(node: int, update: Letter) -> None:
                 updates[node] = take(node, update)  # noqa: B023
 
-            there = self._attempt(here, round_, need, told, taken)
+            there = self._attempt(here, round_, need, told, taken, whole.refused)
             if self.mean is not None:
                 whole.good = updates
                 break
@@ -440,23 +610,31 @@ class SecureMean:
         need: int,
         told: Callable[[str, Mapping[int, Letter], Any], list[Any]],
         taken: Callable[[int, Letter], None],
+        refused: dict[int, str],
     ) -> set[int]:
         """Go through the stages: who is left to begin anew with; everybody where there is no use.
 
         ``told(stage, letters, opened)`` sends a stage, and returns what ``opened(node, answer)``
-        made of good answers; ``taken(node, update)`` checks what a client says of its training.
+        made of good answers; ``taken(node, update)`` checks what a client says of its training;
+        ``refused`` says why an answer was not taken.
         """
         from flwr.app import ArrayRecord, ConfigRecord, RecordDict
         from flwr.common import FitIns, Parameters, parameters_to_ndarrays
 
         flowers = _flowers()
         found: list[Any] = []
+        so_far = _Attempt()
 
         def send_and_receive(messages: Sequence[Any], *, timeout: float | None = None) -> list[Any]:
             """Be what Flower's stages send by."""
             asked = {m.metadata.dst_node_id: m.content for m in messages}
             stage = str(messages[0].content.config_records[flowers.name][flowers.key.STAGE])
             third = stage == "collect_masked_vectors"
+            if third:
+                for node, content in asked.items():
+                    record = content.config_records[flowers.name]
+                    sources = record[flowers.key.SOURCE_LIST]
+                    record[_MARKS] = [so_far.marks[source][node] for source in sources]
             sealed = {
                 node: self._stage(letters[node], content.config_records[flowers.name], third)
                 for node, content in asked.items()
@@ -473,8 +651,15 @@ class SecureMean:
                     )
                 self.nbytes_up += answer.nbytes
                 record, content = _opened(answer), RecordDict()
-                asked_for = asked[node].config_records[flowers.name]
-                _check_stage(flowers, stage, asked_for, record, {*letters} - {node}, client)
+                asked_for, others = asked[node].config_records[flowers.name], {*letters} - {node}
+                if third and "unopened" in answer.head:
+                    so_far.at_odds[node] = _accused(answer.head["unopened"], others, client)
+                    raise Refused(
+                        "fastfpl.flower: what clients seal for another must open; client "
+                        f"{client} says that it does not"
+                    )
+                _check_stage(flowers, stage, asked_for, record, others, client)
+                self._note(flowers, stage, so_far, node, record, asked_for, client)
                 if third:
                     self._check_masked(flowers, record, client)
                     said = answer.head.get("update")
@@ -487,7 +672,11 @@ class SecureMean:
                     has_error=lambda: False,
                 )
 
-            return told(stage, sealed, opened)
+            answers = told(stage, sealed, opened)
+            unfit = {n for n, s in so_far.shares.items() if not _fits(flowers, so_far, n, s, need)}
+            if unfit:
+                raise _Unfit(unfit)
+            return answers
 
         def configure_fit(*_: Any) -> list[Any]:
             return [(SimpleNamespace(node_id=n), FitIns(Parameters([], ""), {})) for n in letters]
@@ -523,7 +712,11 @@ class SecureMean:
                     return set(letters)
                 if progress.active_node_ids != set(letters):
                     return set(progress.active_node_ids)
-            if workflow.collect_masked_vectors_stage(grid, context, progress):
+            collected = workflow.collect_masked_vectors_stage(grid, context, progress)
+            if so_far.at_odds:
+                here = {*progress.active_node_ids, *so_far.at_odds}
+                return here - self._leave_out(letters, so_far.at_odds, need, refused)
+            if collected:
                 summed = {letters[node].head["client"] for node in progress.active_node_ids}
                 if self._asked_of not in (None, summed):
                     return set(letters)
@@ -531,6 +724,16 @@ class SecureMean:
                 workflow.unmask_stage(grid, context, progress)
         except FastfplError:
             raise
+        except _Unfit as error:
+            for node in error.nodes:
+                client = letters[node].head["client"]
+                refused[node] = (
+                    "fastfpl.flower: shares that a client deals must open the secret that it has "
+                    f"marked; got others from client {client}: it is left out of the round"
+                )
+                assert self._asked_of is not None
+                self._asked_of = self._asked_of - {client}
+            return {n for n, one in letters.items() if one.head["client"] in self._asked_of}
         except Exception as error:  # a secret that does not fit, of a client that nobody can name
             raise InputError(
                 "fastfpl.flower: the sum of masked uploads must open; got "
@@ -539,6 +742,79 @@ class SecureMean:
         if found:
             self.mean = self._checked(found)
         return set(letters)
+
+    def _note(
+        self,
+        flowers: SimpleNamespace,
+        stage: str,
+        so_far: _Attempt,
+        node: int,
+        record: Mapping[str, Any],
+        asked: Mapping[str, Any],
+        client: int,
+    ) -> None:
+        """Note what a client says of its secrets, or refuse keys and shares that are not its own.
+
+        Keys are drawn: who has another's is wrong, or both are. A client has held the shares that
+        it was sent to their marks before it trained, so that others are its own doing.
+        """
+        key = flowers.key
+        if stage == "setup":
+            keys = record[key.PUBLIC_KEY_1], record[key.PUBLIC_KEY_2]
+            if so_far.used & {*keys}:
+                raise Refused(
+                    "fastfpl.flower: keys must be of one client alone; got another's from client "
+                    f"{client}"
+                )
+            so_far.used |= {*keys}
+            so_far.keys[node] = keys[0]
+        elif stage == "share_keys":
+            holders = [*record[key.DESTINATION_LIST], node]
+            so_far.marks[node] = dict(zip(holders, record[_MARKS], strict=True))
+            so_far.seeds[node] = record[_SEED_MARK]
+        elif stage == "unmask":
+            so_far.alive = {*asked[key.ACTIVE_NODE_ID_LIST]}
+            told = dict(zip(record[key.NODE_ID_LIST], record[key.SHARE_LIST], strict=True))
+            for owner, share in told.items():
+                whole, who = so_far.marks[owner][node], (owner, node)
+                if owner in so_far.alive:
+                    good = _mark("share of seed", who, share) == whole[:_MARK]
+                else:
+                    good = _mark("share of key", who, share) == whole[_MARK:]
+                if not good:
+                    raise Refused(
+                        "fastfpl.flower: a client must tell the shares that it has taken; got "
+                        f"others from client {client}"
+                    )
+            for owner, share in told.items():
+                so_far.shares.setdefault(owner, []).append(share)
+
+    def _leave_out(
+        self,
+        letters: Mapping[int, Letter],
+        at_odds: Mapping[int, set[int]],
+        need: int,
+        refused: dict[int, str],
+    ) -> set[int]:
+        """Say who is left out of a round whose clients are at odds on shares, and why."""
+        alone, both = _left_out(at_odds, need)
+        for node in {*at_odds, *alone, *both}:
+            others = {*at_odds.get(node, ())} | {n for n, them in at_odds.items() if node in them}
+            names = ", ".join(str(letters[n].head["client"]) for n in sorted(others))
+            odds = (
+                "fastfpl.flower: what a client seals for another must open; client "
+                f"{letters[node].head['client']} is at odds with {names}"
+            )
+            if node in alone:
+                refused[node] = f"{odds}, who are a quorum: it is left out of the round"
+            elif node in both:
+                refused[node] = (
+                    f"{odds}, and nobody can say who is wrong: both of a pair are left out of the "
+                    "round"
+                )
+            else:  # it is asked again, and has done nothing that is known to be wrong
+                refused.pop(node, None)
+        return alone | both
 
     def _weight(self, train: Letter) -> int:
         """Return what the client of a letter counts."""
