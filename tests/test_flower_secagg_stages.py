@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastfpl.flower import secagg
+from fastfpl.flower import secagg, secagg_client, secagg_server
 from fastfpl.flower.checks import check_update
 from fastfpl.flower.letters import SCHEMA, Letter, digest, pack
 from fastfpl.flower.rules import make_rules
@@ -71,8 +71,10 @@ class Clients:
             number = f"m{next(self.numbers)}"
             metadata = Metadata(1, number, 1, node, "", str(round_), 0.0, 1e12, "train")
             message = Message(RecordDict(), metadata=metadata)
-            client, stage = node - 70, secagg._opened(letter)["stage"]
-            answer = secagg.secure_answer(letter, message, self.contexts[client], self.site(client))
+            client, stage = node - 70, secagg.read_record(letter)["stage"]
+            answer = secagg_client.secure_answer(
+                letter, message, self.contexts[client], self.site(client)
+            )
             self.answers.append((stage, node, answer))
             self.lives.append((stage, ttl))
             sent[number], self.there[number] = node, self.changed(node, stage, answer)
@@ -90,7 +92,9 @@ class Clients:
 
 def summed(clients, *, mean=None, need=None, counts="images", timeout=60.0, without=()):
     """Go through the stages once: (what knows the mean, what came of the exchange)."""
-    mean = mean or secagg.SecureMean(clients.wanted, clients.images.__getitem__, counts, RULES)
+    mean = mean or secagg_server.SecureMean(
+        clients.wanted, clients.images.__getitem__, counts, RULES
+    )
     head = {"schema": SCHEMA, "kind": "train", "federation": FEDERATION, "round": 0}
     letters = {
         node: Letter({**head, "client": node - 70})
@@ -133,7 +137,7 @@ def test_so_many_clients_are_summed_as_do_not_overflow():
     """Weights are whole numbers up to 2^22 and numbers too: one client more, and sums are 0."""
     from flwr.common.secure_aggregation.quantization import dequantize, quantize
 
-    most, levels, modulus = secagg._MOST_CLIENTS, secagg._LEVELS, secagg._MODULUS
+    most, levels, modulus = secagg.MOST_CLIENTS, secagg.LEVELS, secagg.MODULUS
     assert most * levels < modulus == (most + 1) * levels
     for value in (8.0, -8.0):
         whole = most * quantize([np.full(2, value)], 8.0, levels)[0].astype(np.int64) % modulus
@@ -282,16 +286,16 @@ def test_one_client_that_answers_nonsense_does_not_stop_the_others(stage, name, 
             return answer
         if name == "update":
             return Letter({**answer.head, name: value}, answer.arrays)
-        record = secagg._opened(answer)
+        record = secagg.read_record(answer)
         wrong = value(record) if callable(value) else value
         del record[name]
         if wrong is not None:
             record[name] = wrong
-        return Letter(answer.head, {secagg._RECORD: secagg._sealed(record)})
+        return Letter(answer.head, {secagg.RECORD: secagg.pack_record(record)})
 
     played = Clients([5, 3, 4, 6], changed=changed)
     rules = RULES.model_copy(update={"most_bytes": 50_000})
-    sum_ = secagg.SecureMean(played.wanted, played.images.__getitem__, "images", rules)
+    sum_ = secagg_server.SecureMean(played.wanted, played.images.__getitem__, "images", rules)
     _, outcome = summed(played, mean=sum_)
     assert list(outcome.refused) == [71]
     assert outcome.refused[71].startswith("fastfpl.flower: ")
@@ -321,7 +325,7 @@ def test_what_cannot_be_carried_is_refused_without_its_numbers(number, said):
 
 def test_a_client_forgets_keys_and_shares_with_the_last_stage():
     """Who gets hold of clients later opens no former sum; the next one begins as the first."""
-    state = secagg._flowers().state
+    state = secagg.flower_parts().state
 
     def changed(node, stage, answer):
         if stage == "unmask":
@@ -345,9 +349,9 @@ def changing(node, stage, change):
     def changed(this, now, answer):
         if (this, now) != (node, stage) or "unopened" in answer.head:
             return answer
-        record = secagg._opened(answer)
+        record = secagg.read_record(answer)
         change(record)
-        return Letter(answer.head, {secagg._RECORD: secagg._sealed(record)})
+        return Letter(answer.head, {secagg.RECORD: secagg.pack_record(record)})
 
     return changed
 
@@ -504,9 +508,9 @@ def dealing(monkeypatch, node, which):
         now.append(message.metadata.dst_node_id)
         return answer(letter, message, context, site)
 
-    answer = secagg.secure_answer
+    answer = secagg_client.secure_answer
     monkeypatch.setattr(module, "create_shares", dealt)
-    monkeypatch.setattr(secagg, "secure_answer", answered)
+    monkeypatch.setattr(secagg_client, "secure_answer", answered)
 
 
 def test_who_deals_shares_of_nothing_is_left_out_and_the_others_are_summed_anew(monkeypatch):
@@ -560,11 +564,11 @@ def test_keys_of_another_are_refused():
 
     def changed(node, now, answer):
         if now == "setup":
-            known.append(secagg._opened(answer))
+            known.append(secagg.read_record(answer))
             if node == 71:
                 record = known[0]
                 assert record["pk1"] != known[-1]["pk1"]
-                return Letter(answer.head, {secagg._RECORD: secagg._sealed(record)})
+                return Letter(answer.head, {secagg.RECORD: secagg.pack_record(record)})
         return answer
 
     played = Clients([5, 3, 4, 6], changed=changed)
@@ -580,13 +584,13 @@ def test_who_says_that_shares_do_not_open_has_forgotten_its_own(monkeypatch):
     played = Clients([5, 3, 4, 6], changed=changing(71, "share_keys", spoiled(72)))
     sum_, _ = summed(played)
     assert sum_.mean is None
-    state = secagg._flowers().state
+    state = secagg.flower_parts().state
     left = [dict(context.state.config_records[state]) for context in played.contexts]
     assert [bool(one) for one in left] == [True, True, False, True]
     said = [answer for _, node, answer in played.answers if "unopened" in answer.head]
     assert [answer.head["unopened"] for answer in said] == [[71]]
     assert "update" not in said[0].head
-    assert dict(secagg._opened(said[0])) == {}
+    assert dict(secagg.read_record(said[0])) == {}
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -599,7 +603,7 @@ def test_fewer_wrong_ones_than_a_quorum_cost_no_more_honest_ones_than_themselves
     for one, other in itertools.permutations(range(count), 2):
         if {one, other} & wrong and draw.random() < draw.choice([0.1, 0.5, 0.9]):
             at_odds.setdefault(one, set()).add(other)
-    alone, both = secagg._left_out(at_odds, need)
+    alone, both = secagg_server._left_out(at_odds, need)
     assert alone <= wrong
     assert not alone & both
     assert len(both - wrong) <= len(both & wrong)

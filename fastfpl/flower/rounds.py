@@ -25,7 +25,7 @@ from fastfpl.flower.post import exchange
 from fastfpl.flower.preparation import Merging
 from fastfpl.flower.roster import Roster
 from fastfpl.flower.rules import Rules
-from fastfpl.flower.secagg import SecureMean
+from fastfpl.flower.secagg_server import SecureMean
 from fastfpl.flower.status import Status
 from fastfpl.methods import Method, State
 from fastfpl.methods.base import Upload
