@@ -202,8 +202,8 @@ def serve(path: str, modules: list[str]) -> None:
         gc.freeze()
         answering: dict[int, int] = {}  # by what tells of their end
         while True:
-            # its input ends with whoever started it
-            ready: list[Any] = select.select([server, 0, *answering], [], [])[0]
+            watched: list[Any] = [server, 0, *answering]  # its input ends with whoever started it
+            ready = select.select(watched, [], [])[0]
             for ended in answering.keys() & {*ready}:
                 os.waitpid(answering.pop(ended), 0)
                 os.close(ended)

@@ -316,15 +316,14 @@ class SecureMean:
         except FastfplError:
             raise
         except _Unfit as error:
-            for node in error.nodes:
-                client = letters[node].head["client"]
+            gone = {node: letters[node].head["client"] for node in error.nodes}
+            for node, client in gone.items():
                 refused[node] = (
                     "fastfpl.flower: shares that a client deals must open the secret that it has "
                     f"marked; got others from client {client}: it is left out of the round"
                 )
-                assert self._asked_of is not None
-                self._asked_of = self._asked_of - {client}
-            return {n for n, one in letters.items() if one.head["client"] in self._asked_of}
+            may = self._asked_of = (self._asked_of or set()) - {*gone.values()}
+            return {node for node, one in letters.items() if one.head["client"] in may}
         except Exception as error:  # a secret that does not fit, of a client that nobody can name
             raise InputError(
                 "fastfpl.flower: the sum of masked uploads must open; got "
