@@ -126,7 +126,7 @@ def init(
     rules: Sequence[str],
     **flags: Any,
 ) -> None:
-    """Write an app FOLDER of METHOD that `flwr run` accepts.
+    """Write an app FOLDER of METHOD that `flwr run` accepts, or say what the run would refuse.
 
     --out is the folder of the results at the server. Which client a SuperNode is, and where its
     images and its state lie, is told to the node itself, see docs/flower.md.
