@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import struct
@@ -58,13 +59,14 @@ class Warm:
     def __init__(self, modules: Sequence[str], path: Path | None = None) -> None:
         self.command: tuple[str, ...] = (sys.executable,)
         self.process: subprocess.Popen[bytes] | None = None
+        from fastfpl.files import temporary_folder
         from fastfpl.system import FORKS
 
         if not FORKS:
             return
         here = Path(__file__).resolve()
-        self._folder = tempfile.TemporaryDirectory(prefix="fastfpl-warm-")
-        place = f"{self._folder.name}/asked"
+        self._folder = temporary_folder()
+        place = f"{self._folder}/asked"
         environment = dict(os.environ)
         if path is not None:
             before = filter(None, [environment.get("PYTHONPATH")])
@@ -93,7 +95,7 @@ class Warm:
         if self.process is not None:
             self.process.communicate()  # it ends with its input
             self.process = None
-            self._folder.cleanup()
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def __enter__(self) -> Warm:
         return self
@@ -198,21 +200,28 @@ def serve(path: str, modules: list[str]) -> None:
         os.write(said, b"ready\n")
         os.close(said)
         gc.freeze()
-        answering: set[int] = set()
-        watched: list[Any] = [server, 0]  # its input ends with whoever started it
-        while server in select.select(watched, [], [])[0]:
-            connection, _ = server.accept()
-            process = os.fork()
-            if process == 0:
-                server.close()
-                asked = answer(connection)
-                break
-            connection.close()
-            answering = {p for p in answering if os.waitpid(p, os.WNOHANG)[0] == 0} | {process}
-        else:
-            for process in answering:
-                os.waitpid(process, 0)
-            os._exit(0)
+        answering: dict[int, int] = {}  # by what tells of their end
+        while True:
+            watched: list[Any] = [server, 0, *answering]  # its input ends with whoever started it
+            ready = select.select(watched, [], [])[0]
+            for ended in answering.keys() & {*ready}:
+                os.waitpid(answering.pop(ended), 0)
+                os.close(ended)
+            if server in ready:
+                connection, _ = server.accept()
+                process = os.fork()
+                if process == 0:
+                    server.close()
+                    for other in answering:
+                        os.close(other)
+                    asked = answer(connection)
+                    break
+                connection.close()
+                answering[os.pidfd_open(process)] = process
+            elif 0 in ready:
+                for process in answering.values():
+                    os.waitpid(process, 0)
+                os._exit(0)
     end(lambda: play(**asked))
 
 

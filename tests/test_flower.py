@@ -20,7 +20,7 @@ from fastfpl.federation.preparation import prepare
 from fastfpl.federation.sampling import Sampling
 from fastfpl.flower.checks import check_card
 from fastfpl.flower.identity import task_digest
-from fastfpl.flower.letters import Letter, Refused, digest, pack, unpack
+from fastfpl.flower.letters import SCHEMA, Letter, Refused, digest, pack, unpack
 from fastfpl.flower.memory import Memory
 from fastfpl.flower.rules import make_rules
 from fastfpl.flower.server import serve
@@ -269,6 +269,22 @@ def test_a_round_that_was_answered_is_answered_from_disk(tmp_path, clip, cache, 
     assert again.arrays == first.arrays
     same = ("loss", "asked", "round", "seconds")
     assert [again.head[k] for k in same] == [first.head[k] for k in same]
+
+
+@pytest.mark.parametrize("told", [1, None])
+def test_a_client_computes_with_the_threads_that_it_is_told(told, tmp_path, clip, monkeypatch):
+    """Sums over other numbers of threads differ in their last bits."""
+    here = torch.get_num_threads()
+    torch.set_num_threads(2)
+    seen = []
+    monkeypatch.setattr(Site, "_join", lambda site, letter: seen.append(torch.get_num_threads()))
+    try:
+        site = Site(settings_of("promptfl", threads=told), 0, tmp_path, model=clip)
+        with pytest.raises(AttributeError):  # of the card that is none
+            site.answer(Letter({"schema": SCHEMA, "kind": "join"}))
+        assert (seen, torch.get_num_threads()) == ([told or 2], 2)
+    finally:
+        torch.set_num_threads(here)
 
 
 def test_a_round_with_another_download_starts_from_the_state_before_it(tmp_path, clip, cache):

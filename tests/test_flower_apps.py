@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 import socket
 import stat
@@ -266,6 +267,93 @@ def test_what_cannot_be_played_starts_nothing(tmp_path, capsys, monkeypatch):
         code, text = said(capsys, "flower", "up", *flags, "--out", out)
         assert (code, sentence in text) == (2, True), text
         assert not out.exists()
+
+
+SECRET = ("-r", "aggregation=secagg+", "-r", "quorum=0.7")
+NOISE = ("--dp-noise", 1, "--dp-clip", 1)
+needs_dp = pytest.mark.skipif(
+    importlib.util.find_spec("dp_accounting") is None, reason="dp-accounting is not installed"
+)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("pfedmoap", *SECRET), "plain for pfedmoap; .* single uploads in 'pool'"),
+        (("prompt-fedamp", *SECRET), "aggregation must be plain for prompt-fedamp"),
+        (("local", *SECRET), "and its clients send nothing"),
+        (("zeroshot", *SECRET), "and its clients send nothing"),
+        (("promptfl", *SECRET, "--clients", 2), "a round must call 3 to 1023 clients .* got 2"),
+        (("promptfl", *SECRET, "--participation", 0.2), "3 to 1023 clients .* got 2"),
+        (("promptfl", *SECRET, "--clients", 1024), "3 to 1023 clients .* got 1024"),
+        (("promptfl", *SECRET[:2]), "quorum must be above 0.5 with aggregation=secagg"),
+        (("promptfl", *SECRET, "--merge", "median"), "merge must be mean with aggregation=sec"),
+        (("pfedmoap", "--merge", "median"), "merge must be mean for pfedmoap; got median, and"),
+        (("promptfl", "--merge", "median", "--clients", 2), "at least 3 clients .* got 2"),
+        (("promptfl", "--merge=krum", "--krum-malicious=4"), "at least 11 clients .* got 10"),
+        (("local", "--clip-update", 1), "clip_update must be left out for local; got 1.0"),
+        (("promptfl", "--scenario", "unseen-clients"), "scenario must not be 'unseen-clients'"),
+        (("promptfl", "--evaluate-clients", 3), "evaluate_clients must be left out"),
+        (("promptfl", "--as-released", "all"), "inherit from each other within a round"),
+        (("promptfl", "--dataset", "own"), "partition must be 'given' with dataset='own'"),
+        (("fedapt-unsupervised",), "augment must be fresh or views:V for fedapt-unsupervised"),
+        (("promptfl", "--device", "tpu"), "device must be auto, cpu or cuda; got 'tpu'"),
+        (("fedtpg", *SECRET, "-o", "heads=7"), "heads must divide the text width 128; got 7"),
+        pytest.param(
+            *(("pfedmoap", *NOISE), "dp_noise must be left out, or dp_unit be image, for pfedmoap"),
+            marks=needs_dp,
+        ),
+        pytest.param(
+            ("fedapt-unsupervised", "--augment", "fresh", *NOISE, "--dp-unit", "image"),
+            "dp_unit must be client, or dp_noise left out, for fedapt-unsupervised",
+            marks=needs_dp,
+        ),
+        pytest.param(
+            *(("promptfl", *NOISE, *SECRET), "dp_unit must be image with aggregation=secagg"),
+            marks=needs_dp,
+        ),
+    ],
+)
+def test_what_a_run_would_refuse_is_refused_at_once(flags, sentence, tmp_path, capsys):
+    """By the commands that write an app and that play one, which write nothing then."""
+    method, *more = flags
+    for place in (
+        ("init", tmp_path / "app", method, "--out", tmp_path / "out"),
+        ("up", method, "--out", tmp_path / "out"),
+    ):
+        code, text = said(capsys, "flower", *place, "--clip", "tiny", *more)
+        assert code == 2
+        assert re.search(sentence, text), text
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("promptfl", *SECRET, "--clients", 3),
+        ("promptfl", "--merge", "trimmed"),
+        ("fedapt", *SECRET, "--clip", "ViT-B-16"),
+        # for a tower of another width than the one that the trial is made on
+        ("fedtpg", *SECRET, "--clip", "ViT-L-14", "-o", "heads=12"),
+        # one client of each domain: the data set's to say
+        ("promptfl", *SECRET, "--partition", "domain", "--sampling", "domain"),
+        ("promptfl", "--device", "cuda"),
+    ],
+)
+def test_what_hangs_on_what_is_elsewhere_is_left_to_the_run(flags, tmp_path):
+    method, *more = map(str, flags)
+    clients = [] if "--clients" in more else ["--clients", "10"]
+    main(["flower", "init", str(tmp_path / "app"), method, *clients, *more])
+    assert (tmp_path / "app" / "pyproject.toml").exists()
+
+
+def test_no_trial_is_made_of_a_plain_run(tmp_path, monkeypatch):
+    from fastfpl.flower import preparation
+
+    monkeypatch.setattr(preparation, "load_model", None)
+    main(["flower", "init", str(tmp_path / "app"), "pfedmoap"])
+    with pytest.raises(TypeError, match="not callable"):
+        main(["flower", "init", str(tmp_path / "other"), "pfedmoap", *SECRET])
 
 
 def test_rules_have_a_table_and_a_flag(capsys):

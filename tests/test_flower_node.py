@@ -70,3 +70,40 @@ def test_a_supernode_ends_with_its_node(number, code, tmp_path):
     while lives(supernode):
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+WARM = NODE.replace(
+    "node.warm_commands = lambda: contextlib.nullcontext(os.environ)", "node._MODULES = ()"
+)
+
+
+def test_what_a_killed_node_leaves_goes_when_the_next_begins(tmp_path):
+    """The folder of its socket and that of its commands; none is left where nobody was killed."""
+    script, place = tmp_path / "supernode", tmp_path / "temporary"
+    script.write_text(SUPERNODE.format(python=sys.executable))
+    script.chmod(0o700)
+    place.mkdir()
+
+    def started(name):
+        one = subprocess.Popen(
+            [sys.executable, "-c", WARM, str(script), str(tmp_path / name)],
+            env={**os.environ, "TMPDIR": str(place)},
+            start_new_session=True,
+        )
+        end = time.monotonic() + 60
+        while not (tmp_path / name).exists():
+            assert one.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        return one, {path.parent for path in place.glob("*/*/*")}
+
+    killed, left = started("killed")
+    assert len(left) == 2
+    killed.kill()
+    killed.wait(20)
+    assert all(path.is_dir() for path in left), "the test must be able to fail"
+    second, _ = started("second")
+    assert not any(path.exists() for path in left)
+    second.terminate()
+    assert second.wait(20) == 5
+    assert not list(place.iterdir())

@@ -18,9 +18,10 @@ from fastfpl.config import make_settings
 from fastfpl.errors import InputError
 from fastfpl.federation import Result
 from fastfpl.federation.merging import Expected, counted, expected
-from fastfpl.flower import apps, secagg
+from fastfpl.flower import apps, secagg, secagg_client
 from fastfpl.flower.letters import SCHEMA, Letter
 from fastfpl.flower.rules import make_rules
+from fastfpl.flower.status import read_status
 from fastfpl.methods import METHODS
 from fastfpl.testing.worlds import World
 from tests.worlds import TINY_RUN
@@ -77,7 +78,7 @@ def stage_of(message):
     letter = apps.letter_of(message.content)
     if letter.head["kind"] != "secure":
         return None
-    return secagg._opened(letter)["stage"]
+    return secagg.read_record(letter)["stage"]
 
 
 @needs_flower
@@ -165,9 +166,9 @@ def test_no_upload_leaves_its_client(tmp_path, in_a_task):
     for upload in uploads:
         number = upload.reshape(-1)[:8].contiguous().numpy().tobytes()
         assert not any(number in data for data in everything)
-    flowers, masked = secagg._flowers(), []
+    flowers, masked = secagg.flower_parts(), []
     for letter in sent:
-        record = secagg._opened(letter) if letter.head["kind"] == "secure" else {}
+        record = secagg.read_record(letter) if letter.head["kind"] == "secure" else {}
         masked += [flowers.vector(d) for d in record.get(flowers.key.MASKED_PARAMETERS, [])]
     assert len(masked) == 8
     for factor, vector in zip(masked[::2], masked[1::2], strict=True):
@@ -238,7 +239,7 @@ def asked(record, **head):
     from flwr.app import ConfigRecord
 
     told = {"schema": SCHEMA, "kind": "secure", "federation": "0" * 32, "client": 0, "round": 0}
-    return Letter({**told, **head}, {secagg._RECORD: secagg._sealed(ConfigRecord(record))})
+    return Letter({**told, **head}, {secagg.RECORD: secagg.pack_record(ConfigRecord(record))})
 
 
 SETUP = {
@@ -269,7 +270,7 @@ def test_clients_tell_a_wrong_server_nothing(record, sentence, in_a_task):
     from flwr.app import Context, Message, RecordDict
     from flwr.app.metadata import Metadata
 
-    keys = secagg._flowers().key
+    keys = secagg.flower_parts().key
     assert (keys.ACTIVE_NODE_ID_LIST, keys.DEAD_NODE_ID_LIST) == (
         "active_nids",
         "dead_nids",
@@ -280,7 +281,7 @@ def test_clients_tell_a_wrong_server_nothing(record, sentence, in_a_task):
     }
     metadata = Metadata(1, "m", 1, 70, "", "0", 0.0, 1e12, "train")
     message = Message(RecordDict(), metadata=metadata)
-    answer = secagg.secure_answer(
+    answer = secagg_client.secure_answer(
         asked(record), message, Context(1, 70, {}, RecordDict(), {}), SimpleNamespace(client=0)
     )
     assert answer.head["kind"] == "refusal"
@@ -295,11 +296,11 @@ def test_a_wrong_masked_upload_is_refused_and_the_rest_is_summed(
 ):
     from flwr.common import ndarray_to_bytes
 
-    flowers, honest = secagg._flowers(), secagg.secure_answer
+    flowers, honest = secagg.flower_parts(), secagg_client.secure_answer
 
     def hostile(letter, message, context, site):
         answer = honest(letter, message, context, site)
-        record = secagg._opened(answer)
+        record = secagg.read_record(answer)
         masked = flowers.key.MASKED_PARAMETERS
         if message.metadata.dst_node_id != 71 or masked not in record:
             return answer
@@ -313,7 +314,7 @@ def test_a_wrong_masked_upload_is_refused_and_the_rest_is_summed(
         record[masked] = (
             [b"no array", b""] if flaw == "bytes" else [*map(ndarray_to_bytes, wrong[flaw])]
         )
-        return Letter(answer.head, {secagg._RECORD: secagg._sealed(record)})
+        return Letter(answer.head, {secagg.RECORD: secagg.pack_record(record)})
 
     monkeypatch.setattr(apps, "secure_answer", hostile)
     found, _ = play(tmp_path, make_settings({**RUN, "rounds": 1}))
@@ -321,6 +322,42 @@ def test_a_wrong_masked_upload_is_refused_and_the_rest_is_summed(
     assert told["client"] == 1
     assert "masked uploads must be whole numbers below 2^32" in told["why"]
     assert found.rounds[0]["lost"] == [1]
+
+
+@needs_flower
+def test_one_client_that_seals_nonsense_does_not_stop_a_run(tmp_path, in_a_task, monkeypatch):
+    """It is named in every round, left out of its sum, and the run ends."""
+    honest = secagg_client.secure_answer
+
+    def hostile(letter, message, context, site):
+        answer = honest(letter, message, context, site)
+        record = secagg.read_record(answer)
+        if message.metadata.dst_node_id != 71 or "ctxts" not in record:
+            return answer
+        record["ctxts"] = [bytes(100)] * 3
+        return Letter(answer.head, {secagg.RECORD: secagg.pack_record(record)})
+
+    monkeypatch.setattr(apps, "secure_answer", hostile)
+    settings = make_settings(RUN)
+    found, _ = play(tmp_path, settings)
+    for row in found.rounds:
+        (told,) = row["flower"]["refused"]
+        assert told["client"] == 1
+        assert "client 1 is at odds with 0, 2, 3, who are a quorum" in told["why"]
+        assert not row["flower"]["failed"]
+        assert row["lost"] == [1]
+    assert (found.flower["refused"], found.flower["failed"]) == (2, 0)
+    noted = read_status(tmp_path / "out")["noted"]
+    assert [one["client"] for one in noted] == [1, 1]
+    play(
+        tmp_path / "plain",
+        settings,
+        {"aggregation": "plain"},
+        lost=lambda m: any(lost_at("plain", 71, round_)(m) for round_ in ("0", "1")),
+    )
+    ours, theirs = prompts(tmp_path / "out"), prompts(tmp_path / "plain" / "out")
+    for name in ours:  # the second round's steps begin from the rounded first
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-4)
 
 
 COUNTED = {

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import io
 import itertools
+import random
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from fastfpl.flower import secagg
+from fastfpl.flower import secagg, secagg_client, secagg_server
 from fastfpl.flower.checks import check_update
 from fastfpl.flower.letters import SCHEMA, Letter, digest, pack
 from fastfpl.flower.rules import make_rules
@@ -69,8 +71,10 @@ class Clients:
             number = f"m{next(self.numbers)}"
             metadata = Metadata(1, number, 1, node, "", str(round_), 0.0, 1e12, "train")
             message = Message(RecordDict(), metadata=metadata)
-            client, stage = node - 70, secagg._opened(letter)["stage"]
-            answer = secagg.secure_answer(letter, message, self.contexts[client], self.site(client))
+            client, stage = node - 70, secagg.read_record(letter)["stage"]
+            answer = secagg_client.secure_answer(
+                letter, message, self.contexts[client], self.site(client)
+            )
             self.answers.append((stage, node, answer))
             self.lives.append((stage, ttl))
             sent[number], self.there[number] = node, self.changed(node, stage, answer)
@@ -88,7 +92,9 @@ class Clients:
 
 def summed(clients, *, mean=None, need=None, counts="images", timeout=60.0, without=()):
     """Go through the stages once: (what knows the mean, what came of the exchange)."""
-    mean = mean or secagg.SecureMean(clients.wanted, clients.images.__getitem__, counts, RULES)
+    mean = mean or secagg_server.SecureMean(
+        clients.wanted, clients.images.__getitem__, counts, RULES
+    )
     head = {"schema": SCHEMA, "kind": "train", "federation": FEDERATION, "round": 0}
     letters = {
         node: Letter({**head, "client": node - 70})
@@ -131,7 +137,7 @@ def test_so_many_clients_are_summed_as_do_not_overflow():
     """Weights are whole numbers up to 2^22 and numbers too: one client more, and sums are 0."""
     from flwr.common.secure_aggregation.quantization import dequantize, quantize
 
-    most, levels, modulus = secagg._MOST_CLIENTS, secagg._LEVELS, secagg._MODULUS
+    most, levels, modulus = secagg.MOST_CLIENTS, secagg.LEVELS, secagg.MODULUS
     assert most * levels < modulus == (most + 1) * levels
     for value in (8.0, -8.0):
         whole = most * quantize([np.full(2, value)], 8.0, levels)[0].astype(np.int64) % modulus
@@ -280,16 +286,16 @@ def test_one_client_that_answers_nonsense_does_not_stop_the_others(stage, name, 
             return answer
         if name == "update":
             return Letter({**answer.head, name: value}, answer.arrays)
-        record = secagg._opened(answer)
+        record = secagg.read_record(answer)
         wrong = value(record) if callable(value) else value
         del record[name]
         if wrong is not None:
             record[name] = wrong
-        return Letter(answer.head, {secagg._RECORD: secagg._sealed(record)})
+        return Letter(answer.head, {secagg.RECORD: secagg.pack_record(record)})
 
     played = Clients([5, 3, 4, 6], changed=changed)
     rules = RULES.model_copy(update={"most_bytes": 50_000})
-    sum_ = secagg.SecureMean(played.wanted, played.images.__getitem__, "images", rules)
+    sum_ = secagg_server.SecureMean(played.wanted, played.images.__getitem__, "images", rules)
     _, outcome = summed(played, mean=sum_)
     assert list(outcome.refused) == [71]
     assert outcome.refused[71].startswith("fastfpl.flower: ")
@@ -319,7 +325,7 @@ def test_what_cannot_be_carried_is_refused_without_its_numbers(number, said):
 
 def test_a_client_forgets_keys_and_shares_with_the_last_stage():
     """Who gets hold of clients later opens no former sum; the next one begins as the first."""
-    state = secagg._flowers().state
+    state = secagg.flower_parts().state
 
     def changed(node, stage, answer):
         if stage == "unmask":
@@ -332,3 +338,280 @@ def test_a_client_forgets_keys_and_shares_with_the_last_stage():
         sum_, _ = summed(played)
         assert sum_.mean is not None
         assert [dict(c.state.config_records[state]) for c in played.contexts] == [{}] * 4
+
+
+# --- wrong shares, and words about them -----------------------------------------------------------
+
+
+def changing(node, stage, change):
+    """Change what a client answers at a stage: ``change(record)`` changes it in its place."""
+
+    def changed(this, now, answer):
+        if (this, now) != (node, stage) or "unopened" in answer.head:
+            return answer
+        record = secagg.read_record(answer)
+        change(record)
+        return Letter(answer.head, {secagg.RECORD: secagg.pack_record(record)})
+
+    return changed
+
+
+def saying(node, nodes):
+    """Have a client say that shares of others do not open, at the stage at which it would know."""
+
+    def changed(this, now, answer):
+        if (this, now) != (node, "collect_masked_vectors"):
+            return answer
+        head = {k: v for k, v in answer.head.items() if k != "update"}
+        return Letter({**head, "unopened": nodes}, answer.arrays)
+
+    return changed
+
+
+def spoiled(*holders, name="ctxts"):
+    """Spoil what is sealed for holders, or its marks; for all of them if none is named."""
+
+    def change(record):
+        for place, holder in enumerate(record["dsts"]):
+            if not holders or holder in holders:
+                sealed = record[name]
+                record[name] = [
+                    *sealed[:place],
+                    sealed[place][::-1],
+                    *sealed[place + 1 :],
+                ]
+
+    return change
+
+
+def opened(played):
+    """How often a sum was asked to be opened."""
+    asked = [node for stage, node, _ in played.answers if stage == "unmask"]
+    return max((asked.count(node) for node in asked), default=0)
+
+
+def assert_mean(sum_, played, nodes):
+    want = mean_of(played, nodes)["ctx"]
+    torch.testing.assert_close(sum_.mean["ctx"].double(), want, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        changing(71, "share_keys", spoiled()),
+        changing(71, "share_keys", spoiled(name="marks")),
+        saying(71, [70, 72, 73]),
+    ],
+    ids=["ciphertexts", "marks", "words"],
+)
+def test_who_is_at_odds_with_a_quorum_is_left_out_alone(changed):
+    """Three of four say so, or it says so of three: the others are summed, and opened once."""
+    played = Clients([5, 3, 4, 6], changed=changed)
+    sum_, outcome = summed(played)
+    assert sorted(outcome.good) == [70, 72, 73]
+    assert list(outcome.refused) == [71]
+    assert not outcome.failed
+    assert outcome.absent == []
+    assert "client 1 is at odds with 0, 2, 3, who are a quorum" in outcome.refused[71]
+    assert opened(played) == 1
+    assert_mean(sum_, played, outcome.good)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        changing(71, "share_keys", spoiled(72)),
+        changing(71, "share_keys", spoiled(72, name="marks")),
+        saying(71, [72]),
+        saying(72, [71]),
+    ],
+    ids=["ciphertext", "mark", "words", "words of the other"],
+)
+def test_of_a_pair_at_odds_both_are_left_out(changed):
+    """Nobody can say who is wrong: a liar takes one with it, and counts as little."""
+    played = Clients([5, 3, 4, 6, 2, 7, 1], changed=changed)
+    sum_, outcome = summed(played)
+    assert sorted(outcome.good) == [70, 73, 74, 75, 76]
+    assert sorted(outcome.refused) == [71, 72]
+    for node, other in ((71, 2), (72, 1)):
+        assert (
+            f"client {node - 70} is at odds with {other}, and nobody can say who is wrong"
+            in (outcome.refused[node])
+        )
+    assert opened(played) == 1
+    assert_mean(sum_, played, outcome.good)
+
+
+def test_without_a_quorum_beside_a_pair_nothing_is_opened():
+    played = Clients([5, 3, 4, 6], changed=saying(71, [72]))
+    sum_, outcome = summed(played)
+    assert sum_.mean is None
+    assert outcome.good == {}
+    assert sorted(outcome.refused) == [71, 72]
+    assert opened(played) == 0
+    # it may have been one letter on its way: the next time everybody is asked
+    played.changed = lambda node, stage, answer: answer
+    sum_, outcome = summed(played, mean=sum_)
+    assert sorted(outcome.good) == [70, 71, 72, 73]
+
+
+@pytest.mark.parametrize("nodes", [5, None, [], [71], [1], [True], ["72"], [72, [73]], {"72": 1}])
+def test_words_about_nobody_of_the_round_are_refused(nodes):
+    played = Clients([5, 3, 4, 6], changed=saying(71, nodes))
+    sum_, outcome = summed(played)
+    assert list(outcome.refused) == [71]
+    assert "a client must say whose shares do not open" in outcome.refused[71]
+    assert sorted(outcome.good) == [70, 72, 73]
+    assert_mean(sum_, played, outcome.good)
+
+
+@pytest.mark.parametrize("lost", [[], [74]], ids=["seeds", "and a key"])
+def test_who_tells_other_shares_than_it_took_is_refused_and_the_rest_open_the_sum(lost):
+    """Of a seed, and of the key of one that was lost: its own masked upload counts all the same."""
+
+    def change(record):
+        shares = record["shares"]
+        record["shares"] = [*shares[:-1], shares[-1][:4] + shares[-1][:3:-1]]
+
+    wrong = changing(71, "unmask", change)
+
+    def changed(node, now, answer):
+        if node in lost and now == "collect_masked_vectors":
+            return None
+        return wrong(node, now, answer)
+
+    played = Clients([5, 3, 4, 6, 2, 7], changed=changed)
+    sum_, outcome = summed(played, need=4)
+    assert list(outcome.refused) == [71]
+    assert (
+        "a client must tell the shares that it has taken; got others from client 1"
+        in (outcome.refused[71])
+    )
+    there = [node for node in played.nodes() if node not in lost]
+    assert sorted(outcome.good) == there
+    assert_mean(sum_, played, there)
+
+
+def dealing(monkeypatch, node, which):
+    """Have a client deal a wrong share among right ones, with the mark of what it dealt."""
+    module = importlib.import_module("flwr.client.mod.secure_aggregation.secaggplus_mod")
+    honest, now, many = module.create_shares, [], itertools.count()
+
+    def dealt(secret, threshold, number):
+        shares = honest(secret, threshold, number)
+        if now and now[-1] == node and next(many) % 2 == which:  # of the seed, then of the key
+            last = shares[-1]
+            shares[-1] = last[:4] + bytes(16) + last[20:]
+        return shares
+
+    def answered(letter, message, context, site):
+        now.append(message.metadata.dst_node_id)
+        return answer(letter, message, context, site)
+
+    answer = secagg_client.secure_answer
+    monkeypatch.setattr(module, "create_shares", dealt)
+    monkeypatch.setattr(secagg_client, "secure_answer", answered)
+
+
+def test_who_deals_shares_of_nothing_is_left_out_and_the_others_are_summed_anew(monkeypatch):
+    """Its shares are those that it marked. The two sums that are asked for differ by it alone."""
+    dealing(monkeypatch, 71, 0)
+    played = Clients([5, 3, 4, 6, 2])
+    sum_, outcome = summed(played, need=3)
+    assert list(outcome.refused) == [71]
+    assert (
+        "must open the secret that it has marked; got others from client 1" in (outcome.refused[71])
+    )
+    assert sorted(outcome.good) == [70, 72, 73, 74]
+    assert sum_._asked_of == {0, 2, 3, 4}
+    assert opened(played) == 2
+    assert_mean(sum_, played, outcome.good)
+
+
+def test_who_marks_another_seed_is_left_out(monkeypatch):
+    def change(record):
+        record["seed_mark"] = bytes(32)
+
+    played = Clients([5, 3, 4, 6], changed=changing(71, "share_keys", change))
+    sum_, outcome = summed(played)
+    assert list(outcome.refused) == [71]
+    assert sorted(outcome.good) == [70, 72, 73]
+    assert_mean(sum_, played, outcome.good)
+
+
+def test_who_is_lost_and_has_dealt_a_key_of_nothing_stops_nobody(monkeypatch):
+    """Those who were asked are summed anew, and no one else: it was none of them."""
+    dealing(monkeypatch, 74, 1)
+    away = []
+
+    def changed(node, now, answer):
+        if now == "collect_masked_vectors" and node in (73, 74) and node not in away:
+            away.append(node)
+            return None
+        return answer
+
+    played = Clients([5, 3, 4, 6, 2, 7, 1], changed=changed)
+    sum_, outcome = summed(played, need=4)
+    assert list(outcome.refused) == [74]
+    assert sorted(outcome.good) == [70, 71, 72, 75, 76]
+    assert sum_._asked_of == {0, 1, 2, 5, 6}
+    assert_mean(sum_, played, outcome.good)
+
+
+def test_keys_of_another_are_refused():
+    """Every client would refuse to deal shares by such keys."""
+    known = []
+
+    def changed(node, now, answer):
+        if now == "setup":
+            known.append(secagg.read_record(answer))
+            if node == 71:
+                record = known[0]
+                assert record["pk1"] != known[-1]["pk1"]
+                return Letter(answer.head, {secagg.RECORD: secagg.pack_record(record)})
+        return answer
+
+    played = Clients([5, 3, 4, 6], changed=changed)
+    sum_, outcome = summed(played)
+    assert list(outcome.refused) == [71]
+    assert "keys must be of one client alone; got another's from client 1" in outcome.refused[71]
+    assert not outcome.failed
+    assert_mean(sum_, played, outcome.good)
+
+
+def test_who_says_that_shares_do_not_open_has_forgotten_its_own(monkeypatch):
+    """What it dealt is opened by nobody, whatever it is asked then."""
+    played = Clients([5, 3, 4, 6], changed=changing(71, "share_keys", spoiled(72)))
+    sum_, _ = summed(played)
+    assert sum_.mean is None
+    state = secagg.flower_parts().state
+    left = [dict(context.state.config_records[state]) for context in played.contexts]
+    assert [bool(one) for one in left] == [True, True, False, True]
+    said = [answer for _, node, answer in played.answers if "unopened" in answer.head]
+    assert [answer.head["unopened"] for answer in said] == [[71]]
+    assert "update" not in said[0].head
+    assert dict(secagg.read_record(said[0])) == {}
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_fewer_wrong_ones_than_a_quorum_cost_no_more_honest_ones_than_themselves(seed):
+    draw = random.Random(seed)
+    count = draw.randint(3, 14)
+    need = draw.randint(count // 2 + 1, count)
+    wrong = set(draw.sample(range(count), draw.randint(1, need - 1)))
+    at_odds = {}
+    for one, other in itertools.permutations(range(count), 2):
+        if {one, other} & wrong and draw.random() < draw.choice([0.1, 0.5, 0.9]):
+            at_odds.setdefault(one, set()).add(other)
+    alone, both = secagg_server._left_out(at_odds, need)
+    assert alone <= wrong
+    assert not alone & both
+    assert len(both - wrong) <= len(both & wrong)
+    gone = alone | both
+    assert not any(
+        {one, other} <= {*range(count)} - gone for one in at_odds for other in at_odds[one]
+    )
+    # a sum of the rest has two honest uploads or more, wherever there were two to begin with
+    rest = {*range(count)} - gone
+    if len(rest) >= need and count - len(wrong) > 1:
+        assert len(rest - wrong) > 1

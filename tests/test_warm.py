@@ -13,6 +13,7 @@ import time
 import psutil
 import pytest
 
+from fastfpl import files
 from fastfpl.errors import InputError
 from fastfpl.system import FORKS
 from fastfpl.warm import Warm
@@ -199,11 +200,12 @@ def test_a_folder_may_lie_deep_and_imports_may_print(tmp_path, monkeypatch, capf
     deep.mkdir()
     (tmp_path / "speaks.py").write_text("print('a word')\n")
     monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    monkeypatch.setattr(files, "_mine", None)  # this process has a folder elsewhere
     with Warm(["speaks"], tmp_path) as one:
         assert len(one.command[-1]) > 120
         assert play(one.command, "print(1)").stdout == "1\n"
     assert capfd.readouterr().err == "a word\n"
-    assert not list(deep.iterdir())
+    assert [path.name for path in deep.glob("*/*")] == [".lock"]
 
 
 def test_who_goes_without_a_word_is_no_trouble(capfd):
@@ -225,3 +227,65 @@ def test_children_are_waited_for_where_they_were_ignored():
     )
     told = play((sys.executable,), code)
     assert (told.returncode, told.stdout, told.stderr) == (0, "1\n" * 3, "")
+
+
+def test_forks_that_have_ended_are_waited_for_at_once():
+    """Not with the next one that is asked for: a node may wait for that for a day."""
+    with Warm([]) as one:
+        ask = [*one.command, "-c", "import sys; sys.stdin.read()"]
+        several = [subprocess.Popen(ask, stdin=subprocess.PIPE) for _ in range(3)]
+        server = psutil.Process(one.process.pid)
+        try:
+            until(lambda: len(server.children()) == 3)
+            several[1].communicate()
+            until(lambda: len(server.children()) == 2)
+        finally:
+            for other in several:
+                other.communicate()
+        until(lambda: not server.children())
+        assert play(one.command, "print(1)").stdout == "1\n"
+        assert not {int(n) for n in os.listdir(f"/proc/{server.pid}/fd")} - set(range(5))
+
+
+def test_a_fork_has_nothing_open_that_tells_of_the_others(warm, tmp_path):
+    one, _ = begin(warm, WAITS, tmp_path / "number")
+    code = "import os; print(sorted(map(int, os.listdir('/proc/self/fd'))))"
+    told, alone = (play(command, code) for command in (warm.command, (sys.executable,)))
+    one.kill()
+    one.wait(10)
+    assert told.stdout == alone.stdout
+
+
+def test_what_a_killed_process_leaves_is_swept_by_the_next(tmp_path):
+    """And nothing else: not what lives, not what only has such a name."""
+    code = (
+        "import os, sys, time; from fastfpl.warm import Warm; one = Warm([]); "
+        "open(sys.argv[1], 'w').write(one.command[-1]); time.sleep(60)"
+    )
+    place = tmp_path / "temporary"
+    place.mkdir()
+    other = place / "fastfpl-other"
+    other.mkdir()
+    (other / ".lock").write_text("another's")
+    environment = {**os.environ, "TMPDIR": str(place)}
+
+    def started(name):
+        path = tmp_path / name
+        process = subprocess.Popen([sys.executable, "-c", code, str(path)], env=environment)
+        until(lambda: path.exists() and path.read_text(), 60)
+        return process, path.read_text()
+
+    killed, left = started("killed")
+    lives_on, there = started("lives")
+    killed.kill()
+    killed.wait(10)
+    assert os.path.exists(left)
+    third, _ = started("third")
+    try:
+        assert not os.path.exists(os.path.dirname(left))
+        assert os.path.exists(there)
+        assert (other / ".lock").read_text() == "another's"
+    finally:
+        for process in (lives_on, third):
+            process.kill()
+            process.wait(10)

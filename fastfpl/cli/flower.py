@@ -126,12 +126,13 @@ def init(
     rules: Sequence[str],
     **flags: Any,
 ) -> None:
-    """Write an app FOLDER of METHOD that `flwr run` accepts.
+    """Write an app FOLDER of METHOD that `flwr run` accepts, or say what the run would refuse.
 
     --out is the folder of the results at the server. Which client a SuperNode is, and where its
     images and its state lie, is told to the node itself, see docs/flower.md.
     """
     from fastfpl.flower.folder import write_app
+    from fastfpl.flower.preparation import rehearsed
 
     for name, given in (("resume", resume), ("cache", cache)):
         if given:
@@ -142,8 +143,9 @@ def init(
     settings = settings_of(method, preset, config, options, flags)
     where = out or Path("runs") / f"{method}-{settings.dataset}-seed{settings.seed}-flower"
     target = str(where.absolute())
-    rules_ = _rules(rules).model_dump()
-    write_app(folder, method, settings.model_dump(), rules_, target, _tracked(track))
+    chosen, tracked = _rules(rules), _tracked(track)
+    rehearsed(settings, chosen)
+    write_app(folder, method, settings.model_dump(), chosen.model_dump(), target, tracked)
     say(f"{folder}: run it by: flwr run {folder} SUPERLINK --run-config 'resume=false'")
 
 

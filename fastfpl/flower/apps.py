@@ -12,7 +12,7 @@ from fastfpl.config import Settings, make_settings
 from fastfpl.errors import InputError, Missing, shown
 from fastfpl.flower.letters import Letter, Packed, Refused
 from fastfpl.flower.rules import Rules, make_rules
-from fastfpl.flower.secagg import secure_answer
+from fastfpl.flower.secagg_client import secure_answer
 from fastfpl.flower.server import serve
 from fastfpl.flower.site import Site, refusal
 from fastfpl.tracking import make_trackers

@@ -28,7 +28,7 @@ from fastfpl.flower.folder import write_app
 from fastfpl.flower.keys import CA, SERVER, SERVER_KEY, check_keys, client_key, write_keys
 from fastfpl.flower.node import environment, tool, warm_commands
 from fastfpl.flower.own import agree_on_classes, own_dataset, own_plan
-from fastfpl.flower.preparation import checked, expected_clients
+from fastfpl.flower.preparation import expected_clients, rehearsed
 from fastfpl.flower.rules import Rules
 from fastfpl.flower.status import STATUS, read_status
 from fastfpl.training.preparation import choose_device
@@ -41,7 +41,11 @@ _LOOKS = 15.0  # seconds between two questions to the SuperLink, each a process 
 
 
 class Lab:
-    """A SuperLink and SuperNodes on loopback.
+    """A SuperLink and SuperNodes on loopback, which play one run after the other.
+
+        with standing(Lab(Path("runs/lab"), clients=2)) as lab:
+            for settings in several:
+                lab.play(settings, rules, Path("runs") / settings.method)
 
     Parameters
     ----------
@@ -188,6 +192,45 @@ class Lab:
             )
         return answer
 
+    def play(
+        self,
+        settings: Settings,
+        rules: Rules,
+        out: Path,
+        *,
+        resume: bool = False,
+        track: str = "",
+        observer: Callable[[str, int, int], None] | None = None,
+    ) -> Result:
+        """Play a run by the processes that stand, and wait for its end.
+
+        Parameters
+        ----------
+        settings : Settings
+            Of as many clients as stand.
+        rules : Rules
+        out : Path
+            Folder of the results.
+        resume : bool
+        track : str
+            Trackers that the server tells, separated by commas (`fastfpl.tracking`).
+        observer : callable, optional
+            ``observer(phase, rounds done, rounds)`` is told of what goes on.
+        """
+        refuse_held(out, resume)
+        rehearsed(settings, rules)
+        clients = expected_clients(settings)
+        if clients != self.clients:
+            raise InputError(
+                f"fastfpl.flower: clients must be the {self.clients} that stand; got {clients}"
+            )
+        out, app = out.absolute(), self.folder / "app"
+        if app.exists():
+            shutil.rmtree(app)
+        write_app(app, settings.method, settings.model_dump(), rules.model_dump(), str(out), track)
+        stamp = _stamp(out)
+        return self._watch(self.submit(app, resume), out, stamp, observer)
+
     def submit(self, app: Path, resume: bool = False) -> str:
         """Hand in a run; return its number."""
         how = f"resume={'true' if resume else 'false'}"
@@ -242,6 +285,39 @@ class Lab:
             f"fastfpl.flower: {name} must listen on port {port} within {_STARTS:g} s; got "
             f"{self._tail(name)}; see {self.folder / 'logs'}"
         )
+
+    def _watch(
+        self,
+        run: str,
+        out: Path,
+        stamp: float,
+        observer: Callable[[str, int, int], None] | None,
+    ) -> Result:
+        """Wait for the end of a run."""
+        looked = time.monotonic()
+        while True:
+            status = _status(out) if _stamp(out) > stamp else {}
+            phase = status.get("phase")
+            if phase and observer is not None:
+                observer(str(phase), int(status["rounds_done"]), int(status["rounds"]))
+            if phase == "finished":
+                return Result.load(out)
+            if phase == "stopped":
+                raise InputError(str(status.get("why")))
+            dead = [text for text in self.dead() if text.startswith("superlink")]
+            if dead:
+                raise InputError(f"fastfpl.flower: the SuperLink must stay; got {dead[0]}")
+            if time.monotonic() - looked > _LOOKS:
+                looked = time.monotonic()
+                found = self.status(run)
+                ended = _stamp(out) > stamp and _status(out).get("phase") in ("finished", "stopped")
+                if found.startswith("finished") and not ended:
+                    tail = self._tail("superlink")
+                    raise InputError(
+                        f"fastfpl.flower: the ServerApp must end with a result; got {found}: "
+                        f"{tail}; see {self.folder / 'logs'}"
+                    )
+            time.sleep(0.3)
 
     def _tail(self, name: str) -> str:
         path = self.folder / "logs" / f"{name}.log"
@@ -305,23 +381,16 @@ def up(
     Result
     """
     refuse_held(out, resume)
-    checked(settings, rules)
+    rehearsed(settings, rules)
     choose_device(settings.device)
-    out = out.absolute()
-    folder = out / "flower"
+    folder = out.absolute() / "flower"
     clients = expected_clients(settings)
     places = _places(settings, clients, own or {})
     lab = Lab(
         folder, clients, port=port, secure=secure, keys=keys, node=node, cache=cache, own=places
     )
-    app = folder / "app"
-    if app.exists():
-        shutil.rmtree(app)
-    write_app(app, settings.method, settings.model_dump(), rules.model_dump(), str(out), track)
-    stamp = _stamp(out)
     with standing(lab):
-        run = lab.submit(app, resume)
-        return _watch(lab, run, out, stamp, observer)
+        return lab.play(settings, rules, out, resume=resume, track=track, observer=observer)
 
 
 def _places(settings: Settings, clients: int, own: Mapping[str, str]) -> dict[str, str]:
@@ -348,40 +417,6 @@ def _places(settings: Settings, clients: int, own: Mapping[str, str]) -> dict[st
     for client, dataset in enumerate(sets.values()):
         own_plan(settings, client, dataset)
     return places
-
-
-def _watch(
-    lab: Lab,
-    run: str,
-    out: Path,
-    stamp: float,
-    observer: Callable[[str, int, int], None] | None,
-) -> Result:
-    """Wait for the end of a run."""
-    looked = time.monotonic()
-    while True:
-        status = _status(out) if _stamp(out) > stamp else {}
-        phase = status.get("phase")
-        if phase and observer is not None:
-            observer(str(phase), int(status["rounds_done"]), int(status["rounds"]))
-        if phase == "finished":
-            return Result.load(out)
-        if phase == "stopped":
-            raise InputError(str(status.get("why")))
-        dead = [text for text in lab.dead() if text.startswith("superlink")]
-        if dead:
-            raise InputError(f"fastfpl.flower: the SuperLink must stay; got {dead[0]}")
-        if time.monotonic() - looked > _LOOKS:
-            looked = time.monotonic()
-            found = lab.status(run)
-            ended = _stamp(out) > stamp and _status(out).get("phase") in ("finished", "stopped")
-            if found.startswith("finished") and not ended:
-                tail = lab._tail("superlink")
-                raise InputError(
-                    f"fastfpl.flower: the ServerApp must end with a result; got {found}: {tail}; "
-                    f"see {lab.folder / 'logs'}"
-                )
-        time.sleep(0.3)
 
 
 def _status(out: Path) -> dict[str, Any]:

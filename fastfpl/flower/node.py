@@ -15,7 +15,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import entry_points
@@ -24,6 +23,7 @@ from types import FrameType
 
 from fastfpl import system
 from fastfpl.errors import Missing
+from fastfpl.files import temporary_folder
 from fastfpl.flower.apps import flower_version
 from fastfpl.system import FORKS
 from fastfpl.warm import Warm, end_with
@@ -81,17 +81,19 @@ def warm_commands() -> Iterator[Mapping[str, str]]:
     found = {
         name: next(iter(entry_points(group="console_scripts", name=name))) for name in WARM_COMMANDS
     }
-    with (
-        Warm([*(one.module for one in found.values()), *_MODULES]) as warm,
-        tempfile.TemporaryDirectory(prefix="fastfpl-node-") as folder,
-    ):
-        for name, one in found.items():
-            code = f"import sys; from {one.module} import {one.attr}; sys.exit({one.attr}())"
-            script = Path(folder) / name
-            command = shlex.join([*warm.command, "-c", code])
-            script.write_text(f'#!/bin/sh\nexec {command} "$@"\n', encoding="utf-8")
-            script.chmod(0o700)
-        yield environment(folder)
+    with Warm([*(one.module for one in found.values()), *_MODULES]) as warm:
+        # whoever comes later removes it, and the socket's, where this process is killed
+        folder = temporary_folder()
+        try:
+            for name, one in found.items():
+                code = f"import sys; from {one.module} import {one.attr}; sys.exit({one.attr}())"
+                command = shlex.join([*warm.command, "-c", code])
+                script = folder / name
+                script.write_text(f'#!/bin/sh\nexec {command} "$@"\n', encoding="utf-8")
+                script.chmod(0o700)
+            yield environment(str(folder))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def run_node(arguments: Sequence[str]) -> int:

@@ -13,9 +13,8 @@ import torch
 
 from fastfpl.config import Settings
 from fastfpl.federation.exams import joined
-from fastfpl.federation.merging import Counts, Expected, Privacy, epsilon_after
+from fastfpl.federation.merging import epsilon_after
 from fastfpl.federation.result import empty_row
-from fastfpl.federation.robust import Robust
 from fastfpl.federation.sampling import Sampling
 from fastfpl.federation.server import Round
 from fastfpl.federation.states import StateFiles
@@ -23,9 +22,10 @@ from fastfpl.flower.checks import Card, Update, check_marks, check_update
 from fastfpl.flower.correspondence import Correspondence
 from fastfpl.flower.letters import SCHEMA, Letter, digest, pack
 from fastfpl.flower.post import exchange
+from fastfpl.flower.preparation import Merging
 from fastfpl.flower.roster import Roster
 from fastfpl.flower.rules import Rules
-from fastfpl.flower.secagg import SecureMean
+from fastfpl.flower.secagg_server import SecureMean
 from fastfpl.flower.status import Status
 from fastfpl.methods import Method, State
 from fastfpl.methods.base import Upload
@@ -48,14 +48,8 @@ class Rounds:
     head : Card
         With the classes, domains, clients and exams of the run.
     sampling : Sampling
-    wanted : Expected
-        What a client sends after training.
-    privacy : Privacy or None
-        What cuts uploads and adds noise before they are merged.
-    robust : Robust or None
-        What a merge that bears hostile clients takes of the uploads.
-    counts : "images", "clients" or None
-        What the mean counts where uploads are summed under masks; None where they are not.
+    merging : Merging
+        What clients send, and what stands between that and the method's own merge.
     roster : Roster
     status : Status
     correspondence : Correspondence
@@ -68,10 +62,7 @@ class Rounds:
     folder: Path
     head: Card
     sampling: Sampling
-    wanted: Expected
-    privacy: Privacy | None
-    robust: Robust | None
-    counts: Counts | None
+    merging: Merging
     roster: Roster
     status: Status
     correspondence: Correspondence
@@ -101,9 +92,8 @@ class Rounds:
             return self.roster.cards[client].images
 
         # under masks, what a client says is checked without its arrays
-        masked = self.counts and SecureMean(
-            self.wanted.sent, images_of, self.counts, self.rules, self.device
-        )
+        sends, counts = self.merging.wanted.sent, self.merging.counts
+        masked = counts and SecureMean(sends, images_of, counts, self.rules, self.device)
 
         def letter(client: int) -> Letter:
             sent = self._letter("train", client, now.number, now.download(method, client))
@@ -118,7 +108,7 @@ class Rounds:
                 round_=now.number,
                 asked=digest(question.arrays),
                 images=images_of(client),
-                wanted={} if masked else self.wanted.sent,
+                wanted={} if masked else sends,
                 rules=self.rules,
                 device=self.device,
             )
@@ -137,15 +127,15 @@ class Rounds:
         if masked and masked.mean is not None:  # the method's merge is of equal ones
             sent, images = dict.fromkeys(found, masked.mean), dict.fromkeys(found, 1)
             line["bytes_up"], line["bytes_down"] = masked.nbytes_up, masked.nbytes_down
-        if self.privacy is not None:
+        if self.merging.privacy is not None:
             down = now.download(method, call.selected[0])
-            sent, images = self.privacy.merged(down, uploads, len(call.selected))
+            sent, images = self.merging.privacy.merged(down, uploads, len(call.selected))
         epsilon = epsilon_after(self.settings, now.number + 1)
         if epsilon is not None:
             line["epsilon"] = epsilon
-        if self.robust is not None:
+        if self.merging.robust is not None:
             down_of = partial(now.download, method)
-            sent, images, line["merge"] = self.robust.merged(uploads, down_of, images)
+            sent, images, line["merge"] = self.merging.robust.merged(uploads, down_of, images)
         after = now.after(method, sent, images, {})
         line["selected"] = list(call.selected)
         line["lost"] = sorted(c for c in call.selected if c in call.lost or c not in found)

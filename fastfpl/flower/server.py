@@ -30,7 +30,6 @@ from fastfpl.federation.experiment import (
     unseen,
 )
 from fastfpl.federation.lock import Held, alone_in
-from fastfpl.federation.merging import Expected, expected, privacy_of
 from fastfpl.federation.models import task_of
 from fastfpl.federation.preparation import OWN
 from fastfpl.federation.result import (
@@ -39,7 +38,6 @@ from fastfpl.federation.result import (
     peak_memory,
     summarise,
 )
-from fastfpl.federation.robust import robust_of
 from fastfpl.federation.sampling import Sampling
 from fastfpl.federation.server import Round
 from fastfpl.federation.shared import DOWNLOADS, TUNED, SharedStates
@@ -48,11 +46,10 @@ from fastfpl.flower.checks import Card
 from fastfpl.flower.correspondence import Correspondence
 from fastfpl.flower.identity import identity, task_digest
 from fastfpl.flower.post import Post
-from fastfpl.flower.preparation import checked, expected_clients
+from fastfpl.flower.preparation import checked, expected_clients, merging
 from fastfpl.flower.roster import Roster
 from fastfpl.flower.rounds import Rounds
 from fastfpl.flower.rules import Rules
-from fastfpl.flower.secagg import counts_of
 from fastfpl.flower.status import STATUS, Status, read_status
 from fastfpl.methods import method_source
 from fastfpl.methods.contract import may_follow
@@ -266,17 +263,7 @@ class Server:
         method = as_released(self.kind, settings.as_released)(task, self.options)
         sampling = Sampling(settings, head.clients, domains, method.all_first)
         now = Round.first(method)
-        down = now.download(method, 0)
-        wanted = expected(method, down) if method.trains else Expected({}, ())
-        robust, privacy = robust_of(settings), privacy_of(settings)
-        if robust is not None:
-            robust.check(method, now.server, down, sampling.fewest)
-        if privacy is not None:
-            privacy.check(method, now.server, down)
-        counts = None
-        if self.rules.aggregation == "secagg+":
-            counts = counts_of(method, now.server, wanted, sampling)
-        method.task.text_features.clear()
+        found = merging(settings, self.rules, method, now, sampling)
         self.rounds = Rounds(
             settings=settings,
             rules=self.rules,
@@ -285,10 +272,7 @@ class Server:
             folder=self.folder,
             head=head,
             sampling=sampling,
-            wanted=wanted,
-            privacy=privacy,
-            robust=robust,
-            counts=counts,
+            merging=found,
             roster=self.roster,
             status=self.status,
             correspondence=self.correspondence,
@@ -299,7 +283,7 @@ class Server:
             # of images of clients' own each client's are compared when it joins
             "train_images": OWN if own else head.data.get("train_images"),
             "test_images": [OWN] if own else head.data.get("test_images"),
-            "private": [*wanted.kept]
+            "private": [*found.wanted.kept]
             + ["download"] * (method.personal and method.evaluates_download == "trained")
             + ["tuned"] * (method.tune_epochs > 0),
         }
@@ -376,7 +360,7 @@ class Server:
                 "client_memory_bytes": {str(client): size for client, size in memory},
                 "upload_bytes": sum(
                     math.prod(shape) * dtype.itemsize
-                    for shape, dtype in self.rounds.wanted.sent.values()
+                    for shape, dtype in self.rounds.merging.wanted.sent.values()
                 ),
             },
         )

@@ -19,7 +19,7 @@ from fastfpl.errors import FastfplError, InputError, shown
 from fastfpl.federation import Federation
 from fastfpl.federation.checkpoint import settings_facts
 from fastfpl.federation.exams import mark
-from fastfpl.federation.experiment import pixels_of
+from fastfpl.federation.experiment import pixels_of, threads
 from fastfpl.federation.preparation import OWN, Plan, plan, prepare, settled
 from fastfpl.federation.result import deal, peak_memory
 from fastfpl.flower.identity import digest_of, identity, task_digest
@@ -144,7 +144,12 @@ class Site:
                     f"fastfpl.flower: a letter must be for client {self.client}; got "
                     f"{shown(head.get('client'))}"
                 )
-            with without_autocast(), memory_limit(None), recorded_faces() as faces:
+            with (
+                threads(self.settings.threads),
+                without_autocast(),
+                memory_limit(None),
+                recorded_faces() as faces,
+            ):
                 answer = acts[kind](letter)
             said = {op: sorted(names) for op, names in faces.items()}
             memory = peak_memory(choose_device(self.settings.device))

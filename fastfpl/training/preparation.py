@@ -17,7 +17,29 @@ from fastfpl.prompts import ClassPrompts
 from fastfpl.training.budget import Budget
 from fastfpl.training.feeds import RESIDENT, Eye, Observer
 
-__all__ = ["choose_device", "load_model", "make_eye", "make_room", "make_task"]
+__all__ = [
+    "choose_device",
+    "known_device",
+    "load_model",
+    "make_eye",
+    "make_room",
+    "make_task",
+]
+
+
+def known_device(name: str) -> torch.device:
+    """Turn the name of a device into one, whether it is there or not."""
+    known = ("auto", "cpu", "cuda")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in known:
+        raise InputError(
+            f"fastfpl.run: device must be auto, cpu or cuda; got {shown(name)}"
+            + near(cut(name), known)
+        )
+    return device
 
 
 def choose_device(name: str, local: int | None = None) -> torch.device:
@@ -30,16 +52,7 @@ def choose_device(name: str, local: int | None = None) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
         if name == "cpu" or local is None:
             return torch.device(name)
-    known = ("auto", "cpu", "cuda")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in known:
-        raise InputError(
-            f"fastfpl.run: device must be auto, cpu or cuda; got {shown(name)}"
-            + near(cut(name), known)
-        )
+    device = known_device(name)
     if device.type == "cuda":
         cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if not cards:
