@@ -637,14 +637,12 @@ def prefix_attention_bwd(
 
     settings["BLOCK_M"] = step or 16
     tables = (*notes, d_mixed, qkv, bias, begin, ends, asked)
-    # what is multiplied in parts is three numbers: 32 x 16 of the gradients leave room for them,
-    # and so for float64, whose numbers are two
-    split = settings["PRECISION"] == "bf16x6"
-    double = split or qkv.dtype == torch.float64
     narrow = width // heads <= 64
-    own = settings | {"BLOCK_N": block or (64 if narrow else 32) // (2 if double else 1)}
-    if split:
-        own["BLOCK_D"] = 16
+    own = settings | {"BLOCK_N": block or (64 if narrow else 32)}
+    if settings["PRECISION"] == "bf16x6" or qkv.dtype == torch.float64:
+        # what is multiplied in parts is three numbers, what is wide is two: 32 x 16 of the
+        # gradients leave room for them
+        own |= {"BLOCK_N": block or (32 if narrow else 16), "BLOCK_D": 16}
     tiles = cdiv(rows - shared, own["BLOCK_N"])
     launched(
         _prefix_attention_bwd_key_kernel,

@@ -279,6 +279,11 @@ def _constants(qz: Tensor, kv: Tensor, blocks: tuple[int, int] | None) -> dict[s
             min(most_b, max(16, power(images))),
             min(most_c, max(16, power(classes))),
         )
+    # wide heads in exact float32, and narrow ones in TF32, spill with 4 warps; the widest of
+    # float64 with 8
+    warps = 8 if qz.itemsize > 2 and wide != tf32 else 4
+    if qz.dtype == torch.float64 and padded > 64:
+        warps = 16
     return {
         "E": experts,
         "H": heads,
@@ -288,8 +293,7 @@ def _constants(qz: Tensor, kv: Tensor, blocks: tuple[int, int] | None) -> dict[s
         "BLOCK_B": blocks[0],
         "BLOCK_C": blocks[1],
         "BLOCK_D": padded,
-        # wide heads in exact float32, and narrow ones in TF32, spill with 4
-        "num_warps": 8 if qz.itemsize > 2 and wide != tf32 else 4,
+        "num_warps": warps,
         "num_stages": 1 if qz.dtype == torch.float64 else 2,
         # of itself the assembler keeps exact float32 to fewer on some cards, and spills
         "maxnreg": 255 if qz.dtype == torch.float32 and not tf32 else None,
