@@ -279,11 +279,6 @@ def _constants(qz: Tensor, kv: Tensor, blocks: tuple[int, int] | None) -> dict[s
             min(most_b, max(16, power(images))),
             min(most_c, max(16, power(classes))),
         )
-    # wide heads in exact float32, and narrow ones in TF32, spill with 4 warps; the widest of
-    # float64 with 8
-    warps = 8 if qz.itemsize > 2 and wide != tf32 else 4
-    if qz.dtype == torch.float64 and padded > 64:
-        warps = 16
     return {
         "E": experts,
         "H": heads,
@@ -293,7 +288,8 @@ def _constants(qz: Tensor, kv: Tensor, blocks: tuple[int, int] | None) -> dict[s
         "BLOCK_B": blocks[0],
         "BLOCK_C": blocks[1],
         "BLOCK_D": padded,
-        "num_warps": warps,
+        # wide heads in exact float32, and narrow ones in TF32, spill with 4
+        "num_warps": 8 if qz.itemsize > 2 and wide != tf32 else 4,
         "num_stages": 1 if qz.dtype == torch.float64 else 2,
         # of itself the assembler keeps exact float32 to fewer on some cards, and spills
         "maxnreg": 255 if qz.dtype == torch.float32 and not tf32 else None,
@@ -380,16 +376,10 @@ def gate_bwd(
         wide = qz.dtype if parts == 1 else _accumulator(qz.dtype)
         by_part = qz.new_empty((parts, *qz.shape), dtype=wide)
         if programs:
-            launched(
-                _gate_bwd_qz_kernel,
-                programs * parts,
-                *given,
-                by_part,
-                images,
-                classes,
-                parts,
-                **constants,
-            )
+            asked = (by_part, images, classes, parts)
+            # the widest heads of float64 spill with 8 warps
+            spread = {"num_warps": 16} if qz.itemsize == 8 and constants["BLOCK_D"] > 64 else {}
+            launched(_gate_bwd_qz_kernel, programs * parts, *given, *asked, **constants | spread)
         d_qz = by_part[0] if parts == 1 else by_part.sum(dim=0).to(qz.dtype)
     if of_experts:
         d_kv = torch.empty_like(kv)
