@@ -523,7 +523,7 @@ def test_who_deals_shares_of_nothing_is_left_out_and_the_others_are_summed_anew(
         "must open the secret that it has marked; got others from client 1" in (outcome.refused[71])
     )
     assert sorted(outcome.good) == [70, 72, 73, 74]
-    assert sum_._asked_of == {0, 2, 3, 4}
+    assert sum_.asked_of == {0, 2, 3, 4}
     assert opened(played) == 2
     assert_mean(sum_, played, outcome.good)
 
@@ -554,7 +554,7 @@ def test_who_is_lost_and_has_dealt_a_key_of_nothing_stops_nobody(monkeypatch):
     sum_, outcome = summed(played, need=4)
     assert list(outcome.refused) == [74]
     assert sorted(outcome.good) == [70, 71, 72, 75, 76]
-    assert sum_._asked_of == {0, 1, 2, 5, 6}
+    assert sum_.asked_of == {0, 1, 2, 5, 6}
     assert_mean(sum_, played, outcome.good)
 
 

@@ -113,9 +113,15 @@ class SecureMean:
         What the mean counts.
     rules : Rules
     device : torch.device
+    asked_of : set of int, optional
+        Clients that a sum was asked of in this round before, by a process that was ended.
+    asks : callable, optional
+        ``asks(clients)`` writes such clients down, before they are asked.
 
     Attributes
     ----------
+    asked_of : set of int or None
+        Clients that a sum was asked of, who alone are summed in this round.
     mean : State or None
         The weighted mean of the uploads of those whose answers were taken, when it is known.
     nbytes_up, nbytes_down : int
@@ -129,13 +135,16 @@ class SecureMean:
         counts: Counts,
         rules: Rules,
         device: torch.device | str = "cpu",
+        asked_of: set[int] | None = None,
+        asks: Callable[[set[int]], None] = lambda clients: None,
     ) -> None:
         self._wanted = dict(sorted(wanted.items()))
         self._images_of = images_of
         self._counts = counts
         self._rules = rules
         self._device = device
-        self._asked_of: set[int] | None = None
+        self._asks = asks
+        self.asked_of = asked_of
         self.mean: State | None = None
         self.nbytes_up = self.nbytes_down = 0
 
@@ -164,7 +173,7 @@ class SecureMean:
         """
         whole: Outcome[Taken] = Outcome()
         end = post.now() + timeout
-        may = self._asked_of
+        may = self.asked_of
         here = {n: one for n, one in letters.items() if may is None or one.head["client"] in may}
         while len(here) >= max(need, 3):
             updates: dict[int, Taken] = {}
@@ -309,9 +318,9 @@ class SecureMean:
                 return here - self._leave_out(letters, so_far.at_odds, need, refused)
             if collected:
                 summed = {letters[node].head["client"] for node in progress.active_node_ids}
-                if self._asked_of not in (None, summed):
+                if self.asked_of not in (None, summed):
                     return set(letters)
-                self._asked_of = summed
+                self._ask(summed)
                 workflow.unmask_stage(grid, context, progress)
         except FastfplError:
             raise
@@ -322,7 +331,8 @@ class SecureMean:
                     "fastfpl.flower: shares that a client deals must open the secret that it has "
                     f"marked; got others from client {client}: it is left out of the round"
                 )
-            may = self._asked_of = (self._asked_of or set()) - {*gone.values()}
+            may = (self.asked_of or set()) - {*gone.values()}
+            self._ask(may)
             return {node for node, one in letters.items() if one.head["client"] in may}
         except Exception as error:  # a secret that does not fit, of a client that nobody can name
             raise InputError(
@@ -332,6 +342,12 @@ class SecureMean:
         if found:
             self.mean = self._checked(found)
         return set(letters)
+
+    def _ask(self, clients: set[int]) -> None:
+        """Note who alone is summed in this round from now on."""
+        if self.asked_of != clients:
+            self._asks(clients)
+        self.asked_of = clients
 
     def _note(
         self,
