@@ -442,6 +442,23 @@ def test_of_a_pair_at_odds_both_are_left_out(changed):
     assert_mean(sum_, played, outcome.good)
 
 
+def test_who_seals_nonsense_for_several_and_then_is_silent_is_not_waited_for():
+    """Those who say so have answered, and are of the quorum after which there is grace alone."""
+    wrong = changing(71, "share_keys", spoiled(72, 73))
+
+    def changed(node, now, answer):
+        silent = (node, now) == (71, "collect_masked_vectors")
+        return None if silent else wrong(node, now, answer)
+
+    played = Clients([5, 3, 4, 6, 2, 7, 1], changed=changed)
+    sum_, outcome = summed(played)
+    assert sorted(outcome.good) == [70, 73, 74, 75, 76]
+    assert sorted(outcome.refused) == [71, 72]
+    assert "client 1 is at odds with 2, 3" in outcome.refused[71]
+    assert played.time < 3
+    assert_mean(sum_, played, outcome.good)
+
+
 def test_without_a_quorum_beside_a_pair_nothing_is_opened():
     played = Clients([5, 3, 4, 6], changed=saying(71, [72]))
     sum_, outcome = summed(played)

@@ -187,7 +187,7 @@ class SecureMean:
                 )
                 whole.refused |= outcome.refused
                 whole.failed |= outcome.failed
-                return list(outcome.good.values())
+                return [answer for answer in outcome.good.values() if answer is not None]
 
             def taken(node: int, update: Letter) -> None:
                 updates[node] = take(node, update)  # noqa: B023
@@ -215,7 +215,7 @@ class SecureMean:
         """Go through the stages: who is left to begin anew with; everybody where there is no use.
 
         ``told(stage, letters, opened)`` sends a stage, and returns what ``opened(node, answer)``
-        made of good answers; ``taken(node, update)`` checks what a client says of its training;
+        made of good answers, if anything; ``taken(node, update)`` checks what a client says of its training;
         ``refused`` says why an answer was not taken.
         """
         from flwr.app import ArrayRecord, ConfigRecord, RecordDict
@@ -254,10 +254,7 @@ class SecureMean:
                 asked_for, others = asked[node].config_records[flowers.name], {*letters} - {node}
                 if third and "unopened" in answer.head:
                     so_far.at_odds[node] = _accused(answer.head["unopened"], others, client)
-                    raise Refused(
-                        "fastfpl.flower: what clients seal for another must open; client "
-                        f"{client} says that it does not"
-                    )
+                    return None  # it has answered: whoever is silent is waited for no longer
                 _check_stage(flowers, stage, asked_for, record, others, client)
                 self._note(flowers, stage, so_far, node, record, asked_for, client)
                 if third:
@@ -418,8 +415,6 @@ class SecureMean:
                     f"{odds}, and nobody can say who is wrong: both of a pair are left out of the "
                     "round"
                 )
-            else:  # it is asked again, and has done nothing that is known to be wrong
-                refused.pop(node, None)
         return alone | both
 
     def _weight(self, train: Letter) -> int:
