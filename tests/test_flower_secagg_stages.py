@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastfpl.errors import InputError
 from fastfpl.flower import secagg, secagg_client, secagg_server
 from fastfpl.flower.checks import check_update
 from fastfpl.flower.letters import SCHEMA, Letter, digest, pack
@@ -573,6 +574,32 @@ def test_who_is_lost_and_has_dealt_a_key_of_nothing_stops_nobody(monkeypatch):
     assert sorted(outcome.good) == [70, 71, 72, 75, 76]
     assert sum_.asked_of == {0, 1, 2, 5, 6}
     assert_mean(sum_, played, outcome.good)
+
+
+@pytest.mark.parametrize("counts", ["images", "clients"])
+@pytest.mark.parametrize("lost", [[], [73]], ids=["all", "one lost"])
+def test_masks_that_do_not_come_off_stop_a_run(counts, lost):
+    """The norm of such a mean is 500 to 5000 for 2048 numbers: most_norm alone lets it pass."""
+    from flwr.common import ndarray_to_bytes
+
+    draw = np.random.default_rng(0)
+
+    def change(record):
+        drawn = [draw.integers(0, 1 << 32, size) for size in (1, 5)]
+        record["masked_params"] = [*map(ndarray_to_bytes, drawn)]
+
+    wrong = changing(71, "collect_masked_vectors", change)
+
+    def changed(node, now, answer):
+        gone = node in lost and now == "collect_masked_vectors"
+        return None if gone else wrong(node, now, answer)
+
+    played = Clients([5, 3, 4, 6], changed=changed)
+    with pytest.raises(InputError, match="one has masked its upload by other secrets"):
+        summed(played, counts=counts)
+    played.changed = lambda node, now, answer: None if node in lost else answer
+    sum_, outcome = summed(played, counts=counts)
+    assert len(outcome.good) == 4 - len(lost)
 
 
 def test_keys_of_another_are_refused():

@@ -5,9 +5,10 @@ What both sides share is in `fastfpl.flower.secagg`.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -293,11 +294,14 @@ class SecureMean:
             client_manager=SimpleNamespace(num_available=lambda: len(letters)),
             history=SimpleNamespace(add_metrics_distributed_fit=lambda **_: None),
         )
+        weights = {node: self._weight(letter) for node, letter in letters.items()}
+        most = float(max(weights.values()))
+        whole = {node: round(weight / most * LEVELS) for node, weight in weights.items()}
         # every client of the round holds a share of every secret, and `need` of them open it
         workflow = flowers.workflow(
             1.0,
             need,
-            max_weight=float(max(map(self._weight, letters.values()))),
+            max_weight=most,
             clipping_range=self._rules.secagg_clip,
             quantization_range=LEVELS,
             modulus_range=MODULUS,
@@ -318,7 +322,8 @@ class SecureMean:
                 if self.asked_of not in (None, summed):
                     return set(letters)
                 self._ask(summed)
-                workflow.unmask_stage(grid, context, progress)
+                with _weighing(flowers, sum(whole[node] for node in progress.active_node_ids)):
+                    workflow.unmask_stage(grid, context, progress)
         except FastfplError:
             raise
         except _Unfit as error:
@@ -467,6 +472,28 @@ class SecureMean:
                 )
             mean[name] = tensor.to(dtype).to(self._device)
         return mean
+
+
+@contextlib.contextmanager
+def _weighing(flowers: SimpleNamespace, whole: int) -> Iterator[None]:
+    """Refuse a sum whose weights are not its clients': its masks have not come off."""
+    honest = flowers.opening.factor_extract
+
+    def extracted(arrays: list[Any]) -> Any:
+        if int(arrays[0][0]) != whole:
+            raise InputError(
+                "fastfpl.flower: the weights of a sum of masked uploads must be those of its "
+                f"clients, {whole} in all; got {int(arrays[0][0])}: one has masked its upload by "
+                "other secrets than it dealt, and nobody can say which; the rounds that ended are "
+                "kept"
+            )
+        return honest(arrays)
+
+    flowers.opening.factor_extract = extracted
+    try:
+        yield
+    finally:
+        flowers.opening.factor_extract = honest
 
 
 # -- what clients answer ---------------------------------------------------------------------------
