@@ -598,7 +598,7 @@ def test_masks_that_do_not_come_off_stop_a_run(counts, lost):
     with pytest.raises(InputError, match="one has masked its upload by other secrets"):
         summed(played, counts=counts)
     played.changed = lambda node, now, answer: None if node in lost else answer
-    sum_, outcome = summed(played, counts=counts)
+    _, outcome = summed(played, counts=counts)
     assert len(outcome.good) == 4 - len(lost)
 
 

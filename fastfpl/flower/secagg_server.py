@@ -216,8 +216,8 @@ class SecureMean:
         """Go through the stages: who is left to begin anew with; everybody where there is no use.
 
         ``told(stage, letters, opened)`` sends a stage, and returns what ``opened(node, answer)``
-        made of good answers, if anything; ``taken(node, update)`` checks what a client says of its training;
-        ``refused`` says why an answer was not taken.
+        made of good answers, if anything; ``taken(node, update)`` checks what a client says of its
+        training; ``refused`` says why an answer was not taken.
         """
         from flwr.app import ArrayRecord, ConfigRecord, RecordDict
         from flwr.common import FitIns, Parameters, parameters_to_ndarrays
