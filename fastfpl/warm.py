@@ -32,6 +32,8 @@ __all__ = ["Warm", "end_with"]
 
 _LENGTH = struct.Struct("!Q")
 _STATUS = struct.Struct("!i")
+# seconds between looks at what has ended, where nothing tells of it: for its name, for its status
+_SWEEP, _LOOK = 1.0, 0.05
 
 
 class Warm:
@@ -200,26 +202,23 @@ def serve(path: str, modules: list[str]) -> None:
         os.write(said, b"ready\n")
         os.close(said)
         gc.freeze()
-        answering: dict[int, int] = {}  # by what tells of their end
+        answering: set[int] = set()
+        watched: list[Any] = [server, 0]  # its input ends with whoever started it
         while True:
-            watched: list[Any] = [server, 0, *answering]  # its input ends with whoever started it
-            ready = select.select(watched, [], [])[0]
-            for ended in answering.keys() & {*ready}:
-                os.waitpid(answering.pop(ended), 0)
-                os.close(ended)
+            # kernels before 5.3 have no descriptor that tells of a child's end
+            ready = select.select(watched, [], [], _SWEEP if answering else None)[0]
+            answering = {p for p in answering if os.waitpid(p, os.WNOHANG)[0] == 0}
             if server in ready:
                 connection, _ = server.accept()
                 process = os.fork()
                 if process == 0:
                     server.close()
-                    for other in answering:
-                        os.close(other)
                     asked = answer(connection)
                     break
                 connection.close()
-                answering[os.pidfd_open(process)] = process
+                answering.add(process)
             elif 0 in ready:
-                for process in answering.values():
+                for process in answering:
                     os.waitpid(process, 0)
                 os._exit(0)
     end(lambda: play(**asked))
@@ -243,14 +242,20 @@ def answer(connection: socket.socket) -> dict[str, Any]:
         return asked
     for number in (0, 1, 2, *streams):
         os.close(number)
-    ended = os.pidfd_open(child)
-    watched: list[Any] = [ended, connection]
-    while ended not in select.select(watched, [], [])[0]:
-        said = connection.recv(1)  # a signal; nothing when the one that asked has gone
-        os.kill(child, said[0] if said else signal.SIGKILL)
-        if not said:
+    watched: list[Any] = [connection]
+    with contextlib.suppress(AttributeError, OSError):  # kernels before 5.3 have none
+        watched.append(os.pidfd_open(child))
+    while True:
+        ready = select.select(watched, [], [], None if len(watched) > 1 else _LOOK)[0]
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
             break
-    status = os.waitpid(child, 0)[1]
+        if connection in ready:
+            said = connection.recv(1)  # a signal; nothing when the one that asked has gone
+            os.kill(child, said[0] if said else signal.SIGKILL)
+            if not said:
+                status = os.waitpid(child, 0)[1]
+                break
     with contextlib.suppress(OSError):  # it was killed, and its child with it
         connection.sendall(_STATUS.pack(status))
     os._exit(0)

@@ -347,6 +347,50 @@ def test_what_hangs_on_what_is_elsewhere_is_left_to_the_run(flags, tmp_path):
     assert (tmp_path / "app" / "pyproject.toml").exists()
 
 
+OWN_METHOD = """
+import torch
+from fastfpl.errors import InputError
+from fastfpl.methods import METHODS
+
+class Wide(METHODS["promptfl"]):
+    name, summary = "wide", "for a text tower of width 512"
+    def start(self, down, own, *, training):
+        return {"ctx": down["ctx"] @ torch.eye(512)}, {}
+
+class Many(METHODS["promptfl"]):
+    name, summary = "many", "for more classes than a few"
+    def __init__(self, task, options):
+        if len(task.classes.names) < 5:
+            raise InputError("classes must be five or more")
+        super().__init__(task, options)
+
+class Named(METHODS["promptfl"]):
+    name, summary = "named", "by a table of its classes"
+    def merge(self, server, uploads, images, round_):
+        weights = [{"0": 1.0, "1": 2.0}[name] for name in self.task.classes.names]
+        return super().merge(server, uploads, images, round_)
+
+class Keeps(METHODS["pfedmoap"]):
+    name, summary = "keeps", "single uploads"
+"""
+
+
+@pytest.mark.parametrize("clip", ["tiny", "ViT-B-16"])
+def test_a_method_of_the_users_own_may_be_for_the_runs_classes_and_tower(clip, tmp_path, capsys):
+    """What it says of the trial's is nothing that it would say of them."""
+    (tmp_path / "mine.py").write_text(OWN_METHOD)
+    flags = ("--clip", clip, "--clients", "4", *SECRET)
+    for name in ("Wide", "Many", "Named"):
+        app = tmp_path / name
+        main(["flower", "init", str(app), f"{tmp_path / 'mine.py'}:{name}", *flags])
+        assert (app / "pyproject.toml").exists()
+    code, text = said(
+        capsys, "flower", "init", tmp_path / "app", f"{tmp_path / 'mine.py'}:Keeps", *flags
+    )
+    assert code == 2
+    assert "aggregation must be plain for keeps" in text
+
+
 def test_no_trial_is_made_of_a_plain_run(tmp_path, monkeypatch):
     from fastfpl.flower import preparation
 

@@ -27,8 +27,10 @@ os.rename(sys.argv[1] + ".part", sys.argv[1])
 time.sleep(60)
 """
 NODE = """
-import contextlib, os, sys
+import contextlib, os, signal, sys
 from fastfpl.flower import node
+if not os.environ.get("IGNORES"):  # as whoever runs the tests may, or its shell
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 node.tool = lambda name: sys.argv[1]
 node.warm_commands = lambda: contextlib.nullcontext(os.environ)
 sys.exit(node.run_node(sys.argv[2:]))
@@ -70,6 +72,33 @@ def test_a_supernode_ends_with_its_node(number, code, tmp_path):
     while lives(supernode):
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def test_what_a_script_has_begun_ends_when_it_is_told_to(tmp_path):
+    """A shell without job control has what it begins with & ignore SIGINT, and only that."""
+    script = tmp_path / "supernode"
+    script.write_text(SUPERNODE.format(python=sys.executable))
+    script.chmod(0o700)
+    command = [sys.executable, "-c", NODE, str(script), str(tmp_path / "number")]
+    one = subprocess.Popen(
+        ["sh", "-c", '"$@" & echo $!; wait $!', "sh", *command],
+        env={**os.environ, "IGNORES": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    number = int(one.stdout.readline())
+    end = time.monotonic() + 60
+    while not (tmp_path / "number").exists():
+        assert one.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    os.kill(number, signal.SIGINT)
+    time.sleep(0.5)
+    assert lives(number), "the test must be able to fail: it must ignore this one"
+    os.kill(number, signal.SIGTERM)
+    assert one.wait(20) == 5
+    one.stdout.close()
+    assert not lives(int((tmp_path / "number").read_text()))
 
 
 WARM = NODE.replace(

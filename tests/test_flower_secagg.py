@@ -149,6 +149,28 @@ def test_without_a_quorum_nothing_is_opened(tmp_path, in_a_task):
 
 
 @needs_flower
+def test_a_resumed_round_is_summed_of_the_same_clients_or_not_at_all(tmp_path, in_a_task):
+    """A mean of absurd norm was opened; clients answer the same anew, from disk."""
+    settings = make_settings({**RUN, "rounds": 1})
+    with pytest.raises(InputError, match=r"norm of the mean .*; of clients 0, 1, 2, 3 a sum was"):
+        play(tmp_path, settings, {"most_norm": 1e-3})
+    assert read_status(tmp_path / "out")["summed"] == {"round": 0, "clients": [0, 1, 2, 3]}
+
+    asked = []
+
+    def lost(message):
+        asked.append(stage_of(message))
+        return lost_at("setup")(message)
+
+    with pytest.raises(InputError, match=r"3 of 4 clients .* got 0.*; of clients 0, 1, 2, 3 a sum"):
+        play(tmp_path, settings, lost=lost, resume=True)
+    assert "collect_masked_vectors" in asked, "the test must be able to fail"
+    assert "unmask" not in asked
+    found, _ = play(tmp_path, settings, resume=True)
+    assert found.rounds[0]["lost"] == []
+
+
+@needs_flower
 def test_no_upload_leaves_its_client(tmp_path, in_a_task):
     """What clients answer holds none of their numbers, and masked ones are spread over all."""
     from safetensors.torch import load_file

@@ -229,7 +229,7 @@ def test_children_are_waited_for_where_they_were_ignored():
     assert (told.returncode, told.stdout, told.stderr) == (0, "1\n" * 3, "")
 
 
-def test_forks_that_have_ended_are_waited_for_at_once():
+def test_forks_that_have_ended_are_soon_waited_for():
     """Not with the next one that is asked for: a node may wait for that for a day."""
     with Warm([]) as one:
         ask = [*one.command, "-c", "import sys; sys.stdin.read()"]
@@ -238,13 +238,47 @@ def test_forks_that_have_ended_are_waited_for_at_once():
         try:
             until(lambda: len(server.children()) == 3)
             several[1].communicate()
-            until(lambda: len(server.children()) == 2)
+            until(lambda: len(server.children()) == 2, 3)
         finally:
             for other in several:
                 other.communicate()
-        until(lambda: not server.children())
+        until(lambda: not server.children(), 3)
         assert play(one.command, "print(1)").stdout == "1\n"
         assert not {int(n) for n in os.listdir(f"/proc/{server.pid}/fd")} - set(range(5))
+
+
+def test_nothing_is_looked_for_where_no_fork_lives(tmp_path):
+    with Warm([]) as one:
+        server = psutil.Process(one.process.pid)
+
+        def woken(seconds=2.5):
+            before = server.num_ctx_switches().voluntary
+            time.sleep(seconds)
+            return server.num_ctx_switches().voluntary - before
+
+        asked, _ = begin(one, WAITS, tmp_path / "number")
+        assert woken(), "the test must be able to fail"
+        asked.kill()
+        asked.wait(10)
+        until(lambda: not server.children(), 3)
+        assert not woken()
+
+
+@pytest.mark.parametrize("absent", ["del os.pidfd_open", "os.pidfd_open = refused"])
+def test_kernels_without_descriptors_of_processes_will_do(absent, tmp_path):
+    """Those before 5.3: ends and signals come a little later."""
+    (tmp_path / "old.py").write_text(
+        f"import os\ndef refused(*_):\n    raise OSError(38, os.strerror(38))\n{absent}\n"
+    )
+    with Warm(["old"], tmp_path) as one:
+        told = play(one.command, "import sys; print(1); sys.exit(3)")
+        assert (told.returncode, told.stdout, told.stderr) == (3, "1\n", "")
+        for number, status in ((signal.SIGTERM, 5), (signal.SIGKILL, -signal.SIGKILL)):
+            asked, fork = begin(one, WAITS, tmp_path / f"number-{number}")
+            asked.send_signal(number)
+            assert asked.wait(10) == status
+            until(lambda: not lives(fork))  # noqa: B023
+        until(lambda: not psutil.Process(one.process.pid).children(), 3)
 
 
 def test_a_fork_has_nothing_open_that_tells_of_the_others(warm, tmp_path):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fastfpl.config import Settings
+from fastfpl.errors import InputError
 from fastfpl.federation.exams import joined
 from fastfpl.federation.merging import epsilon_after
 from fastfpl.federation.result import empty_row
@@ -93,7 +94,15 @@ class Rounds:
 
         # under masks, what a client says is checked without its arrays
         sends, counts = self.merging.wanted.sent, self.merging.counts
-        masked = counts and SecureMean(sends, images_of, counts, self.rules, self.device)
+        masked = counts and SecureMean(
+            sends,
+            images_of,
+            counts,
+            self.rules,
+            self.device,
+            self.status.summed_in(now.number),
+            partial(self.status.sums, now.number),
+        )
 
         def letter(client: int) -> Letter:
             sent = self._letter("train", client, now.number, now.download(method, client))
@@ -119,9 +128,18 @@ class Rounds:
             return update
 
         how = masked.exchange if masked else exchange
-        found = self.correspondence.reach(
-            "train", now.number, call.selected, letter, take, line["flower"], how
-        )
+        try:
+            found = self.correspondence.reach(
+                "train", now.number, call.selected, letter, take, line["flower"], how
+            )
+        except InputError as error:
+            if not masked or masked.asked_of is None:
+                raise
+            raise InputError(
+                f"{error}; of clients {', '.join(map(str, sorted(masked.asked_of)))} a sum was "
+                "asked for, and another one of this round would tell the difference: all of them "
+                "must come"
+            ) from None
         sent: Mapping[int, Upload] = uploads
         images: Mapping[int, int] = {c: images_of(c) for c in uploads}
         if masked and masked.mean is not None:  # the method's merge is of equal ones

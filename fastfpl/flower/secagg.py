@@ -191,6 +191,8 @@ def flower_parts() -> SimpleNamespace:
             if "pseudo_rand_gen" not in function.__code__.co_names:
                 raise AttributeError(f"{function.__name__} expands masks by something else")
             module.pseudo_rand_gen = masks  # type: ignore[attr-defined]
+        if "factor_extract" not in server.SecAggPlusWorkflow.unmask_stage.__code__.co_names:
+            raise AttributeError("unmask_stage reads sums of weights by something else")
         return SimpleNamespace(
             answer=client.secaggplus_mod,
             key=client.Key,
@@ -204,6 +206,7 @@ def flower_parts() -> SimpleNamespace:
             public_bytes=client.public_key_to_bytes,
             compat=server.compat,
             workflow=server.SecAggPlusWorkflow,
+            opening=server,
             progress=server.WorkflowState,
             config=server.MAIN_CONFIGS_RECORD,
             parameters=server.MAIN_PARAMS_RECORD,

@@ -5,9 +5,10 @@ What both sides share is in `fastfpl.flower.secagg`.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -113,9 +114,15 @@ class SecureMean:
         What the mean counts.
     rules : Rules
     device : torch.device
+    asked_of : set of int, optional
+        Clients that a sum was asked of in this round before, by a process that was ended.
+    asks : callable, optional
+        ``asks(clients)`` writes such clients down, before they are asked.
 
     Attributes
     ----------
+    asked_of : set of int or None
+        Clients that a sum was asked of, who alone are summed in this round.
     mean : State or None
         The weighted mean of the uploads of those whose answers were taken, when it is known.
     nbytes_up, nbytes_down : int
@@ -129,13 +136,16 @@ class SecureMean:
         counts: Counts,
         rules: Rules,
         device: torch.device | str = "cpu",
+        asked_of: set[int] | None = None,
+        asks: Callable[[set[int]], None] = lambda clients: None,
     ) -> None:
         self._wanted = dict(sorted(wanted.items()))
         self._images_of = images_of
         self._counts = counts
         self._rules = rules
         self._device = device
-        self._asked_of: set[int] | None = None
+        self._asks = asks
+        self.asked_of = asked_of
         self.mean: State | None = None
         self.nbytes_up = self.nbytes_down = 0
 
@@ -164,7 +174,7 @@ class SecureMean:
         """
         whole: Outcome[Taken] = Outcome()
         end = post.now() + timeout
-        may = self._asked_of
+        may = self.asked_of
         here = {n: one for n, one in letters.items() if may is None or one.head["client"] in may}
         while len(here) >= max(need, 3):
             updates: dict[int, Taken] = {}
@@ -178,7 +188,7 @@ class SecureMean:
                 )
                 whole.refused |= outcome.refused
                 whole.failed |= outcome.failed
-                return list(outcome.good.values())
+                return [answer for answer in outcome.good.values() if answer is not None]
 
             def taken(node: int, update: Letter) -> None:
                 updates[node] = take(node, update)  # noqa: B023
@@ -206,8 +216,8 @@ class SecureMean:
         """Go through the stages: who is left to begin anew with; everybody where there is no use.
 
         ``told(stage, letters, opened)`` sends a stage, and returns what ``opened(node, answer)``
-        made of good answers; ``taken(node, update)`` checks what a client says of its training;
-        ``refused`` says why an answer was not taken.
+        made of good answers, if anything; ``taken(node, update)`` checks what a client says of its
+        training; ``refused`` says why an answer was not taken.
         """
         from flwr.app import ArrayRecord, ConfigRecord, RecordDict
         from flwr.common import FitIns, Parameters, parameters_to_ndarrays
@@ -245,10 +255,7 @@ class SecureMean:
                 asked_for, others = asked[node].config_records[flowers.name], {*letters} - {node}
                 if third and "unopened" in answer.head:
                     so_far.at_odds[node] = _accused(answer.head["unopened"], others, client)
-                    raise Refused(
-                        "fastfpl.flower: what clients seal for another must open; client "
-                        f"{client} says that it does not"
-                    )
+                    return None  # it has answered: whoever is silent is waited for no longer
                 _check_stage(flowers, stage, asked_for, record, others, client)
                 self._note(flowers, stage, so_far, node, record, asked_for, client)
                 if third:
@@ -287,11 +294,14 @@ class SecureMean:
             client_manager=SimpleNamespace(num_available=lambda: len(letters)),
             history=SimpleNamespace(add_metrics_distributed_fit=lambda **_: None),
         )
+        weights = {node: self._weight(letter) for node, letter in letters.items()}
+        most = float(max(weights.values()))
+        whole = {node: round(weight / most * LEVELS) for node, weight in weights.items()}
         # every client of the round holds a share of every secret, and `need` of them open it
         workflow = flowers.workflow(
             1.0,
             need,
-            max_weight=float(max(map(self._weight, letters.values()))),
+            max_weight=most,
             clipping_range=self._rules.secagg_clip,
             quantization_range=LEVELS,
             modulus_range=MODULUS,
@@ -309,10 +319,11 @@ class SecureMean:
                 return here - self._leave_out(letters, so_far.at_odds, need, refused)
             if collected:
                 summed = {letters[node].head["client"] for node in progress.active_node_ids}
-                if self._asked_of not in (None, summed):
+                if self.asked_of not in (None, summed):
                     return set(letters)
-                self._asked_of = summed
-                workflow.unmask_stage(grid, context, progress)
+                self._ask(summed)
+                with _weighing(flowers, sum(whole[node] for node in progress.active_node_ids)):
+                    workflow.unmask_stage(grid, context, progress)
         except FastfplError:
             raise
         except _Unfit as error:
@@ -322,7 +333,8 @@ class SecureMean:
                     "fastfpl.flower: shares that a client deals must open the secret that it has "
                     f"marked; got others from client {client}: it is left out of the round"
                 )
-            may = self._asked_of = (self._asked_of or set()) - {*gone.values()}
+            may = (self.asked_of or set()) - {*gone.values()}
+            self._ask(may)
             return {node for node, one in letters.items() if one.head["client"] in may}
         except Exception as error:  # a secret that does not fit, of a client that nobody can name
             raise InputError(
@@ -332,6 +344,12 @@ class SecureMean:
         if found:
             self.mean = self._checked(found)
         return set(letters)
+
+    def _ask(self, clients: set[int]) -> None:
+        """Note who alone is summed in this round from now on."""
+        if self.asked_of != clients:
+            self._asks(clients)
+        self.asked_of = clients
 
     def _note(
         self,
@@ -402,8 +420,6 @@ class SecureMean:
                     f"{odds}, and nobody can say who is wrong: both of a pair are left out of the "
                     "round"
                 )
-            else:  # it is asked again, and has done nothing that is known to be wrong
-                refused.pop(node, None)
         return alone | both
 
     def _weight(self, train: Letter) -> int:
@@ -456,6 +472,28 @@ class SecureMean:
                 )
             mean[name] = tensor.to(dtype).to(self._device)
         return mean
+
+
+@contextlib.contextmanager
+def _weighing(flowers: SimpleNamespace, whole: int) -> Iterator[None]:
+    """Refuse a sum whose weights are not its clients': its masks have not come off."""
+    honest = flowers.opening.factor_extract
+
+    def extracted(arrays: list[Any]) -> Any:
+        if int(arrays[0][0]) != whole:
+            raise InputError(
+                "fastfpl.flower: the weights of a sum of masked uploads must be those of its "
+                f"clients, {whole} in all; got {int(arrays[0][0])}: one has masked its upload by "
+                "other secrets than it dealt, and nobody can say which; the rounds that ended are "
+                "kept"
+            )
+        return honest(arrays)
+
+    flowers.opening.factor_extract = extracted
+    try:
+        yield
+    finally:
+        flowers.opening.factor_extract = honest
 
 
 # -- what clients answer ---------------------------------------------------------------------------

@@ -172,9 +172,11 @@ class Server:
         self.settings, self.kind, self.options = checked(self.settings, self.rules, self.model)
         self.device = choose_device(self.settings.device)
         self.rows: list[dict[str, Any]] = []
-        federation, known = self._before()
+        federation, known, summed = self._before()
         self.roster = Roster(self.settings.dataset == OWN, known)
-        self.status = Status(self.folder, self.settings, federation, self.roster, self.log)
+        self.status = Status(
+            self.folder, self.settings, federation, self.roster, self.log, summed=summed
+        )
 
     @property
     def folder(self) -> Path:
@@ -216,16 +218,19 @@ class Server:
 
     # -- what was before ---------------------------------------------------------------------
 
-    def _before(self) -> tuple[str, dict[int, dict[str, Any]]]:
-        """Return the federation's name and the clients that it knew: the folder's, or new ones."""
+    def _before(self) -> tuple[str, dict[int, dict[str, Any]], dict[str, Any] | None]:
+        """Return what the folder says, or what is new: (federation, clients that it knew, summed).
+
+        The last is that of `Status`.
+        """
         if not self.resume or not (self.folder / STATUS).exists():
-            return secrets.token_hex(16), {}
+            return secrets.token_hex(16), {}, None
         status = read_status(self.folder)
         known = {
             int(c): {**one, "images": int(one["images"]), "exams": list(one["exams"])}
             for c, one in status.get("clients", {}).items()
         }
-        return str(status["federation"]), known
+        return str(status["federation"]), known, status.get("summed")
 
     def _task_before(self) -> str | None:
         """Digest classes, domains and clients of the checkpoint that the run goes on from."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,8 @@ class Status:
         How many answers were ``refused``, ``failed`` or ``absent``.
     noted : list of dict
         The last of those that were refused or failed: ``round``, ``what``, ``client``, ``why``.
+    summed : dict or None
+        Of which ``clients`` a sum under masks was asked for last, and in which ``round``.
     """
 
     folder: Path
@@ -75,6 +77,18 @@ class Status:
         default_factory=lambda: dict.fromkeys(("refused", "failed", "absent"), 0)
     )
     noted: list[dict[str, Any]] = field(default_factory=list)
+    summed: dict[str, Any] | None = None
+
+    def summed_in(self, round_: int) -> set[int] | None:
+        """Return of whom a sum under masks was asked for in a round; None if of nobody."""
+        if self.summed is None or self.summed["round"] != round_:
+            return None
+        return {*self.summed["clients"]}
+
+    def sums(self, round_: int, clients: Set[int]) -> None:
+        """Write down of whom a sum under masks is asked for, before it is."""
+        self.summed = {"round": round_, "clients": sorted(clients)}
+        self.tell()
 
     def note(self, what: str, client: int | None, why: str) -> None:
         """Note that something was refused or failed; the file has it with the next `tell`."""
@@ -103,5 +117,6 @@ class Status:
                 "clients": self.roster.known,
                 "counts": self.counts,
                 "noted": self.noted,
+                "summed": self.summed,
             },
         )
