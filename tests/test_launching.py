@@ -67,21 +67,20 @@ def test_a_launch_that_comes_back_does_not_ask_triton():
     ]
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"x": torch.ones(64, dtype=torch.float16)},
-        {"x": torch.ones(65)[1:]},
-        {"x": None},
-        {"count": 1},
-        {"count": 5.0},
-        {"count": None},
-        {"scale": 3.0},
-        {"warps": 8},
-        {"kernel": Kernel()},
-    ],
-    ids=str,
-)
+OTHERS = {
+    "dtype": {"x": torch.ones(64, dtype=torch.float16)},
+    "alignment": {"x": torch.ones(65)[1:]},
+    "none": {"x": None},
+    "one": {"count": 1},
+    "float": {"count": 5.0},
+    "no count": {"count": None},
+    "scale": {"scale": 3.0},
+    "warps": {"warps": 8},
+    "kernel": {"kernel": Kernel()},
+}
+
+
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
 def test_any_other_launch_asks_triton(other):
     base = {"kernel": Kernel(), "x": torch.ones(64), "count": 5, "scale": 2.0, "warps": 4}
     kernels = {given["kernel"]: given for given in (base, base | other)}
