@@ -163,6 +163,12 @@ STEPS = (
         rehearses=r"transport_plan +triton +",
     ),
     _tests(
+        "launches",
+        "launches that are not asked of Triton again are the launches that it would make",
+        "kernels/launching.py; what it takes for alike",
+        *("-m", "gpu", "tests/test_launching.py"),
+    ),
+    _tests(
         "text-kernels",
         "kernels of the text pass, compiled",
         "kernels/text.py; div.full and ex2.approx err by an ulp or two (tests/hostile.py)",
@@ -200,9 +206,9 @@ STEPS = (
     ),
     _tests(
         "steps",
-        "no training step waits for the card",
+        "no training step waits for the card, nor one client's answers",
         "the traceback names what read a tensor on the host",
-        *("-m", "gpu", "tests/test_steps.py"),
+        *("-m", "gpu", "tests/test_steps.py", "tests/test_scoring.py"),
     ),
     _tests(
         "graphs",

@@ -35,7 +35,7 @@ from bench import bench_text
 from fastfpl.ops import encode_text
 from tests.no_card import no_card
 
-WIDTH, LAYERS = 32, 12
+WIDTH = 32
 
 
 def measured(run: Callable[[], object], repeat: int) -> float:

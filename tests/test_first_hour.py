@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from bench import first_gpu_hour
 from bench.first_gpu_hour import ROOT, Hour, Place, spawned
 from bench.first_steps import BENCHES, STEPS, Step
 from fastfpl.errors import InputError
+from fastfpl.report.machine import gpu_tests
 
 CARD = Place("NVIDIA H200 (SXM)", 1, "2.14", "3.8", "3.11", "abc", "1")
 
@@ -36,6 +38,11 @@ def hour(steps, out, where=CARD, **rest):
 def row_of(out, name):
     rows = json.loads((out / "summary.json").read_text())["steps"]
     return next(row for row in rows if row["name"] == name)
+
+
+def test_every_file_with_a_gpu_test_is_in_the_list():
+    named = {Path(word).name for one in STEPS for word in one.argv}
+    assert set(gpu_tests()) - named == set()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a rehearsal forks")
